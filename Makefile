@@ -1,0 +1,72 @@
+# Every target makes and fills its own environment (.venv) and is quick the second time; `make test-gpu` makes none.
+#   make train          two minutes of training on the text that is on the machine    (ARGS="--optimizer torch.AdamW")
+#   make test           all tests but the installs; skipped ones are listed with their reason          (ARGS="-k lion")
+#   make test-install   the tests that make fresh environments;   make test-all   both
+#   make test-matrix    the tests on the oldest torch and triton, in .venv-oldest (downloads torch's CUDA wheels, 3 GB)
+#   make test-gpu       the GPU tests with the Python it finds: installs nothing, downloads nothing
+#   make lint, make bench, make rules (writes csrc/rules.h), make install (only fills .venv), make clean
+# Variables: PYTHON (which Python makes .venv), TORCH (what pip installs as torch), FASTTRAIN_CUDA (auto, on, off).
+
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+VENV   ?= .venv
+EXTRAS ?= test,dev
+ARGS   ?=
+PY     := $(VENV)/bin/python
+
+.PHONY: train test test-all test-install test-matrix test-gpu lint bench rules install clean
+
+train: $(VENV)/.native
+	$(PY) -m fasttrain train $(ARGS)
+
+test: $(VENV)/.native
+	$(PY) -m pytest -m "not slow" $(ARGS)
+
+test-install: $(VENV)/.native
+	$(PY) -m pytest -m slow $(ARGS)
+
+test-all: test test-install
+
+test-matrix:
+	@echo "The oldest supported torch needs CUDA's libraries to import: about 3 GB are downloaded the first time."
+	$(MAKE) test VENV=.venv-oldest TORCH="torch==2.11.0 triton==3.6.0" EXTRAS=test
+
+lint: $(VENV)/.deps
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+bench: $(VENV)/.native
+	$(PY) -m benchmarks $(ARGS)
+
+rules: $(VENV)/.torch  # not .native, which needs csrc/rules.h
+	$(PY) -m fasttrain.optim.header csrc/rules.h
+
+install: $(VENV)/.native
+
+clean:
+	rm -rf build dist *.egg-info .venv*/.native .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f fasttrain/_native*.so fasttrain/step.fatbin fasttrain/_build_info.json
+	find fasttrain tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+# --- The environment, one stamp for each part --------------------------------------------------------------------------
+$(VENV)/.torch:  # first, so that no dependency picks another torch
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install $(TORCH) numpy
+	touch $@
+
+$(VENV)/.deps: pyproject.toml $(VENV)/.torch
+	$(PY) -m pip install -q "setuptools>=77" "cmake>=3.24" ninja "pybind11>=2.13"
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m pip install -q --no-build-isolation -e ".[$(EXTRAS)]"
+	touch $@
+
+$(VENV)/.native: setup.py CMakeLists.txt $(shell find csrc -type f) $(VENV)/.deps
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) setup.py -q build_ext --inplace
+	touch $@
+
+# --- A bare GPU machine: torch, triton, CuPy, numpy, pytest, pybind11, CMake, ninja and nvcc are there, or it says so ---
+test-gpu: export PATH := $(shell $(PYTHON) -c 'import sys; print(sys.prefix)')/bin:$(PATH)
+test-gpu:
+	cmake -S . -B build/gpu -G Ninja -DPython_EXECUTABLE="$$($(PYTHON) -c 'import sys; print(sys.executable)')"
+	cmake --build build/gpu
+	cmake --install build/gpu --prefix fasttrain
+	$(PYTHON) -m pytest -m gpu $(ARGS) $$(grep -lrE --include='test_*.py' 'mark\.gpu' tests)

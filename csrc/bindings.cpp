@@ -1,0 +1,42 @@
+// What Python sees: one line per feature, no logic.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/plan.h"
+#include "cpu/threads.h"
+#include "cuda/bind.h"
+#include "step.h"
+
+namespace py = pybind11;
+using namespace fasttrain;
+
+namespace {
+
+std::vector<std::pair<std::string, u32>> rules() {
+  std::vector<std::pair<std::string, u32>> found;
+  for (int i = 0; i < chosen_kernels().count; ++i)
+    found.emplace_back(chosen_kernels().rules[i].name, chosen_kernels().rules[i].digest);
+  return found;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "fasttrain's compiled kernels: no torch header, one build for every torch version.";
+  m.def("isa", [] { return chosen_kernels().isa; }, "The instruction set in use.");
+  m.def("threading", &threading, "Whose threads the CPU walk runs on.");
+  m.def("rules", &rules, "Name and digest of the compiled rules, in order.");
+  py::class_<Reader>(m, "Reader").def(py::init<const py::capsule&, py::tuple>());
+  py::class_<Plan>(m, "Plan")
+      .def(py::init<Reader, const std::vector<py::list>&>())
+      .def("scan", &Plan::scan)
+      .def("set", &Plan::set)
+      .def("rows", &Plan::rows)
+      .def("run", &Plan::run)
+      .def("increment_versions", &Plan::increment_versions)
+      .def_property_readonly("parameters", [](const Plan& plan) { return plan.division().parameters; })
+      .def_property_readonly("elements", [](const Plan& plan) { return plan.division().elements; })
+      .def_property_readonly("bytes", [](const Plan& plan) { return plan.division().bytes; });
+  m.def("step_once", &step_once, "Step tensors that are given one by one.");
+  bind_cuda(m);
+}

@@ -1,0 +1,110 @@
+// The step plan of an optimizer whose tensors live in CPU memory: a table of pointers, sizes and coefficient rows that
+// is checked against the Python objects on every step, patched where something changed, and walked by all threads.
+#pragma once
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <utility>
+#include <vector>
+
+#include "cpu/walk.h"
+#include "dlpack.h"
+
+namespace fasttrain {
+
+namespace py = pybind11;
+
+// Reads tensors of the exact types `types` through `torch.Tensor.__dlpack_c_exchange_api__`.
+class Reader {
+ public:
+  Reader(const py::capsule& exchange, py::tuple types);
+  // False if only Python knows what the tensor holds: it is a subclass, or has no strided elements in memory.
+  bool read(py::handle tensor, dlpack::Tensor* out) const;
+  // The same for a gradient. Autograd may leave one that is to be negated when it is read (of an imaginary part, say).
+  bool read_gradient(py::handle tensor, dlpack::Tensor* out) const;
+
+ private:
+  const dlpack::ExchangeApi* api_;
+  py::tuple types_;
+  py::object is_neg_;
+};
+
+// Type and place of a tensor's elements.
+struct Kind {
+  dlpack::DataType dtype{};
+  dlpack::Device device{};
+
+  Kind() = default;
+  explicit Kind(const dlpack::Tensor& tensor) : dtype(tensor.dtype), device(tensor.device) {}
+  bool matches(const dlpack::Tensor& tensor) const;
+  bool complex() const { return dtype.code == dlpack::kComplex; }
+  int storage() const;  // Storage, or -1
+};
+
+// Sizes and strides of a parameter when it was described; its gradient and states have the same.
+struct Layout {
+  std::vector<i64> sizes, strides;
+
+  Layout() = default;
+  explicit Layout(const dlpack::Tensor& tensor);
+  bool matches(const dlpack::Tensor& tensor) const;  // strides of dimensions of size 1 are free
+  bool dense() const;                                // fills one stretch of memory, in some order of its dimensions
+  i64 elements() const;
+};
+
+class Plan {
+ public:
+  Plan(Reader reader, const std::vector<py::list>& groups);
+
+  // Reads every gradient, state and pointer. Returns the indices of the parameters that have a gradient and must be
+  // described (again) by `set` before `run`, or None if the parameter lists themselves changed.
+  py::object scan(py::dict state, const std::vector<py::list>& groups);
+
+  // Describes parameter `index`: `keys` are its states in `state`, the last of them its step count if `counted`.
+  // False, and the parameter is left out, if its tensors are not dense, in CPU memory, of one order.
+  bool set(int index, int rule, bool wide, py::dict state, const py::tuple& keys, bool counted, bool fresh);
+
+  // The distinct (group, step) of the active parameters, in order of first use; step is the count of the step to come.
+  std::vector<std::pair<int, double>> rows();
+
+  // Steps every active parameter, with one row of doubles for each of `rows()`: the gradient's scale, then coefficients.
+  void run(const py::array_t<double, py::array::c_style>& rows, int threads);
+
+  // Calls `increment` (torch.autograd.graph.increment_version) with all tensors that `run` writes, list by list.
+  void increment_versions(const py::function& increment) const;
+
+  const Division& division() const { return division_; }
+
+ private:
+  // Everything that a scan touches lies in the entry itself: at 10,000 parameters the cost is cache misses.
+  struct Entry {
+    py::object param;
+    py::object state;  // the optimizer's dict for this parameter
+    int group = 0;
+    int kept = 0;         // number of keys: the states, and the step count if there is one
+    bool ready = false;   // `set` has described it
+    bool active = false;  // it is stepped by the next `run`
+    bool fresh = false;   // its state is new (for rules whose optimizer keeps no step count)
+    py::object keys[kMaxStates + 1], tensors[kMaxStates + 1];  // in `state` when it was described
+    Kind kinds[kMaxStreams + 1];                               // of p, g, then `tensors`
+    Layout layout;
+    Work work;
+
+    void prefetch_objects() const;
+  };
+  bool patch(Entry& entry, py::handle grad, py::handle all_state);
+
+  Reader reader_;
+  std::vector<Entry> entries_;
+  std::vector<size_t> group_sizes_;
+  std::vector<std::pair<int, double>> rows_;
+  Division division_;
+  bool divided_ = false;
+};
+
+// Steps tensors that are given one by one: tuples (rule, wide, tensors, counter or None), one row of doubles for each.
+// What `Plan` keeps from step to step is done anew. Raises if a tensor cannot be taken.
+void step_once(const Reader& reader, const py::list& items, const py::array_t<double, py::array::c_style>& rows,
+               int threads);
+
+}  // namespace fasttrain

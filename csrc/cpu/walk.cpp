@@ -1,0 +1,89 @@
+#include "cpu/walk.h"
+
+#include <algorithm>
+#include <atomic>
+
+#include "cpu/threads.h"
+
+namespace fasttrain {
+namespace {
+
+constexpr i64 kChunk = 1 << 14;  // elements of one unit: a multiple of every block, a fraction of an L2 cache
+constexpr i64 kBatch = 1 << 14;  // elements that a thread takes at once; small tensors are taken together
+constexpr i64 kTensor = 256;     // what a tensor costs beyond its elements, in elements
+constexpr i64 kAlone = 1 << 13;  // elements below which waking a second thread costs more than it brings
+
+}  // namespace
+
+double Counter::read() const {
+  switch (type) {
+    case kFloat32: return *reinterpret_cast<const float*>(at);
+    case kFloat64: return *reinterpret_cast<const double*>(at);
+    case kInt32: return *reinterpret_cast<const int*>(at);
+    case kInt64: return static_cast<double>(*reinterpret_cast<const i64*>(at));
+    default: return 0;
+  }
+}
+
+void Counter::increment() const {
+  switch (type) {
+    case kFloat32: *reinterpret_cast<float*>(at) += 1; break;
+    case kFloat64: *reinterpret_cast<double*>(at) += 1; break;
+    case kInt32: *reinterpret_cast<int*>(at) += 1; break;
+    case kInt64: *reinterpret_cast<i64*>(at) += 1; break;
+    default: break;
+  }
+}
+
+void Division::clear() {
+  units_.clear();
+  starts_.assign(1, 0);
+  parameters = elements = bytes = taken_ = 0;
+}
+
+void Division::add(const Work& work) {
+  ++parameters;
+  elements += work.elements;
+  for (int s = 0; s < 2 + work.rule->states; ++s)
+    bytes += work.elements * storage_bytes(work.streams[s].storage) * (s == 1 ? 1 : 2);
+  i64 begin = 0;
+  do {  // an empty tensor is one unit: its step count still advances
+    const i64 end = std::min(begin + kChunk, work.elements);
+    units_.push_back({&work, begin, end});
+    taken_ += end - begin + kTensor;
+    begin = end;
+    if (taken_ >= kBatch) close();
+  } while (begin < work.elements);
+}
+
+void Division::close() {
+  taken_ = 0;
+  if (starts_.back() != static_cast<i64>(units_.size())) starts_.push_back(static_cast<i64>(units_.size()));
+}
+
+void Division::walk(const double* rows, i64 width, int threads) const {
+  struct Job {
+    const Division& division;
+    const double* rows;
+    i64 width;
+    std::atomic<i64> next{0};
+  } job{*this, rows, width};
+  const auto body = [](void* context) {
+    Job& job = *static_cast<Job*>(context);
+    const Division& division = job.division;
+    const FloatingPointMode mode;
+    for (i64 batch; (batch = job.next.fetch_add(1, std::memory_order_relaxed)) < division.batches();) {
+      for (i64 u = division.starts_[batch]; u < division.starts_[batch + 1]; ++u) {
+        const Unit& unit = division.units_[u];
+        const Work& work = *unit.work;
+        if (unit.begin < unit.end)
+          work.kernel(work.streams, unit.begin, unit.end, job.rows + work.row * job.width);
+        if (unit.begin == 0) work.counter.increment();
+      }
+    }
+  };
+  const i64 useful = elements < kAlone ? 1 : batches();
+  run_on_threads(static_cast<int>(std::min<i64>(threads, useful)), body, &job);
+}
+
+}  // namespace fasttrain

@@ -1,0 +1,35 @@
+#include "cuda/host_walk.h"
+
+#include <stdexcept>
+#include <string>
+
+#include "cuda/step.cu"
+
+namespace fasttrain {
+
+thread_local Accesses accesses;
+
+void check_address(const void* at, int bytes) {
+  if (reinterpret_cast<u64>(at) % static_cast<u64>(bytes) == 0) return;
+  throw std::runtime_error("an access of " + std::to_string(bytes) + " bytes at address " +
+                           std::to_string(reinterpret_cast<u64>(at)) + ", which is no multiple: a GPU would stop there");
+}
+
+namespace {
+
+template <class Kernel, class T>
+void walk(const i64* table, i64 chunks, const void* rows, u32 thread, u32 threads, u32 block, u32 blocks) {
+  Kernel::walk(table, chunks, static_cast<const T*>(rows), Place{thread, threads, block, blocks});
+}
+
+}  // namespace
+
+#define FT_HOST_KERNEL(Rule, T, P, G, S)                                            \
+  {"step_" #Rule "_" #P "_" #G "_" #S, sizeof(T) == 8,                              \
+   Step<Rule<T>, T, k##P, k##G, k##S>::columns, 1 + Rule<T>::coefficients,          \
+   walk<Step<Rule<T>, T, k##P, k##G, k##S>, T>},
+#define FT_HOST_KERNELS(Rule) FASTTRAIN_COMBINATIONS(FT_HOST_KERNEL, Rule)
+const HostKernel host_kernels[] = {FASTTRAIN_RULES(FT_HOST_KERNELS)};
+const int host_kernel_count = static_cast<int>(sizeof(host_kernels) / sizeof(host_kernels[0]));
+
+}  // namespace fasttrain

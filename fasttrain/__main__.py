@@ -1,0 +1,7 @@
+"""``python -m fasttrain`` is the ``fasttrain`` command."""
+
+import sys
+
+from fasttrain.cli import main
+
+sys.exit(main())

@@ -1,0 +1,255 @@
+"""The CUDA backend: kernels compiled ahead of time (`step.fatbin`), started through the driver API.
+
+One launch for each (rule, storage combination, device), whatever the number of parameters, and one copy from pinned
+memory to the device for all of them: coefficient rows, and those chunk tables that changed since an earlier step.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fasttrain.kernels import native, table
+from fasttrain.kernels.item import Item, dense
+from fasttrain.rule import Rule
+
+LIBRARY = "libcuda.so.1"
+IMAGE = Path(__file__).parents[1] / "step.fatbin"
+OLDEST = (8, 0)  # compute capability: bfloat16 conversions, and the oldest code in the image
+THREADS = 256  # of a block, as kThreads in csrc/cuda/step.cu
+TILE = 4096  # elements that a block takes at once in 16-bit storages
+CHUNKS_PER_PROCESSOR = 32  # so many that multiprocessors end at about the same time
+TABLES = 16  # kept on a device
+NAMES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+# --- What can run -----------------------------------------------------------------------------------------------------
+
+def why_not(device: torch.device) -> str | None:
+    """Why this backend cannot step tensors on `device`."""
+    if device.type != "cuda":
+        return f"it steps tensors in the memory of an NVIDIA GPU, not on {device.type}"
+    if native.load()[1]:
+        return native.load()[1]
+    if not IMAGE.is_file():
+        return f"this build has no device code: {native.build_info()['cuda_reason']}"
+    return code(place_of(device).ordinal())[1] or None
+
+
+@cache
+def driver() -> tuple[Any, str]:
+    """The CUDA driver, or None and the reason why there is none."""
+    try:
+        return native.module().Driver(LIBRARY), ""
+    except RuntimeError as error:
+        return None, f"there is no CUDA driver: {error}"
+
+
+@cache
+def code(ordinal: int) -> tuple[Any, str]:
+    """The device code, loaded on one GPU, or None and the reason why it cannot be."""
+    cuda, reason = driver()
+    if cuda is None:
+        return None, reason
+    built = native.build_info()
+    try:
+        capability = cuda.capability(ordinal)
+        if capability < OLDEST:
+            return None, (f"GPU {ordinal} has compute capability {capability[0]}.{capability[1]}; these kernels need "
+                          f"{OLDEST[0]}.{OLDEST[1]} or newer")
+        return cuda.load(IMAGE.read_bytes(), ordinal), ""
+    except RuntimeError as error:
+        version = cuda.version()
+        return None, (f"GPU {ordinal} cannot load {IMAGE.name} ({', '.join(built['cuda'])}, built with nvcc "
+                      f"{built['nvcc']}): {error}. The driver is for CUDA {version // 1000}.{version % 1000 // 10}: "
+                      "install a newer driver, or build with an older toolkit")
+
+
+@cache
+def compiled() -> frozenset[str]:
+    """The names of the kernels that are compiled ahead of time."""
+    return frozenset(native.module().cuda_kernels())
+
+
+@cache
+def kernel_name(rule: Rule, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """The kernel for a rule whose p, g and states have these dtypes, or None if it is not compiled ahead of time."""
+    p, g, *states = dtypes
+    if native.number_of(rule) is None or any(dtype != states[0] for dtype in states):
+        return None
+    name = f"step_{rule.name}_{NAMES[p]}_{NAMES[g]}_{NAMES[states[0] if states else p]}"
+    return name if name in compiled() else None
+
+
+# --- Torch's side of a device -----------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Place:
+    """What a step needs from torch on one GPU."""
+
+    device: torch.device
+
+    def ordinal(self) -> int:
+        return self.device.index if self.device.index is not None else torch.cuda.current_device()
+
+    def guard(self) -> AbstractContextManager[Any]:
+        return torch.cuda.device(self.device)
+
+    def stream(self) -> int:
+        return torch.cuda.current_stream(self.device).cuda_stream
+
+    def upload(self, data: np.ndarray) -> Tensor:
+        """A copy on the device, ordered on the current stream. Torch's allocators keep the pinned memory until the copy
+        has been done, and give the device memory to nobody but later work of this stream.
+        """
+        return torch.from_numpy(data).pin_memory().to(self.device, non_blocking=True)
+
+
+place_of: Any = Place
+
+
+# --- The step ---------------------------------------------------------------------------------------------------------
+
+def step(items: Sequence[Item]) -> None:
+    """Step every item. What is not compiled ahead of time runs on the Triton or the reference backend."""
+    known: list[Item] = []
+    others: list[Item] = []
+    for item in items:
+        name = kernel_name(item.rule, tuple(tensor.dtype for tensor in item.tensors))
+        (others if name is None else known).append(item)
+    with dense(known) as walkable:
+        groups = table.grouped(walkable)
+        for device in {device: None for _, _, device in groups}:
+            launch(device, [(kernel_name(rule, dtypes), group) for (rule, dtypes, on), group in groups.items()
+                            if on == device])
+        torch.autograd.graph.increment_version(
+            [tensor for item in walkable for tensor in (item.tensors[0], *item.tensors[2:])])
+    counters: dict[torch.device, list[Tensor]] = {}
+    for item in known:
+        if item.counter is not None:
+            counters.setdefault(item.counter.device, []).append(item.counter)
+    for group in counters.values():
+        torch._foreach_add_(group, 1)
+    step_elsewhere(others)
+
+
+@dataclass(frozen=True)
+class OnDevice:
+    """A chunk table in device memory."""
+
+    owner: Tensor  # of the memory
+    offset: int
+    chunks: int
+
+
+class Tables:
+    """The chunk tables that are on devices, the last used at the end.
+
+    Torch frees memory for later work of the stream that it was made on, so a table is used on its own stream only.
+    """
+
+    def __init__(self) -> None:
+        self.known: OrderedDict[tuple[Any, ...], OnDevice] = OrderedDict()
+        self.lock = threading.Lock()
+
+    def get(self, key: tuple[Any, ...]) -> OnDevice | None:
+        with self.lock:
+            return self.known.get(key)
+
+    def keep(self, key: tuple[Any, ...], entry: OnDevice) -> None:
+        with self.lock:
+            self.known[key] = entry
+            self.known.move_to_end(key)
+            while len(self.known) > TABLES:
+                self.known.popitem(last=False)
+
+
+class Parcel:
+    """Arrays that go to the device in one copy, each at a multiple of 16 bytes."""
+
+    def __init__(self) -> None:
+        self.parts: list[np.ndarray] = []
+        self.bytes = 0
+
+    def add(self, part: np.ndarray) -> int:
+        """Add an array and return where it begins."""
+        begin = self.bytes
+        self.parts.append(np.ascontiguousarray(part).reshape(-1).view(np.uint8))
+        self.bytes += -(-part.nbytes // table.ALIGNED) * table.ALIGNED
+        self.parts.append(np.zeros(self.bytes - begin - part.nbytes, np.uint8))
+        return begin
+
+    def data(self) -> np.ndarray:
+        return np.concatenate(self.parts)
+
+
+tables = Tables()
+
+
+def launch(device: torch.device, groups: Sequence[tuple[Any, list[Item]]]) -> None:
+    """Start one kernel for each (name, items), all on one device and on torch's current stream there."""
+    place = place_of(device)
+    loaded, reason = code(place.ordinal())
+    if loaded is None:
+        raise RuntimeError(f"the CUDA backend cannot step tensors on {device}: {reason}")
+    processors = driver()[0].multiprocessors(place.ordinal())
+    with place.guard():
+        stream = place.stream()
+        parcel, plans = Parcel(), []
+        for name, items in groups:
+            rows, row_of = table.coefficient_rows(items)
+            rows_at = parcel.add(rows.astype(np.float64 if items[0].dtype == torch.float64 else np.float32))
+            described = table.describe(items, row_of)
+            key = (name, device, stream, described.tobytes())
+            known, chunks, chunks_at = tables.get(key), 0, 0
+            if known is None:
+                built = table.build(items, chunk_size(int(described[:, -2].sum()), processors), described)
+                chunks, chunks_at = len(built), parcel.add(built)
+            plans.append((name, key, known, chunks, chunks_at, rows_at))
+        buffer = place.upload(parcel.data())
+        for name, key, known, chunks, chunks_at, rows_at in plans:
+            on_device = known or OnDevice(buffer, chunks_at, chunks)
+            tables.keep(key, on_device)
+            if on_device.chunks:
+                loaded.launch(kernel=name, blocks=on_device.chunks, threads=THREADS, stream=stream,
+                              table=on_device.owner.data_ptr() + on_device.offset, chunks=on_device.chunks,
+                              rows=buffer.data_ptr() + rows_at)
+
+
+def chunk_size(elements: int, processors: int) -> int:
+    """Elements of a chunk: one tile at least, and not so few that the table of a large model weighs."""
+    wanted = elements // (processors * CHUNKS_PER_PROCESSOR)
+    return min(max(-(-wanted // TILE), 1), 16) * TILE
+
+
+def step_elsewhere(items: Sequence[Item]) -> None:
+    """Step items that have no kernel here, and say once for each kind where."""
+    from fasttrain.kernels import dispatch
+
+    by_backend: dict[str, list[Item]] = {}
+    for item in items:
+        device = item.tensors[0].device
+        reason = dispatch.load("triton").why_not(device) if device.type == "cuda" else f"it is on {device.type}"
+        by_backend.setdefault("reference" if reason else "triton", []).append(item)
+        if reason:
+            say_not_compiled(item.rule.name, tuple(tensor.dtype for tensor in item.tensors), reason)
+    for backend, group in by_backend.items():
+        dispatch.load(backend).step(group)
+
+
+@cache
+def say_not_compiled(rule: str, dtypes: tuple[torch.dtype, ...], reason: str) -> None:
+    kept = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    warnings.warn(f"rule {rule} with {kept} has no CUDA kernel in this build, and Triton cannot take it ({reason}): it "
+                  "runs on the slow reference backend", RuntimeWarning, stacklevel=6)

@@ -1,0 +1,78 @@
+"""Which backend steps a tensor, and why not the others.
+
+``FASTTRAIN_BACKEND`` or an optimizer's ``backend=`` forces one; a forced backend that cannot run raises with the reason.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from functools import cache
+from types import ModuleType
+
+import torch
+
+# In order of preference, with the kinds of device for which each is chosen without being asked for.
+BACKENDS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "cuda": ("fasttrain.kernels.cuda", ("cuda",)),
+    "triton": ("fasttrain.kernels.triton", ("cuda", "xpu")),
+    "cpu": ("fasttrain.kernels.native", ("cpu",)),
+    "reference": ("fasttrain.kernels.reference", ()),
+}
+
+
+def load(name: str) -> ModuleType:
+    """The module of a backend: `why_not(device)` and `step(items)`.
+
+    Raises:
+        ValueError: there is no such backend.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"backend {name!r} is none of {', '.join(BACKENDS)}")
+    return importlib.import_module(BACKENDS[name][0])
+
+
+def forced() -> str | None:
+    """The backend that the environment asks for."""
+    return os.environ.get("FASTTRAIN_BACKEND") or None
+
+
+def choose(device: torch.device, wanted: str | None = None) -> str:
+    """The name of the backend that steps tensors on `device`.
+
+    Arguments:
+        wanted: a backend's name, or None for the environment's or the best.
+
+    Raises:
+        RuntimeError: the wanted backend cannot run there; the message says why.
+
+    Example:
+        >>> import torch
+        >>> choose(torch.device("cpu"), "reference")
+        'reference'
+    """
+    wanted = wanted or forced()
+    if wanted is not None:
+        reason = load(wanted).why_not(device)
+        if reason is not None:
+            raise RuntimeError(f"backend {wanted!r} was asked for and cannot run: {reason}")
+        return wanted
+    return _best(device)
+
+
+@cache
+def _best(device: torch.device) -> str:
+    for name, (_, kinds) in BACKENDS.items():
+        if device.type in kinds:
+            reason = load(name).why_not(device)
+            if reason is None:
+                return name
+            if name == "cpu":
+                warnings.warn(f"optimizers run on the slow reference backend: {reason}", RuntimeWarning, stacklevel=4)
+    return "reference"
+
+
+def reasons(device: torch.device) -> dict[str, str | None]:
+    """For every backend, why it cannot step tensors on `device`, or None if it can."""
+    return {name: load(name).why_not(device) for name in BACKENDS}

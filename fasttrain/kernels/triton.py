@@ -1,0 +1,109 @@
+"""The Triton backend: needs no compiler on the user's machine; runs in Triton's interpreter without a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import linecache
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import cache
+from types import FunctionType
+from typing import Any
+
+import torch
+
+from fasttrain.kernels import table, triton_codecs
+from fasttrain.kernels.emit_triton import kernel
+from fasttrain.kernels.item import STORAGES, Item, dense
+from fasttrain.rule import Rule
+
+# Elements of a chunk in fp32 and in fp64: two 16-byte loads of each fp32 operand are in flight per thread. Left alone,
+# ptxas spills a register or two of the rules with three states to reach 80 or 128.
+BLOCK = {False: 1024, True: 512}
+OPTIONS = {"num_warps": 4, "maxnreg": 168, "enable_fp_fusion": False}
+BLOCK_INTERPRETED = 1 << 16  # the interpreter costs about 6 ms per program, whatever its size
+OLDEST = (3, 6)
+
+
+def why_not(device: torch.device) -> str | None:
+    """Why Triton cannot step tensors on `device`. On the CPU it can, in its interpreter, which is very slow."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install 'fasttrain[triton]')"
+    version = importlib.import_module("triton").__version__
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
+        return f"triton {version} is older than {'.'.join(map(str, OLDEST))}: install a newer one"
+    if device.type not in ("cpu", "cuda", "xpu"):
+        return f"Triton does not run on {device.type}"
+    return None
+
+
+@cache
+def compile_rule(rule: Rule, interpreted: bool) -> Any:
+    """The kernel of a rule, for the compiler or for the interpreter."""
+    import triton
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpretedFunction
+
+    jit = InterpretedFunction if interpreted else triton.jit
+    space: dict[str, Any] = {"tl": tl, "jit": jit, "__name__": f"fasttrain.generated.{rule.name}"}
+    for function in triton_codecs.FUNCTIONS:
+        # The wrapped copy looks its names up in this space, where Triton's language and the other copies are.
+        copy = FunctionType(function.__code__, space, function.__name__)
+        copy.__annotations__ = function.__annotations__
+        space[function.__name__] = jit(copy)
+    source = kernel(rule)
+    file = f"<fasttrain rule {rule.name}>"
+    # Triton reads a function's source through linecache; an entry without a modification time is never dropped.
+    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
+    exec(compile(source, file, "exec"), space)
+    return space["step"]
+
+
+def step(items: Sequence[Item]) -> None:
+    """Step every item: one launch for each (rule, storages, device)."""
+    with dense(items) as walkable:
+        for (rule, dtypes, device), group in table.grouped(walkable).items():
+            launch(rule, tuple(STORAGES[dtype] for dtype in dtypes), device, group)
+        torch.autograd.graph.increment_version([tensor for item in walkable for tensor in item.written])
+
+
+def launch(rule: Rule, kept: tuple[int, ...], device: torch.device, items: Sequence[Item]) -> None:
+    """One launch over the chunks of all items."""
+    interpreted = device.type == "cpu"
+    wide = items[0].dtype == torch.float64
+    block = BLOCK_INTERPRETED if interpreted else BLOCK[wide]
+    chunks = torch.from_numpy(table.build(items, block))
+    rows = torch.tensor(table.coefficient_rows(items)[0], dtype=items[0].dtype)
+    if len(chunks):
+        arguments = (chunks.to(device), rows.to(device), rows.shape[1], *kept)
+        options: dict[str, Any] = {} if interpreted else OPTIONS
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            compile_rule(rule, interpreted)[(len(chunks),)](
+                *arguments, wide=wide, block=block, interpreted=interpreted, **options)
+    for item in items:
+        if item.counter is not None:
+            item.counter.add_(1)
+
+
+def compile_ahead(rule: Rule, kept: tuple[int, ...], wide: bool, arch: int) -> Any:
+    """Compile a rule for a GPU that need not be here; `asm["cubin"]` and `asm["ptx"]` of the result are the code.
+
+    Arguments:
+        kept: the storages of p, g and the states, numbered as in `fasttrain.kernels.item.STORAGES`.
+        wide: compute in float64.
+        arch: 80, 90, 100, ...
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    function = compile_rule(rule, interpreted=False)
+    names = function.arg_names
+    stated = [name for name in names if name.endswith("_storage")]
+    values = {**dict(zip(stated, kept, strict=True)), "wide": wide, "block": BLOCK[wide], "interpreted": False}
+    signature = dict.fromkeys(names, "constexpr")
+    signature |= {"table": "*i64", "rows": "*fp64" if wide else "*fp32", "width": "i32"}
+    aligned: Any = [["tt.divisibility", 16]]  # as for every tensor of torch that is passed as an argument
+    source = ASTSource(function, signature, {(names.index(name),): value for name, value in values.items()},
+                       {(names.index(name),): aligned for name in ("table", "rows")})
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=OPTIONS)

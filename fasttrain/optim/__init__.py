@@ -1,0 +1,17 @@
+"""Optimizers with the face of `torch.optim` and one fused pass over memory.
+
+To add one: write its page (a small file beside `lion.py`) and name its class in `OPTIMIZERS`.
+"""
+
+from fasttrain.optim.adamw import Adam, AdamW
+from fasttrain.optim.lion import Lion
+from fasttrain.optim.optimizer import Optimizer
+from fasttrain.optim.sgd import SGD
+from fasttrain.rule import Rule
+
+__all__ = ["Adam", "AdamW", "Lion", "Optimizer", "SGD"]
+
+OPTIMIZERS: tuple[type[Optimizer], ...] = (AdamW, SGD, Lion)
+
+# Every rule once, in the order of `csrc/rules.h`.
+RULES: tuple[Rule, ...] = tuple(dict.fromkeys(rule for optimizer in OPTIMIZERS for rule in optimizer.rules))

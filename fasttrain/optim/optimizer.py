@@ -1,0 +1,341 @@
+"""The face of every optimizer: `torch.optim.Optimizer` whose step is one fused pass over memory.
+
+One step goes through four phases:
+
+1. *Scan.* The native plan compares every parameter, gradient and state with what it knows, takes their pointers, and
+   returns the few that it does not know: new ones, and ones whose dtype, layout, device or state changed.
+2. *Examine.* Those are checked here, in Python, their states are made where missing, and they are described to the
+   plan. What no flat loop can walk (strided views, other devices, subclasses) is kept apart as items.
+3. *Coefficients*, one row for each (parameter group, step count), in double precision.
+4. *Run.* The plan is walked, items go to the backend of their device.
+
+Nothing is written before every parameter has been examined: bad input raises and leaves all as it was, without the
+states that were made on the way.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fasttrain.kernels import dispatch, native, reference
+from fasttrain.kernels.item import STORAGES, Item, overlaps, table_of_rows
+from fasttrain.kernels.trace import trace
+from fasttrain.rule import Rule
+
+Group = dict[str, Any]
+COUNTERS = (torch.float32, torch.float64, torch.int32, torch.int64)
+
+
+def number(value: Any) -> Any:
+    """Hyperparameters as Python numbers: tensors (a tensor lr) are read, pairs are read element by element.
+
+    A NumPy number is converted too: left as it is, ``1 - lr`` would be computed in its precision.
+    """
+    if isinstance(value, (Tensor, np.generic)):
+        return value.item()
+    return tuple(map(number, value)) if isinstance(value, (tuple, list)) else value
+
+
+def check_hyperparameters(**values: Any) -> None:
+    """Raise torch's own errors for learning rates, betas and weight decay that are out of range."""
+    lr = values["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")
+    if not 0.0 <= lr:
+        raise ValueError(f"Invalid learning rate: {lr}")
+    for index, beta in enumerate(values["betas"]):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
+    if not 0.0 <= values["weight_decay"]:
+        raise ValueError(f"Invalid weight_decay value: {values['weight_decay']}")
+
+
+def check_memory(what: str, tensor: Tensor) -> None:
+    """Raise if the elements of a tensor cannot be read and written where its pointer says."""
+    if tensor.layout != torch.strided or tensor.device.type == "meta" or hasattr(tensor, "__tensor_flatten__"):
+        raise TypeError(f"{what} is a {type(tensor).__name__} ({tensor.layout}, on {tensor.device}), which has no "
+                        "elements in memory of its own: a step needs dense tensors with data")
+    if what.endswith("gradient"):
+        zeros = tensor._is_zerotensor()
+    elif tensor.is_conj() or tensor.is_neg():
+        raise TypeError(f"{what} is a conjugated or negated view, whose elements in memory are others: clone() it")
+    else:
+        zeros = False
+    if zeros or (tensor.numel() and tensor.data_ptr() == 0):
+        raise RuntimeError(f"{what} has {tensor.numel()} elements and no memory (its storage was freed)")
+
+
+def check_counter(name: str, counter: Any) -> None:
+    """Raise if a step count cannot be read and incremented."""
+    if not isinstance(counter, Tensor):
+        raise TypeError(f"{name}: its step count is a {type(counter).__name__}, not a tensor; "
+                        "load the checkpoint with load_state_dict, which converts it")
+    if counter.numel() != 1 or counter.dtype not in COUNTERS:
+        raise TypeError(f"{name}: its step count is {counter.dtype} of shape {tuple(counter.shape)}; it must be one "
+                        f"{', '.join(str(dtype).removeprefix('torch.') for dtype in COUNTERS)}")
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The same tensor without its Python subclass."""
+    return tensor if type(tensor) in (Tensor, torch.nn.Parameter) else tensor.as_subclass(Tensor)
+
+
+class Optimizer(torch.optim.Optimizer):
+    """Base of every optimizer. A page gives its equation (`state`, `coefficients`, `element`) or its `rules`.
+
+    Arguments:
+        params: parameters, named parameters, or parameter groups, as in `torch.optim.Optimizer`.
+        defaults: hyperparameters of groups that do not give their own.
+        backend: a name from `fasttrain.kernels.dispatch`, or None to choose.
+    """
+
+    rules: tuple[Rule, ...] = ()
+    counts_steps = False  # whether the optimizer's state has torch's `step`
+    backend: str | None = None
+    _plan: Any = None
+    _planned_for: tuple[list[Rule], str | None] | None = None  # the rule of each group, and the backend that is forced
+    _loading: Mapping[str, Any] | None = None
+
+    def __init__(self, params, defaults, *, backend=None):
+        self.backend = backend
+        super().__init__(params, defaults)
+
+    # --- What a page may say differently ------------------------------------------------------------------------------
+
+    def rule_of(self, group: Group) -> Rule:
+        """The rule that the options of a group select."""
+        return self.rules[0]
+
+    def init_state(self, p: Tensor, group: Group, rule: Rule) -> bool:
+        """Make the states that `p` lacks; True if any was made."""
+        missing = [name for name in rule.state if self.state[p].get(name) is None]
+        for name in missing:
+            self.state[p][name] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        return bool(missing)
+
+    def step_sparse(self, p: Tensor, grad: Tensor, group: Group) -> None:
+        """Step a parameter whose gradient is sparse."""
+        raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
+
+    # --- The step -----------------------------------------------------------------------------------------------------
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Step every parameter that has a gradient.
+
+        Arguments:
+            closure: reevaluates the model and returns the loss.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            RuntimeError, ValueError, TypeError: a parameter, gradient or state cannot be stepped; it is named, and
+                nothing was changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.set_grad_enabled(bool(self.defaults.get("differentiable"))):
+            self._step()
+        return loss
+
+    @torch._disable_dynamo  # a compiled training step calls it as it is
+    def _step(self) -> None:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("a step of fasttrain cannot be captured in a CUDA graph yet: capture forward and "
+                               "backward, and step outside of the graph")
+        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if found_inf is not None and found_inf.item() != 0:  # torch's GradScaler: skip the whole step
+            return
+        scale = 1.0 if grad_scale is None else 1.0 / grad_scale.item()
+        rules = [self.rule_of(group) for group in self.param_groups]
+        sparse, items, before = [], [], []
+        try:
+            for index in self._scan(rules):
+                where = self._places[index]
+                p, grad = self._param(where), self._param(where).grad
+                if grad.layout != torch.strided:
+                    sparse.append((p, grad, self.param_groups[where[0]]))
+                    continue
+                before.append((p, dict(self.state.get(p, ()))))
+                item, step, fresh = self._examine(where, rules[where[0]])
+                if not self._describe(index, item, fresh):
+                    items.append((item, step, self.param_groups[where[0]]))
+            keys = self._plan.rows() if self._plan is not None else []
+            table = table_of_rows([self._row(rules[group], self.param_groups[group], step, scale) for group, step in keys])
+            runs = self._runs(items, scale)
+            for p, grad, group in sparse:  # first: torch's function may refuse them
+                self.step_sparse(p, grad, group)
+        except BaseException:
+            self._restore_states(before)
+            raise
+        if keys:
+            self._plan.run(table, torch.get_num_threads())
+            self._plan.increment_versions(torch.autograd.graph.increment_version)
+        for run in runs:
+            run()
+
+    def _restore_states(self, before: list[tuple[Tensor, dict[str, Any]]]) -> None:
+        for p, state in before:
+            if state:
+                self.state[p].clear()
+                self.state[p].update(state)
+            else:
+                self.state.pop(p, None)
+
+    def _scan(self, rules: list[Rule]) -> list[int]:
+        """Indices of the parameters that have a gradient and are not, or no longer, in the plan."""
+        lists = [params if isinstance(params := group["params"], list) else list(params) for group in self.param_groups]
+        wanted = self.backend or dispatch.forced()
+        if self._plan is not None and self._planned_for == (rules, wanted):
+            found = self._plan.scan(self.state, lists)
+            if found is not None:
+                return found
+        self._planned_for = (rules, wanted)
+        self._places = [(g, i) for g, params in enumerate(lists) for i in range(len(params))]
+        if self.defaults.get("differentiable") or wanted not in (None, "cpu") or native.load()[0] is None:
+            self._plan = None
+            return [index for index, where in enumerate(self._places) if self._param(where).grad is not None]
+        self._plan = native.module().Plan(native.reader(), lists)
+        return self._plan.scan(self.state, lists)
+
+    def _param(self, where: tuple[int, int]) -> Tensor:
+        return self.param_groups[where[0]]["params"][where[1]]
+
+    def _name(self, where: tuple[int, int]) -> str:
+        group, index = where
+        names = self.param_groups[group].get("param_names")
+        if names:
+            return f"parameter {names[index]!r}"
+        return f"parameter {index} of group {group} (shape {tuple(self._param(where).shape)})"
+
+    def _examine(self, where: tuple[int, int], rule: Rule) -> tuple[Item, float, bool]:
+        """Check one parameter and make its states; returns it, its step to come, and whether a state was made."""
+        group, p, name = self.param_groups[where[0]], self._param(where), self._name(where)
+        grad = p.grad
+        assert grad is not None
+        if p.device != grad.device or p.shape != grad.shape:
+            raise RuntimeError(f"{name}: its gradient has shape {tuple(grad.shape)} on {grad.device}, the parameter "
+                               f"{tuple(p.shape)} on {p.device}; they must agree")
+        for what, tensor in (("the parameter", p), ("its gradient", grad)):
+            check_memory(f"{name}: {what}", tensor)
+        if p.is_complex() != grad.is_complex():
+            raise TypeError(f"{name}: the parameter is {p.dtype} and its gradient {grad.dtype}: both must be complex, "
+                            "or none")
+        fresh = self.init_state(p, group, rule)
+        state = self.state[p] if rule.state or self.counts_steps else {}
+        tensors = [p, grad]
+        for key in rule.state:
+            if not isinstance(state.get(key), Tensor):
+                raise RuntimeError(f"{name}: its state has no tensor {key!r} (it has {', '.join(map(str, state))}); "
+                                   f"delete optimizer.state[p] to start it afresh")
+            if state[key].shape != p.shape or state[key].device != p.device or p.is_complex() != state[key].is_complex():
+                raise RuntimeError(f"{name}: its state {key!r} is {state[key].dtype} of shape {tuple(state[key].shape)} "
+                                   f"on {state[key].device}, the parameter {p.dtype} of {tuple(p.shape)} on {p.device}")
+            check_memory(f"{name}: its state {key!r}", state[key])
+            tensors.append(state[key])
+        tensors[1] = grad.resolve_conj().resolve_neg()
+        if p.is_complex():  # torch's meaning: a complex number is two real ones
+            tensors = [torch.view_as_real(tensor) for tensor in tensors]
+        tensors = [plain(tensor) for tensor in tensors]
+        for what, tensor in zip(("the parameter", "its gradient", *rule.state), tensors, strict=True):
+            if tensor.dtype not in STORAGES:
+                raise TypeError(f"{name}: {what} is {tensor.dtype}; a step takes "
+                                f"{', '.join(str(dtype).removeprefix('torch.') for dtype in STORAGES)}")
+            if what != "its gradient" and overlaps(tensor):
+                raise ValueError(f"{name}: some elements of {what} share memory (an expanded or overlapping view): "
+                                 "clone() it")
+        counter = state.get("step") if self.counts_steps else None
+        if self.counts_steps:
+            check_counter(name, counter)
+        step = counter.item() + 1 if counter is not None else 1 if fresh else 2
+        return Item(name, rule, tuple(tensors), (), None if counter is None else plain(counter)), step, fresh
+
+    def _describe(self, index: int, item: Item, fresh: bool) -> bool:
+        """Give a parameter to the plan, if it can take it."""
+        p = self._param(self._places[index])
+        if self._plan is None or p.is_complex() or native.number_of(item.rule) is None:
+            return False
+        keys = (*item.rule.state, *(("step",) if self.counts_steps else ()))
+        return self._plan.set(index, native.number_of(item.rule), item.dtype == torch.float64,
+                              self.state[p] if keys else {}, keys, self.counts_steps, fresh)
+
+    def _row(self, rule: Rule, group: Group, step: float, scale: float) -> list[float]:
+        """The gradient's scale and the coefficients of one group and step count."""
+        numbers = {name: number(group[name]) for name in rule.hyperparameters}
+        return [-scale if group.get("maximize") else scale, *trace(rule).row(int(step), numbers)]
+
+    def _runs(self, items: list[tuple[Item, float, Group]], scale: float) -> list[Callable[[], None]]:
+        """What steps the items that are not in the plan, each on the backend of its device."""
+        if self.defaults.get("differentiable"):
+            return [partial(reference.write, item, -scale if group.get("maximize") else scale,
+                            item.rule.scalars(int(step), group)) for item, step, group in items]
+        by_backend: dict[str, list[Item]] = {}
+        for item, step, group in items:
+            backend = dispatch.choose(item.tensors[0].device, self.backend)
+            row = self._row(item.rule, group, step, scale)
+            by_backend.setdefault(backend, []).append(replace(item, row=row))
+        return [partial(dispatch.load(backend).step, chosen) for backend, chosen in by_backend.items()]
+
+    # --- State that goes out and comes back ---------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a parameter group, as torch does; the same parameter twice in it is an error.
+
+        Raises:
+            ValueError: a parameter occurs twice: it would be stepped twice.
+        """
+        super().add_param_group(param_group)
+        params = self.param_groups[-1]["params"]
+        if len({id(p) for p in params}) != len(params):
+            twice = next(i for i, p in enumerate(params) if any(p is other for other in params[:i]))
+            message = f"{self._name((len(self.param_groups) - 1, twice))} occurs twice in its group: give it once"
+            self.param_groups.pop()
+            raise ValueError(message)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state, of this class or of torch's optimizer of the same name; every state keeps its own dtype.
+
+        torch casts floating-point states to the parameter's dtype, which loses fp32 moments of bf16 parameters.
+        """
+        hooks = self._optimizer_load_state_dict_pre_hooks
+        state_dict = state_dict.copy()
+        for hook in hooks.values():
+            changed = hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        self._loading = state_dict
+        self._optimizer_load_state_dict_pre_hooks = OrderedDict()  # they have run: torch must not run them again
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            self._loading = None
+            self._optimizer_load_state_dict_pre_hooks = hooks
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._plan = None
+        for group in self.param_groups:
+            group.setdefault("maximize", False)
+        if self._loading is not None:
+            self._restore_dtypes(self._loading)
+
+    def _restore_dtypes(self, saved: Mapping[str, Any]) -> None:
+        params = [p for group in self.param_groups for p in group["params"]]
+        numbers = [n for group in saved["param_groups"] for n in group["params"]]
+        for n, p in zip(numbers, params, strict=True):
+            for key, value in saved["state"].get(n, {}).items():
+                loaded = self.state[p].get(key)
+                if key != "step" and isinstance(value, Tensor) and loaded.dtype != value.dtype:
+                    self.state[p][key] = value.to(p.device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "backend": self.backend}

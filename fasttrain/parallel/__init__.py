@@ -1,0 +1,1 @@
+"""The parallel floor: how one training step is divided over processes."""

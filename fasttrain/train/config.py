@@ -1,0 +1,137 @@
+"""The options of ``fasttrain train``: one dataclass, checked before anything is started or written."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+
+class BadInput(ValueError):
+    """Something the user gave cannot work. The command line prints it as one line and ends with exit code 2."""
+
+
+def usable_processors() -> int:
+    """How many processors this process may run on, where the system says so; else how many there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Train a small byte-level GPT and say how well it predicts text that it has not seen.
+
+    Without options: the source of Python's standard library, two processes with one thread each, about two minutes.
+    """
+
+    text: Path | None = None
+    """A file, or a directory whose text files are all read. Without it: Python's standard library."""
+    out: Path | None = None
+    """Where to write; a new or empty directory. Without it: runs/OPTIMIZER-NUMBER."""
+
+    optimizer: str = "AdamW"
+    """AdamW, Adam, SGD, Lion: ours. torch.AdamW, torch.SGD, ...: stock torch.optim."""
+    lr: float | None = None
+    """Highest learning rate. Without it: one that suits the optimizer."""
+    weight_decay: float | None = None
+    """Decay of the matrices (gains are never decayed). Without it: one that suits the optimizer."""
+    clip: float = 1.0
+    """Largest gradient norm; 0 does not clip."""
+    warmup: int = 50
+    """Steps in which the learning rate rises; it then falls to zero along a cosine."""
+
+    steps: int = 1000
+    """Optimizer steps."""
+    batch: int = 16
+    """Sequences in one step, over all processes together."""
+    sequence: int = 128
+    """Bytes in one sequence."""
+    layers: int = 4
+    """Transformer blocks."""
+    width: int = 128
+    """Features of one position."""
+    heads: int = 4
+    """Attention heads; they divide the width."""
+    ngrams: int = 4
+    """Longest run of bytes with an embedding of its own; 1 embeds single bytes only."""
+    rows: int = 8192
+    """Rows of the embedding of each length of run; runs share them by hash."""
+
+    processes: int = 2
+    """Data-parallel processes, started by torchrun."""
+    threads: int = 1
+    """Threads in each process."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """cuda gives each process one GPU and averages over NCCL; cpu averages over gloo."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 runs the model under autocast; parameters and optimizer stay fp32."""
+    seed: int = 0
+    """Of the initial weights and the order of the text. The same seed gives the same bits on the same machine."""
+
+    held_out: float = 0.03
+    """Share of the files (by hash of their paths) that is never trained on."""
+    log_every: int = 10
+    """Steps between two lines of the log."""
+    validate_every: int = 100
+    """Steps between two quick validations; the whole held-out text is read once, at the end."""
+
+    def check(self) -> None:
+        """Refuse what cannot work. Imports torch only where the answer depends on it.
+
+        Raises:
+            BadInput: names the option, what it was, and what to do.
+        """
+        for name in ("steps", "batch", "sequence", "layers", "width", "heads", "ngrams", "rows", "processes", "threads",
+                     "log_every", "validate_every"):
+            if getattr(self, name) < 1:
+                raise BadInput(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        for name in ("lr", "weight_decay", "clip", "warmup", "seed"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise BadInput(f"--{name.replace('_', '-')} {value}: must be finite and not negative")
+        if self.seed >= 1 << 63:
+            raise BadInput(f"--seed {self.seed}: must be below 2**63")
+        if not 0 < self.held_out < 1:
+            raise BadInput(f"--held-out {self.held_out}: must be a share between 0 and 1")
+        if self.sequence < 2:
+            raise BadInput(f"--sequence {self.sequence}: must be at least 2, for there to be something to predict from")
+        if self.width % (2 * self.heads):
+            raise BadInput(
+                f"--width {self.width} with --heads {self.heads}: each head needs an even number of features; "
+                f"use a width that is a multiple of {2 * self.heads}"
+            )
+        self._check_processes()
+
+    def _check_processes(self) -> None:
+        if self.batch % self.processes:
+            raise BadInput(
+                f"--processes {self.processes} with --batch {self.batch}: a step must give every process the same "
+                f"number of sequences; use a batch that is a multiple of {self.processes}"
+            )
+        if self.device == "cpu":
+            places, kind = usable_processors(), "processor"
+            if self.threads > places:
+                raise BadInput(f"--threads {self.threads} on {places} processors: use at most {places}")
+            most = max(2, places)  # two share a single processor, so that the default runs everywhere
+        else:
+            import torch
+
+            most = places = torch.cuda.device_count()
+            kind = "GPU"
+            if places == 0:
+                raise BadInput("--device cuda: this torch finds no GPU; use --device cpu")
+        if self.processes > most:
+            raise BadInput(
+                f"--processes {self.processes} on {places} {kind}{'s' if places > 1 else ''}: they would only wait for "
+                f"each other; use at most {most}"
+            )
+
+    def as_json(self) -> dict[str, Any]:
+        """The options as JSON values; `from_json` is the inverse."""
+        return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> TrainConfig:
+        """The options back from `as_json`."""
+        paths = {k: Path(values[k]) for k in ("text", "out") if values[k] is not None}
+        return cls(**{**values, **paths})

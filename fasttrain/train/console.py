@@ -1,0 +1,60 @@
+"""What the user sees while the run goes on: a progress bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+from typing import Any
+
+SHORT = {"data": "data", "forward_backward": "fwd+bwd", "communication": "comm", "optimizer": "opt"}
+
+
+def line(record: dict[str, Any], steps: int) -> str:
+    """One record of the loop as one line of a log."""
+    head = f"step {record['step']:>{len(str(steps))}}/{steps}"
+    if record["event"] == "validation":
+        return f"{head}  validation {record['bits_per_byte']:.4f} bits/byte over {record['bytes']:,} bytes"
+    shares = "  ".join(f"{SHORT[phase]} {share:.1%}" for phase, share in record["share"].items())
+    return (f"{head}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  {record['tokens_per_s']:,.0f} tokens/s"
+            f"  {shares}")
+
+
+class Console:
+    """Shows records as they come. A context manager; `show` is called with each record.
+
+    On a terminal the bar carries the last training record, and validations stay above it. The bar is drawn only when
+    a record comes, with no thread of its own beside the training threads.
+
+    Args:
+        steps: of the whole run.
+    """
+
+    def __init__(self, steps: int):
+        self.steps = steps
+        self.bar: Any = None
+        if sys.stdout.isatty():
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self.bar = Progress(TextColumn("{task.description}"), BarColumn(bar_width=None), TextColumn("ETA"),
+                                TimeRemainingColumn(), auto_refresh=False, expand=True)
+            self.task = self.bar.add_task("starting", total=steps)
+
+    def __enter__(self) -> Console:
+        if self.bar:
+            self.bar.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def show(self, record: dict[str, Any]) -> None:
+        """Show one record."""
+        text = line(record, self.steps)
+        if not self.bar:
+            print(text, flush=True)
+        elif record["event"] == "validation":
+            self.bar.console.print(text, highlight=False)
+            self.bar.refresh()
+        else:
+            self.bar.update(self.task, description=text, completed=record["step"], refresh=True)

@@ -1,0 +1,72 @@
+"""From a name to an optimizer with settings that suit the model of this package."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from typing import Any
+
+from fasttrain.train.config import BadInput, TrainConfig
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "AdamW": dict(lr=6e-3, betas=(0.9, 0.95), weight_decay=0.1),
+    "Adam": dict(lr=6e-3, betas=(0.9, 0.95), weight_decay=0.0),
+    "Lion": dict(lr=3e-3, betas=(0.9, 0.98), weight_decay=0.1),
+    "SGD": dict(lr=1.0, momentum=0.9, weight_decay=0.0, nesterov=True),
+}
+
+
+def optimizer_class(name: str) -> type:
+    """`X` is ``fasttrain.optim.X``, `torch.X` is ``torch.optim.X``.
+
+    Raises:
+        BadInput: there is none of that name; the message lists those there are.
+    """
+    module, _, stem = name.rpartition(".")
+    if module not in ("", "torch"):
+        raise BadInput(f"--optimizer {name}: write X for fasttrain.optim.X, or torch.X for torch.optim.X")
+    space = importlib.import_module("torch.optim" if module else "fasttrain.optim")
+    from torch.optim import Optimizer
+
+    known = sorted(n for n, v in vars(space).items() if inspect.isclass(v) and issubclass(v, Optimizer)
+                   and v is not Optimizer and n != "Optimizer")
+    if stem not in known:
+        prefix = "torch." if module else ""
+        raise BadInput(f"--optimizer {name}: unknown; there are {', '.join(prefix + n for n in known)}")
+    return getattr(space, stem)
+
+
+def settings(config: TrainConfig) -> dict[str, Any]:
+    """The optimizer's arguments: its recipe, with what the user gave in its place.
+
+    Raises:
+        BadInput: the optimizer has no recipe and no `--lr` was given.
+    """
+    chosen = dict(RECIPES.get(config.optimizer.removeprefix("torch."), {}))
+    chosen.update({k: v for k in ("lr", "weight_decay") if (v := getattr(config, k)) is not None})
+    if "lr" not in chosen:
+        raise BadInput(f"--optimizer {config.optimizer} has no usual learning rate here; give one with --lr")
+    return chosen
+
+
+def build(config: TrainConfig, model: Any) -> Any:
+    """The optimizer over two groups: matrices, which decay, and gains (one dimension), which do not."""
+    chosen = settings(config)
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [(n, p) for n, p in named if p.ndim >= 2]},
+        {"params": [(n, p) for n, p in named if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return optimizer_class(config.optimizer)(groups, **chosen)
+
+
+def check(config: TrainConfig) -> None:
+    """Refuse an optimizer that does not exist or does not take its settings, before anything is started.
+
+    The default and its stock twin are known to exist: for them torch, which takes a second, is not imported.
+    """
+    if config.optimizer in ("AdamW", "torch.AdamW"):
+        return
+    accepted = inspect.signature(optimizer_class(config.optimizer)).parameters
+    if extra := [k for k in settings(config) if k not in accepted]:
+        raise BadInput(f"--optimizer {config.optimizer} does not take --{extra[0].replace('_', '-')}")

@@ -1,0 +1,166 @@
+"""What a run leaves behind, and how it is read: the directory, the summary and the picture."""
+
+from __future__ import annotations
+
+import json
+import lzma
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fasttrain.train.config import BadInput
+
+Record = dict[str, Any]
+
+
+def make_directory(out: Path | None, optimizer: str) -> Path:
+    """Make the directory of a run: `out`, which must be new or empty, or ``runs/OPTIMIZER-NUMBER`` with a new number.
+
+    Raises:
+        BadInput: it holds something, or cannot be made or written.
+    """
+    try:
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            if any(out.iterdir()):
+                raise BadInput(f"--out {out} is not empty; give a new directory, or remove what is there")
+        else:
+            number = 1
+            while True:
+                out = Path("runs", f"{optimizer}-{number}")
+                try:
+                    out.mkdir(parents=True)
+                    break
+                except FileExistsError:
+                    number += 1
+        probe = out / "config.json"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise BadInput(f"--out {out}: cannot be written: {error.strerror}; give another directory") from error
+    return out
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished or unfinished run, as its directory tells it."""
+
+    directory: Path
+    header: Record
+    train: list[Record]
+    validation: list[Record]
+
+    @property
+    def config(self) -> Record:
+        return self.header["config"]
+
+    @property
+    def final(self) -> Record | None:
+        """The validation over the whole held-out text that ends a complete run."""
+        last = self.validation[-1] if self.validation else None
+        return last if last and last["step"] == self.config["steps"] else None
+
+
+def read(directory: Path) -> Run:
+    """Read a run.
+
+    Raises:
+        BadInput: the directory is no run, or one that never wrote a step.
+    """
+    try:
+        header = json.loads((directory / "config.json").read_text())
+        lines = (directory / "log.jsonl").read_text().splitlines()
+        records = [json.loads(line) for line in lines]
+        header["config"], header["text"]
+    except OSError as error:
+        raise BadInput(f"{directory} is not a run: {error.filename}: {error.strerror}") from error
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise BadInput(f"{directory} is not a run of fasttrain train: {error!r}") from error
+    run = Run(directory, header, *([r for r in records if r["event"] == e] for e in ("train", "validation")))
+    if not run.train:
+        raise BadInput(f"{directory} is a run that ended before its first line of log")
+    return run
+
+
+def baselines(stream: np.ndarray) -> dict[str, float]:
+    """Bits per byte of the held-out text for methods that see nothing else: each reads exactly `stream`.
+
+    `order0` is the entropy of the text's own byte frequencies, a bound for any code that looks at one byte at a time.
+
+    Example:
+        >>> baselines(np.frombuffer(b"ab" * 500, dtype=np.uint8))["order0"]
+        1.0
+    """
+    data = stream.tobytes()
+    counts = np.bincount(stream, minlength=256)
+    p = counts[counts > 0] / len(stream)
+    return {
+        "order0": float(-(p * np.log2(p)).sum()),
+        "zlib -9": 8 * len(zlib.compress(data, 9)) / len(data),
+        "xz -9e": 8 * len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)) / len(data),
+    }
+
+
+def summarise(run: Run, stream: np.ndarray, wall_s: float) -> Record:
+    """The numbers of a complete run. `stream` is its held-out text; `wall_s` the seconds from start to end."""
+    assert run.final is not None
+    tokens = run.config["steps"] * run.config["batch"] * run.config["sequence"]
+    return {
+        "optimizer": run.config["optimizer"],
+        "validation_bits_per_byte": run.final["bits_per_byte"],
+        "baselines_bits_per_byte": baselines(stream),
+        "train_loss": run.train[-1]["loss"],
+        "steps": run.config["steps"],
+        "tokens": tokens,
+        "passes_over_text": tokens / run.header["text"]["train_bytes"],
+        "tokens_per_s": median_speed(run),
+        "share": mean_shares(run),
+        "wall_s": wall_s,
+    }
+
+
+def median_speed(run: Run) -> float:
+    """Median of the tokens/s of the run's lines."""
+    return float(np.median([r["tokens_per_s"] for r in run.train]))
+
+
+def mean_shares(run: Run) -> dict[str, float]:
+    """Each phase's share of the time in steps, averaged over the run's lines."""
+    return {phase: float(np.mean([r["share"][phase] for r in run.train])) for phase in run.train[0]["share"]}
+
+
+def describe(summary: Record, header: Record) -> str:
+    """The summary as text for a terminal."""
+    bits = {f"this model, {summary['optimizer']}": summary["validation_bits_per_byte"]}
+    bits |= {"order-0 entropy" if k == "order0" else k: v for k, v in summary["baselines_bits_per_byte"].items()}
+    t = header["text"]
+    rows = [f"  {name:<28}{value:.3f}" for name, value in bits.items()]
+    shares = ", ".join(f"{phase.replace('_', '-')} {share:.1%}" for phase, share in summary["share"].items())
+    return "\n".join([
+        f"bits per byte of {t['held_out_files']} held-out files ({t['held_out_bytes']:,} bytes); "
+        f"trained on {t['train_files']} others ({t['train_bytes']:,} bytes):",
+        *rows,
+        f"{summary['steps']} steps, {summary['tokens']:,} bytes read ({summary['passes_over_text']:.2f} passes), "
+        f"{summary['tokens_per_s']:,.0f} tokens/s, {summary['wall_s']:.0f} s in all",
+        f"time in steps: {shares}",
+    ])
+
+
+def draw(runs: list[Run], path: Path) -> None:
+    """Draw training and validation loss of one or more runs, in bits per byte, as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="bits per byte")
+    for i, run in enumerate(runs):
+        label = f"{run.config['optimizer']} " if len(runs) == 1 else f"{run.directory.name} "
+        axes.plot([r["step"] for r in run.train], [r["loss"] / np.log(2) for r in run.train], color=f"C{2 * i}",
+                  linewidth=1, label=label + "training")
+        axes.plot([r["step"] for r in run.validation], [r["bits_per_byte"] for r in run.validation],
+                  "o-", color=f"C{2 * i + 1}", markersize=4, label=label + "validation")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,300 @@
+"""The CUDA backend end to end without a GPU: a driver that the test compiles, whose launches walk the kernels' own text
+on the host, with host memory in the place of device memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import shutil
+import subprocess
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from helpers import Case, assert_same_bits, assert_same_run, generator, needs_native, normal
+from helpers import run as run_case
+from test_cuda_walk import RULES, oracle, row_of, states_of
+
+from fasttrain.kernels import cuda, native
+from fasttrain.kernels.item import Item
+from fasttrain.kernels.trace import trace
+from fasttrain.optim import SGD, Adam, Lion
+
+SOURCE = Path(__file__).with_name("fake_libcuda.cpp")
+COMPILER = shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
+NO_COMPILER = "no C++ compiler to build the fake driver with"
+pytestmark = [needs_native, pytest.mark.skipif(COMPILER is None, reason=NO_COMPILER)]
+
+LAUNCH = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint, *[ctypes.c_ulonglong] * 2,
+                          ctypes.c_longlong, ctypes.c_ulonglong)
+STREAM = 0x5EA
+CPU = torch.device("cpu")
+
+
+def compile_library(source: Path, to: Path) -> Path:
+    subprocess.run([str(COMPILER), "-std=c++17", "-shared", "-fPIC", "-O1", "-o", str(to), str(source)], check=True)
+    return to
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    return compile_library(SOURCE, tmp_path_factory.mktemp("driver") / "libcuda.so.1")
+
+
+class Host:
+    """The CPU in the place of a GPU."""
+
+    uploads: list[int]
+
+    def __init__(self, device):
+        self.device = device
+
+    def ordinal(self):
+        return self.device.index or 0
+
+    def guard(self):
+        return contextlib.nullcontext()
+
+    def stream(self):
+        return STREAM
+
+    def upload(self, data):
+        Host.uploads.append(len(data))
+        return torch.from_numpy(data.copy())
+
+
+@pytest.fixture
+def fake(library, tmp_path, monkeypatch):
+    """The backend with the fake driver; `launches` holds (kernel, blocks, threads, stream) of each."""
+    loaded = ctypes.CDLL(str(library))
+    loaded.fake_log.restype = ctypes.c_char_p
+    loaded.fake_reset()
+    launches, errors = [], []
+    rules = {rule.name: rule for rule in RULES}
+
+    @LAUNCH
+    def launch(kernel, blocks, threads, stream, table_at, chunks, rows_at):
+        try:
+            name = kernel.decode()
+            launches.append((name, blocks, threads, stream))
+            rule, wide = rules[name.split("_")[1]], name.split("_")[2] == "F64"
+            columns, width = len(rule.state) + 5, 1 + len(trace(rule).coefficients)
+            words = (ctypes.c_longlong * (chunks * columns)).from_address(table_at)
+            table = np.ctypeslib.as_array(words).reshape(chunks, columns).astype(np.int64)
+            count = int(table[:, -2].max()) + 1
+            kept = ctypes.c_double if wide else ctypes.c_float
+            rows = np.ctypeslib.as_array((kept * (count * width)).from_address(rows_at)).reshape(count, width)
+            native.module().cuda_host_walk(name, table, rows, blocks, threads, list(range(blocks)))
+        except Exception as error:  # it cannot pass through C
+            errors.append(error)
+            return 999
+        return 0
+
+    loaded.fake_set(launch, 13000, 9, 0)
+    image = tmp_path / "step.fatbin"
+    image.write_bytes(b"an image\0")
+    for cached in (cuda.driver, cuda.code):
+        cached.cache_clear()
+    Host.uploads = []
+    monkeypatch.setattr(cuda, "LIBRARY", str(library))
+    monkeypatch.setattr(cuda, "IMAGE", image)
+    monkeypatch.setattr(cuda, "place_of", Host)
+    monkeypatch.setattr(cuda, "tables", cuda.Tables())
+    yield SimpleNamespace(lib=loaded, launches=launches, errors=errors, callback=launch,
+                          log=lambda: loaded.fake_log().decode().splitlines())
+    for cached in (cuda.driver, cuda.code):
+        cached.cache_clear()
+    assert errors == []
+    assert loaded.fake_current_contexts() == 0, "a context was left current"
+
+
+def items_of(rules, dtypes, numbers, sizes=(5, 0, 4096, 10_001)):
+    """Items with step counts, of each rule in each combination of dtypes (p, g, states)."""
+    made = []
+    for rule in rules:
+        for p, g, s in dtypes:
+            for index, size in enumerate(sizes):
+                tensors = (normal((size,), p, numbers), normal((size,), g, numbers), *states_of(rule, size, s, numbers))
+                counter = torch.tensor(float(index))
+                made.append(Item(f"{rule.name} {size}", rule, tensors, row_of(rule, 1 + index), counter))
+    return made
+
+
+F32, BF16, F64 = ((torch.float32,) * 3, (torch.bfloat16,) * 3, (torch.float64,) * 3)
+
+
+def test_step_end_to_end(fake):
+    """Values, counters, versions; one launch for each rule and combination, one upload for all, over several steps."""
+    items = items_of([Adam.rules[0], SGD.rules[0], Lion.rules[0]], [F32, BF16, F64], generator(1))
+    for step in range(3):
+        wanted = oracle(items)
+        versions = [[tensor._version for tensor in item.tensors] for item in items]
+        cuda.step(items)
+        for item, right, before in zip(items, wanted, versions, strict=True):
+            for got, tensor in zip(item.tensors, right.tensors, strict=True):
+                assert_same_bits(got, tensor, item.name)
+            written = [1 if index != 1 else 0 for index in range(len(item.tensors))]
+            assert [t._version - b for t, b in zip(item.tensors, before, strict=True)] == written
+        assert len(fake.launches) == 9 * (step + 1)
+    assert sum(item.counter.item() for item in items) == 9 * (0 + 1 + 2 + 3) + 3 * len(items)
+    assert {(threads, stream) for _, _, threads, stream in fake.launches} == {(256, STREAM)}
+    assert len(Host.uploads) == 3
+    assert Host.uploads[1] == Host.uploads[2] < Host.uploads[0] / 2, "the tables did not change"
+
+
+def test_table_is_built_anew_for_new_pointers(fake):
+    rule, numbers = Lion.rules[0], generator(2)
+    items = items_of([rule], [F32], numbers)
+    cuda.step(items)
+    fresh = [replace(item, tensors=(item.tensors[0], item.tensors[1].clone(), *item.tensors[2:])) for item in items]
+    wanted = oracle(fresh)
+    cuda.step(fresh)
+    for item, right in zip(fresh, wanted, strict=True):
+        assert_same_bits(item.tensors[0], right.tensors[0], item.name)
+    assert Host.uploads[0] == Host.uploads[1]
+
+
+def test_tables_kept_are_few(fake):
+    alive = [items_of([SGD.rules[0]], [F32], generator(seed), sizes=(8,)) for seed in range(cuda.TABLES + 5)]
+    for items in alive:
+        cuda.step(items)
+    assert len(cuda.tables.known) == cuda.TABLES
+
+
+def test_strided_and_empty_and_none(fake):
+    """What no flat loop can walk is copied and copied back; nothing to do is no launch."""
+    cuda.step([])
+    empty = items_of([Lion.rules[0]], [F32], generator(3), sizes=(0,))
+    cuda.step(empty)
+    assert fake.launches == []
+    assert empty[0].counter.item() == 1
+    numbers = generator(4)
+    base = normal((40, 3), torch.float32, numbers)
+    item = Item("strided", Lion.rules[0], (base.t()[:, ::2], normal((3, 20), torch.float32, numbers),
+                                           normal((20, 3), torch.float32, numbers).t()), row_of(Lion.rules[0], 1), None)
+    before, wanted = base.clone(), oracle([item])
+    cuda.step([item])
+    for got, right in zip(item.tensors, wanted[0].tensors, strict=True):
+        assert_same_bits(got, right, "strided")
+    assert_same_bits(base[1::2], before[1::2], "between the rows")
+    assert len(fake.launches) == 1
+
+
+def test_other_combinations_run_elsewhere(fake):
+    """fp32 with bf16 gradients is not compiled ahead of time: the reference takes it on the CPU, and says so once."""
+    cuda.say_not_compiled.cache_clear()
+    items = items_of([Lion.rules[0]], [(torch.float32, torch.bfloat16, torch.float32), F32], generator(5), sizes=(7,))
+    wanted = oracle(items)
+    with pytest.warns(RuntimeWarning, match="rule Lion with float32, bfloat16, float32 has no CUDA kernel"):
+        cuda.step(items)
+    for item, right in zip(items, wanted, strict=True):
+        assert_same_bits(item.tensors[0], right.tensors[0], item.name)
+    assert len(fake.launches) == 1
+    assert [item.counter.item() for item in items] == [1, 1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cuda.step(items)
+
+
+@pytest.mark.parametrize("configuration", ["AdamW", "Adam L2 amsgrad maximize", "SGD nesterov L2", "Lion"])
+def test_optimizer(fake, monkeypatch, configuration):
+    """Whole optimizers, all layouts, gradients that come and go."""
+    monkeypatch.setattr(cuda, "why_not", lambda device: None)
+    case = Case(configuration, steps=3)
+    assert_same_run(run_case(case, "cuda"), run_case(case, "reference"), str(case))
+    assert fake.launches
+
+
+def test_contexts_and_functions(fake):
+    """The primary context is retained once and current around each call; a function is looked up once."""
+    items = items_of([SGD.rules[0]], [F32], generator(6), sizes=(100,))
+    cuda.step(items)
+    cuda.step(items)
+    log = fake.log()
+    assert log.count("cuDevicePrimaryCtxRetain(100)") == log.count("cuModuleLoadData(an image)") == 1
+    assert log.count("cuModuleGetFunction(step_SGD_F32_F32_F32)") == 1
+    assert log.count("cuCtxPushCurrent()") == log.count("cuCtxPopCurrent()") == 3
+    assert log.count(f"cuLaunchKernel(step_SGD_F32_F32_F32 1 256 {STREAM})") == 2
+    assert cuda.code(0)[0].usage("step_SGD_F32_F32_F32", 256) == {"registers": 40, "local_bytes": 0, "blocks": 8}
+
+
+def test_each_device_has_its_code(fake):
+    first, second = cuda.code(0)[0], cuda.code(1)[0]
+    assert first is not second
+    assert "cuDevicePrimaryCtxRetain(101)" in fake.log()
+    assert cuda.code(2) == (None, cuda.code(2)[1])
+    assert "cuDeviceGet(2): CUDA_ERROR_INVALID_DEVICE, text of the driver" in cuda.code(2)[1]
+
+
+def test_chunk_size():
+    assert cuda.chunk_size(0, 132) == cuda.TILE
+    assert cuda.chunk_size(64 << 20, 132) == 4 * cuda.TILE
+    assert cuda.chunk_size(1 << 40, 132) == 16 * cuda.TILE
+
+
+# --- Why it cannot run ------------------------------------------------------------------------------------------------
+
+GPU = torch.device("cuda:0")
+
+
+def test_why_not_where_it_runs(fake):
+    assert cuda.why_not(GPU) is None
+    assert cuda.why_not(CPU) == "it steps tensors in the memory of an NVIDIA GPU, not on cpu"
+
+
+def test_no_driver(fake, monkeypatch):
+    monkeypatch.setattr(cuda, "LIBRARY", "libcuda-that-is-not-there.so.1")
+    assert cuda.why_not(GPU).startswith("there is no CUDA driver: libcuda-that-is-not-there.so.1: cannot open")
+
+
+def test_not_a_driver(fake, monkeypatch, tmp_path):
+    source = tmp_path / "other.cpp"
+    source.write_text('extern "C" int cuInit(unsigned) { return 0; }\n')
+    monkeypatch.setattr(cuda, "LIBRARY", str(compile_library(source, tmp_path / "libother.so")))
+    assert "libother.so has no cuDriverGetVersion: it is not a CUDA driver, or too old" in cuda.why_not(GPU)
+
+
+def test_driver_that_does_not_start(fake):
+    fake.lib.fake_fail(b"cuInit", 999)
+    assert cuda.why_not(GPU) == "there is no CUDA driver: cuInit: error 999"
+
+
+def test_no_device_code(fake, monkeypatch, tmp_path):
+    monkeypatch.setattr(cuda, "IMAGE", tmp_path / "absent.fatbin")
+    assert cuda.why_not(GPU) == f"this build has no device code: {native.build_info()['cuda_reason']}"
+
+
+def test_old_gpu(fake):
+    fake.lib.fake_set(fake.callback, 13000, 7, 5)
+    assert cuda.why_not(GPU) == "GPU 0 has compute capability 7.5; these kernels need 8.0 or newer"
+
+
+@pytest.mark.parametrize("error, text", [(209, "CUDA_ERROR_NO_BINARY_FOR_GPU, no kernel image is available"),
+                                         (222, "CUDA_ERROR_UNSUPPORTED_PTX_VERSION, the provided PTX was compiled")])
+def test_image_that_the_driver_refuses(fake, error, text):
+    fake.lib.fake_set(fake.callback, 12040, 9, 0)
+    fake.lib.fake_fail(b"cuModuleLoadData", error)
+    reason = cuda.why_not(GPU)
+    assert f"cuModuleLoadData: {text}" in reason
+    assert "The driver is for CUDA 12.4: install a newer driver, or build with an older toolkit" in reason
+    with pytest.raises(RuntimeError, match="the CUDA backend cannot step tensors on cpu: GPU 0 cannot load"):
+        cuda.step(items_of([SGD.rules[0]], [F32], generator(7), sizes=(3,)))
+
+
+def test_launch_that_fails(fake):
+    """The driver's text arrives, and nothing is counted as done."""
+    items = items_of([SGD.rules[0]], [F32], generator(8), sizes=(3,))
+    fake.lib.fake_fail(b"cuLaunchKernel", 101)
+    with pytest.raises(RuntimeError, match=r"cuLaunchKernel\(step_SGD_F32_F32_F32\): CUDA_ERROR_INVALID_DEVICE, text"):
+        cuda.step(items)
+    assert items[0].counter.item() == 0
+
+
+def test_unknown_kernel(fake):
+    with pytest.raises(RuntimeError, match=r"cuModuleGetFunction\(other\): CUDA_ERROR_NOT_FOUND"):
+        cuda.code(0)[0].launch(kernel="other", blocks=1, threads=1, stream=0, table=0, chunks=0, rows=0)

@@ -1,0 +1,141 @@
+"""The training loop, on a pool of ranks: it learns, repeats itself to the bit, and does not depend on the ranks."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import ranks
+import torch
+
+from fasttrain.dist.wire import Wire
+from fasttrain.parallel.data import NaiveDataParallel
+from fasttrain.train import recipe
+from fasttrain.train.config import TrainConfig
+from fasttrain.train.loop import held_out_nats, train, validation
+from fasttrain.train.model import GPT
+from fasttrain.train.text import Text
+
+TINY = TrainConfig(optimizer="torch.AdamW", steps=12, batch=4, sequence=32, layers=1, width=32, heads=2, warmup=3,
+                   log_every=4, validate_every=6)
+
+
+def make_text():
+    words = np.random.default_rng(0).choice([b"alpha ", b"beta ", b"gamma\n", b"delta, "], size=4000)
+    stream = np.frombuffer(b"".join(words), dtype=np.uint8)
+    return Text(stream[:-500], stream[-500:], 1, 1, "")
+
+
+def run(wire, config):
+    torch.manual_seed(config.seed)
+    model = GPT(config.layers, config.width, config.heads, config.sequence, ngrams=2, rows=64).to(wire.device)
+    parallel = NaiveDataParallel(model, wire)
+    records = []
+    train(config, model, recipe.build(config, model), parallel, wire, make_text(), records.append)
+    return records, [p.detach() for p in model.parameters()]
+
+
+def losses(records):
+    return [r["loss"] for r in records if r["event"] == "train"]
+
+
+@pytest.fixture(scope="module")
+def two():
+    return ranks.run(run, 2, TINY)
+
+
+def test_it_learns(two):
+    records, _ = two[0]
+    assert losses(records)[-1] < losses(records)[0] - 0.5
+    bits = [r["bits_per_byte"] for r in records if r["event"] == "validation"]
+    assert bits[0] == pytest.approx(8, abs=1e-4)
+    assert bits[-1] < 7
+
+
+def test_records_are_complete_and_the_same_on_every_rank(two):
+    (records, weights), (others, other_weights) = two
+    assert [(r["event"], r["step"]) for r in records] == [
+        ("validation", 0), ("train", 4), ("validation", 6), ("train", 8), ("train", 12), ("validation", 12)]
+    assert [r["step"] for r in others] == [r["step"] for r in records]
+    assert losses(others) == losses(records)
+    assert all(torch.equal(a, b) for a, b in zip(weights, other_weights, strict=True))
+    for r in records:
+        if r["event"] == "train":
+            assert list(r["share"]) == ["data", "forward_backward", "communication", "optimizer"]
+            assert sum(r["share"].values()) == pytest.approx(1)
+            assert all(share > 0 for share in r["share"].values())
+            assert r["tokens_per_s"] > 0
+            assert 0 < r["lr"] <= recipe.RECIPES["AdamW"]["lr"]
+    assert records[-1]["bytes"] == 500
+
+
+def test_same_seed_same_bits(two):
+    again = ranks.run(run, 2, TINY)
+    assert losses(again[0][0]) == losses(two[0][0])
+    assert all(torch.equal(a, b) for a, b in zip(again[0][1], two[0][1], strict=True))
+    other = ranks.run(run, 2, dataclasses.replace(TINY, seed=1))
+    assert losses(other[0][0]) != losses(two[0][0])
+
+
+def test_the_number_of_ranks_changes_only_rounding(two):
+    alone = ranks.run(run, 1, TINY)[0]
+    assert losses(alone[0]) == pytest.approx(losses(two[0][0]), rel=1e-5)
+    assert alone[0][-1]["bits_per_byte"] == pytest.approx(two[0][0][-1]["bits_per_byte"], rel=1e-5)
+
+
+def test_ours_and_stock_agree(two):
+    ours = ranks.run(run, 2, dataclasses.replace(TINY, optimizer="AdamW"))[0][0]
+    assert losses(ours) == pytest.approx(losses(two[0][0]), rel=1e-5)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_it_learns_the_same(two):
+    wire = Wire(torch.device("cuda", 0), store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        records, _ = run(wire, TINY)
+    finally:
+        wire.close()
+    assert losses(records) == pytest.approx(losses(two[0][0]), rel=1e-3)
+    assert all(share > 0 for r in records if r["event"] == "train" for share in r["share"].values())
+
+
+def explode(wire):
+    with pytest.raises(FloatingPointError, match=r"the loss of steps 1 to 4 is (nan|inf)"):
+        run(wire, dataclasses.replace(TINY, optimizer="torch.SGD", lr=1e30, clip=0.0))
+    return True
+
+
+def test_a_loss_that_is_not_finite_ends_every_rank_in_the_same_step():
+    assert ranks.run(explode, 2) == [True, True]
+
+
+class Bigram(torch.nn.Module):
+    """Logits that depend on the last byte alone: what a window hides does not matter."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.Embedding(256, 256)
+
+    def forward(self, x):
+        return self.table(x)
+
+
+def bigram_bits(wire):
+    torch.manual_seed(0)
+    model, stream = Bigram(), make_text().held_out
+    nats, count = held_out_nats(model, stream, TINY, wire, most=None)
+    text = torch.from_numpy(stream.copy()).long()
+    log_p = model(text[:-1]).log_softmax(-1)
+    expected = -log_p.gather(1, text[1:, None]).double().sum().item() + math.log(256)
+    quick = validation(5, model, stream, TINY, wire, most=3)
+    return nats, count, expected, quick
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_validation_counts_every_byte_once(size):
+    for nats, count, expected, quick in ranks.run(bigram_bits, size):
+        assert count == 500
+        assert nats == pytest.approx(expected, rel=1e-6)
+        assert quick["step"] == 5
+        assert quick["bytes"] < 100
+        assert quick["bits_per_byte"] == pytest.approx(expected / 500 / math.log(2), rel=0.2)

@@ -1,0 +1,79 @@
+"""The model: it sees only the past, and its first guess is every byte alike."""
+
+import math
+
+import pytest
+import torch
+
+from fasttrain.train.model import GPT, Embedding, loss_of, rotary, rotate
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    model = GPT(layers=2, width=32, heads=2, positions=16, ngrams=4, rows=64)
+    with torch.no_grad():  # the layers that start at zero would hide a leak
+        for p in model.parameters():
+            if not p.any():
+                p.normal_(std=0.1)
+    return model
+
+
+def test_no_position_sees_a_later_one(model):
+    text = torch.randint(0, 256, (2, 16))
+    changed = text.clone()
+    changed[:, 9] = (changed[:, 9] + 1) % 256
+    same = (model(text) == model(changed)).all(dim=-1)
+    assert same[:, :9].all()
+    assert not same[:, 9:].any()
+
+
+def test_shorter_sequences_run(model):
+    text = torch.randint(0, 256, (2, 16))
+    torch.testing.assert_close(model(text)[:, :5], model(text[:, :5]))
+
+
+def test_first_loss_is_that_of_a_uniform_guess():
+    model = GPT(layers=1, width=16, heads=2, positions=8)
+    assert loss_of(model, torch.randint(0, 256, (4, 9))).item() == pytest.approx(math.log(256), abs=1e-5)
+
+
+def test_targets_are_the_next_bytes(model):
+    windows = torch.randint(0, 256, (3, 17))
+    log_p = model(windows[:, :-1]).log_softmax(-1)
+    by_hand = -sum(log_p[b, t, windows[b, t + 1]] for b in range(3) for t in range(16)) / 48
+    torch.testing.assert_close(loss_of(model, windows), by_hand)
+
+
+def test_embedding_sees_the_last_bytes_and_no_more():
+    torch.manual_seed(0)
+    embedding = Embedding(width=8, ngrams=3, rows=1 << 14)
+    text = torch.randint(1, 256, (1, 12))
+    for back, seen in ((0, True), (1, True), (2, True), (3, False)):
+        changed = text.clone()
+        changed[0, 9 - back] = changed[0, 9 - back] % 255 + 1
+        assert bool((embedding(text)[0, 9] != embedding(changed)[0, 9]).any()) == seen
+
+
+def test_endings_spread_over_the_rows():
+    embedding = Embedding(width=1, ngrams=4, rows=1024)
+    alike = torch.randint(0, 16, (4, 10000)) * 16  # as few low bits as possible: without a hash they meet in 64 rows
+    embedding(alike).sum().backward()
+    for n, table in enumerate(embedding.endings, 2):
+        used = table.weight.grad.count_nonzero() / 1024
+        assert used > (0.2 if n == 2 else 0.9), f"endings of {n} bytes: 256 of two, 4096 of three"
+
+
+def test_rotated_products_depend_on_distance_only():
+    cos, sin = rotary(positions=12, features=8)
+    q, k = torch.randn(8), torch.randn(8)
+    rows = torch.stack([q, k]).view(2, 1, 8).expand(2, 12, 8)
+    rq, rk = rotate(rows, cos, sin)
+    torch.testing.assert_close(rq[2] @ rk[5], rq[7] @ rk[10])
+    assert not torch.isclose(rq[2] @ rk[5], rq[2] @ rk[6])
+
+
+def test_every_parameter_learns(model):
+    loss_of(model, torch.randint(0, 256, (2, 17))).backward()
+    for name, p in model.named_parameters():
+        assert p.grad.any(), name
