@@ -118,7 +118,7 @@ def test_control_c_ends_it_cleanly(place):
     under_way(place)
     command.send_signal(signal.SIGINT)
     assert finish(command, seconds=15)[::2] == (130, "fasttrain: interrupted\n")
-    assert_all_gone(place)
+    assert not ranks_of(place), "the command must wait for its processes"
     for line in (place / "run" / "log.jsonl").read_text().splitlines():
         json.loads(line)
 

@@ -1,0 +1,1 @@
+"""The distributed floor: process groups and the collectives on them."""

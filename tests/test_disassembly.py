@@ -1,0 +1,107 @@
+"""What nvcc made of the CUDA step, read from the disassembly of every kernel for every architecture of the build."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from helpers import needs_native
+
+from benchmarks import disassembly, gpu_table
+from fasttrain.kernels import cuda, native
+from fasttrain.kernels.trace import trace
+
+DOCUMENT = Path(__file__).parents[1] / "docs/gpu-kernels.md"
+NO_CODE = None if cuda.IMAGE.is_file() else f"no device code in this build: {native.build_info()['cuda_reason']}"
+NO_TOOL = None if disassembly.cuobjdump() else "no cuobjdump: neither the CUDA toolkit nor triton is installed"
+pytestmark = [needs_native, pytest.mark.skipif(bool(NO_CODE or NO_TOOL), reason=str(NO_CODE or NO_TOOL))]
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    return gpu_table.compiled(cuda.IMAGE)
+
+
+@pytest.fixture(scope="module")
+def ptx():
+    return dict(gpu_table.extract(cuda.IMAGE, "ptx"))
+
+
+def failures(kernels, holds):
+    return [f"{kernel.usage.name} {kernel.arch}" for kernel in kernels if not holds(kernel)]
+
+
+def test_every_kernel_is_there(kernels):
+    """Each kernel that the backend may ask for, for each architecture that the build claims."""
+    archs = [target for target in native.build_info()["cuda"] if target.startswith("sm_")]
+    assert archs
+    expected = {(name, arch) for name in native.module().cuda_kernels() for arch in archs}
+    assert {(kernel.usage.name, kernel.arch) for kernel in kernels} == expected
+
+
+def test_no_spills_and_no_local_memory(kernels):
+    assert not failures(kernels, lambda kernel: kernel.usage.local == 0 and kernel.usage.stack == 0)
+
+
+def test_registers_let_two_blocks_run(kernels):
+    """At most 128, so that a multiprocessor holds two blocks of 256 threads at least."""
+    assert not failures(kernels, lambda kernel: kernel.usage.registers <= 128)
+
+
+def test_every_access_of_the_aligned_path_is_16_bytes(kernels):
+    """As many as the operands need, no narrower one, and none wide anywhere else."""
+    def holds(kernel):
+        loads = kernel.count(r"LDG\.E\.128"), kernel.count(r"LD[GLS]?\b"), kernel.usage.loads[16]
+        stores = kernel.count(r"STG\.E\.128"), kernel.count(r"ST[GLS]?\b"), kernel.usage.stores[16]
+        return set(loads) == {kernel.expected_loads} and set(stores) == {kernel.expected_stores}
+    assert not failures(kernels, holds)
+
+
+def test_loads_are_in_flight_together(kernels):
+    """Every load of a round is issued before the first arithmetic: two or more for each operand."""
+    assert not failures(kernels, lambda kernel: kernel.loads_before_use == kernel.expected_loads)
+    assert all(kernel.expected_loads >= 2 * len(kernel.operands) for kernel in kernels)
+
+
+def test_fused_multiply_adds_belong_to_division_and_root(kernels):
+    """ptxas builds division and root from them; a rule without either has none. The PTX says the rest."""
+    plain = [kernel for kernel in kernels if not {"div", "sqrt"} & set(trace(kernel.rule).uses)]
+    assert {kernel.rule.name for kernel in plain} >= {"SGD", "SGDMomentum", "Lion"}
+    assert not failures(plain, lambda kernel: kernel.usage.fused == 0)
+    others = [kernel for kernel in kernels if kernel not in plain]
+    assert not failures(others, lambda kernel: kernel.count("[FD]FMA") % kernel.elements == 0)
+
+
+def test_conversions_are_not_the_slow_ones(kernels):
+    """F2F runs at a fraction of the rate of a packed conversion."""
+    assert not failures(kernels, lambda kernel: kernel.count("F2F\\b") == 0)
+
+
+def test_ptx_rounds_every_operation(ptx):
+    """`.rn` on every sum, product, quotient and root: no later compiler may contract or approximate them."""
+    assert ptx
+    for arch, content in ptx.items():
+        text = content.decode(errors="replace")
+        arithmetic = r"\b((?:add|sub|mul|div|sqrt|fma|mad|rcp|rsqrt|ex2)(?:\.\w+)*\.f(?:16|32|64))\b"
+        operations = set(re.findall(arithmetic, text))
+        kinds = {f"{op}.rn.f{width}" for op in ("add", "sub", "mul", "div", "sqrt") for width in (32, 64)}
+        assert operations == kinds, arch
+        assert ".ftz" not in text, arch
+        assert not re.findall(r"\b(?:ld|st)\.local|\.local\b", text), arch
+
+
+def test_ptx_calls_nothing(ptx):
+    """Everything is inlined: a call would need a stack."""
+    for arch, content in ptx.items():
+        assert not re.search(r"^\s*call\b", content.decode(errors="replace"), re.MULTILINE), arch
+
+
+def test_document(kernels):
+    """docs/gpu-kernels.md, where it was written with the same compiler."""
+    written = DOCUMENT.read_text()
+    version = re.search(r"Compiler: nvcc (\S+)\.$", written, re.MULTILINE)
+    assert version
+    if version.group(1) != native.build_info()["nvcc"]:
+        pytest.skip(f"the table is of nvcc {version.group(1)}, this build of {native.build_info()['nvcc']}")
+    assert gpu_table.table(kernels) == written, "write it again: python -m benchmarks.gpu_table docs/gpu-kernels.md"
