@@ -1,7 +1,7 @@
 # Every target makes and fills its own environment (.venv) and is quick the second time; `make test-gpu` makes none.
 #   make train          two minutes of training on the text that is on the machine    (ARGS="--optimizer torch.AdamW")
-#   make test           all tests but the installs; skipped ones are listed with their reason          (ARGS="-k lion")
-#   make test-install   the tests that make fresh environments;   make test-all   both
+#   make test           all tests but the slow ones; skipped ones are listed with their reason         (ARGS="-k lion")
+#   make test-install   the tests that install into fresh environments;   make test-all   every test
 #   make test-matrix    the tests on the oldest torch and triton, in .venv-oldest (downloads torch's CUDA wheels, 3 GB)
 #   make test-gpu       the GPU tests with the Python it finds: installs nothing, downloads nothing
 #   make lint, make bench, make rules (writes csrc/rules.h), make install (only fills .venv), make clean
@@ -23,9 +23,10 @@ test: $(VENV)/.native
 	$(PY) -m pytest -m "not slow" $(ARGS)
 
 test-install: $(VENV)/.native
-	$(PY) -m pytest -m slow $(ARGS)
+	$(PY) -m pytest tests/test_install.py $(ARGS)
 
-test-all: test test-install
+test-all: $(VENV)/.native
+	$(PY) -m pytest $(ARGS)
 
 test-matrix:
 	@echo "The oldest supported torch needs CUDA's libraries to import: about 3 GB are downloaded the first time."

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "cpu/bandwidth.h"
 #include "cpu/plan.h"
 #include "cpu/threads.h"
 #include "cuda/bind.h"
@@ -33,10 +34,11 @@ PYBIND11_MODULE(_native, m) {
       .def("set", &Plan::set)
       .def("rows", &Plan::rows)
       .def("run", &Plan::run)
-      .def("increment_versions", &Plan::increment_versions)
+      .def("written", &Plan::written)
       .def_property_readonly("parameters", [](const Plan& plan) { return plan.division().parameters; })
       .def_property_readonly("elements", [](const Plan& plan) { return plan.division().elements; })
       .def_property_readonly("bytes", [](const Plan& plan) { return plan.division().bytes; });
+  m.def("update_streams", &update_streams, py::call_guard<py::gil_scoped_release>(), "The ceiling of a CPU step.");
   m.def("step_once", &step_once, "Step tensors that are given one by one.");
   bind_cuda(m);
 }

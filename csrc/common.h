@@ -35,7 +35,11 @@ template <class To, class From>
 HOST_DEVICE To bit_cast(From from) {
   static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
   To to;
+#if defined(__CUDA_ARCH__)
+  memcpy(&to, &from, sizeof(To));  // NVRTC knows no __builtin_ names
+#else
   __builtin_memcpy(&to, &from, sizeof(To));
+#endif
   return to;
 }
 
@@ -43,13 +47,14 @@ HOST_DEVICE To bit_cast(From from) {
 // The _rn forms are correctly rounded whatever the compiler's flags say.
 __device__ __forceinline__ float square_root(float x) { return __fsqrt_rn(x); }
 __device__ __forceinline__ double square_root(double x) { return __dsqrt_rn(x); }
+__device__ __forceinline__ float absolute(float x) { return fabsf(x); }
+__device__ __forceinline__ double absolute(double x) { return fabs(x); }
 #else
 HOST_DEVICE float square_root(float x) { return __builtin_sqrtf(x); }
 HOST_DEVICE double square_root(double x) { return __builtin_sqrt(x); }
-#endif
-
 HOST_DEVICE float absolute(float x) { return __builtin_fabsf(x); }
 HOST_DEVICE double absolute(double x) { return __builtin_fabs(x); }
+#endif
 
 // A state whose magnitude is below the smallest normal number is kept as zero: denormal tails of decayed moments
 // make a CPU step 7 to 18 times slower. A NaN fails the comparison and is kept.

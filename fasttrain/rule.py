@@ -66,8 +66,8 @@ class Operand:
     def __le__(self, other): return self.apply("le", self, other)
     def __gt__(self, other): return self.apply("gt", self, other)
     def __ge__(self, other): return self.apply("ge", self, other)
-    def __eq__(self, other): return self.apply("eq", self, other)  # type: ignore[override]
-    def __ne__(self, other): return self.apply("ne", self, other)  # type: ignore[override]
+    def __eq__(self, other): return self.apply("eq", self, other)
+    def __ne__(self, other): return self.apply("ne", self, other)
     def __and__(self, other): return self.apply("and", self, other)
     def __or__(self, other): return self.apply("or", self, other)
     def __invert__(self): return self.apply("not", self)

@@ -1,6 +1,5 @@
 // A CUDA driver for tests: it records every call, checks the order of calls as the real one would, and hands a launch
 // to a callback of the test, to which host memory stands for device memory.
-#include <cstdio>
 #include <cstring>
 #include <map>
 #include <string>

@@ -5,13 +5,15 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn import Parameter
@@ -24,7 +26,7 @@ CPU = torch.device("cpu")
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 REALS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-needs_native = __import__("pytest").mark.skipif(native.load()[0] is None, reason=f"no compiled part: {native.load()[1]}")
+needs_native = pytest.mark.skipif(native.load()[0] is None, reason=f"no compiled part: {native.load()[1]}")
 
 
 # --- Bits -------------------------------------------------------------------------------------------------------------
@@ -40,7 +42,7 @@ def bits(tensor: Tensor) -> Tensor:
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether dtype, shape and every bit agree; any NaN equals any NaN. (`torch.equal` is wrong on both NaN and zeros.)"""
+    """Whether dtype, shape and every bit agree; any NaN equals any NaN. `torch.equal` is wrong on NaN and zeros."""
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(bits(a), bits(b))
 
 
@@ -241,7 +243,7 @@ def run(case: Case, backend: str) -> dict[str, Tensor]:
             for layout, p in tensors.items() for key, value in [("p", p), *sorted(optimizer.state[p].items())]}
 
 
-def load_states(optimizer: Optimizer, params: Iterable[Parameter], dtype: torch.dtype, numbers: torch.Generator) -> None:
+def load_states(optimizer: Optimizer, params: list[Parameter], dtype: torch.dtype, numbers: torch.Generator) -> None:
     """Load a checkpoint of some steps whose states have a dtype of their own."""
     for p in params:
         p.grad = torch.zeros_like(p)
@@ -278,7 +280,15 @@ def covering(*columns: Sequence[Any]) -> list[tuple[Any, ...]]:
 
 
 def python(code: str, *arguments: str, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run Python code in a fresh process that can import the package and the tests."""
+    """Run Python code in a fresh process that can import the package and the tests; it ends with all that it forked."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=timeout,
-                          env={**os.environ, "PYTHONPATH": path, **environment}, cwd=ROOT)
+    process = subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               env={**os.environ, "PYTHONPATH": path, **environment}, cwd=ROOT, text=True,
+                               start_new_session=True)
+    try:
+        out, errors = process.communicate(timeout=timeout)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise
+    return subprocess.CompletedProcess(process.args, process.returncode, out, errors)

@@ -244,6 +244,7 @@ GPU = torch.device("cuda:0")
 
 def test_why_not_where_it_runs(fake):
     assert cuda.why_not(GPU) is None
+    assert cuda.Place(torch.device("cuda")).ordinal() == 0 or torch.cuda.is_available()
     assert cuda.why_not(CPU) == "it steps tensors in the memory of an NVIDIA GPU, not on cpu"
 
 

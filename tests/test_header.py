@@ -19,7 +19,7 @@ HEADER = ROOT / "csrc" / "rules.h"
 
 
 def test_the_header_is_the_equations() -> None:
-    assert HEADER.read_text() == emit_cpp.header(RULES), "csrc/rules.h is stale: run `make rules`, check it in and build"
+    assert HEADER.read_text() == emit_cpp.header(RULES), "csrc/rules.h is stale: `make rules`, check it in, and build"
 
 
 def test_make_rules_writes_it(tmp_path: Path) -> None:
@@ -39,8 +39,8 @@ def test_it_compiles_alone(tmp_path: Path, compiler: str, isa: str) -> None:
     source = tmp_path / "alone.cpp"
     use = "#define FT_USE(Name) template struct fasttrain::Name<float>; template struct fasttrain::Name<double>;\n"
     source.write_text(f'#include "rules.h"\n{use}FASTTRAIN_RULES(FT_USE)\n')
-    done = subprocess.run([compiler, "-std=c++17", "-Wall", "-Wextra", "-Werror", f"-DFT_ISA={isa}", f"-I{ROOT / 'csrc'}",
-                           "-fsyntax-only", str(source)], capture_output=True, text=True)
+    command = [compiler, "-std=c++17", "-Wall", "-Wextra", "-Werror", f"-DFT_ISA={isa}", f"-I{ROOT / 'csrc'}"]
+    done = subprocess.run([*command, "-fsyntax-only", str(source)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
@@ -89,7 +89,7 @@ def test_a_rule_without_coefficients_compiles(tmp_path: Path) -> None:
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("no C++ compiler")
-    odd = Rule("Odd", ("m",), lambda step: {}, lambda p, g, m, k: (m - -(-g), -(-p) + m))
+    odd = Rule("Odd", ("m",), lambda step: {}, lambda p, g, m, k: (m - -(-g), -(-p) + m))  # noqa: B002
     (tmp_path / "odd.h").write_text(emit_cpp.header([odd]))
     (tmp_path / "odd.cpp").write_text('#include "odd.h"\ntemplate struct fasttrain::Odd<float>;\n')
     done = subprocess.run([compiler, "-std=c++17", f"-I{ROOT / 'csrc'}", "-fsyntax-only", str(tmp_path / "odd.cpp")],

@@ -55,8 +55,9 @@ def run(*command: object, env: Env = MappingProxyType({}), check: bool = True) -
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the sources alone, as a clone would have them."""
     copy = tmp_path_factory.mktemp("tree") / "fasttrain-clone"
-    built = ("build", "dist", ".*", "*.egg-info", "__pycache__", "_native*", "step.fatbin", "_build_info.json", "runs")
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*built))
+    made_here = {str(ROOT): {"build", "dist", "runs", ".git"}, str(ROOT / "fasttrain"): {"step.fatbin"}}
+    made = shutil.ignore_patterns(".venv*", ".*_cache", "*.egg-info", "__pycache__", "_native*", "_build_info.json")
+    shutil.copytree(ROOT, copy, ignore=lambda where, names: made(where, names) | made_here.get(where, set()))
     return copy
 
 

@@ -38,8 +38,8 @@ def finish(command, seconds=60):
     return command.returncode, out, err
 
 
-def ranks_of(place):
-    """{rank: pid} of the living processes of the run in `place`."""
+def processes_of(place):
+    """{pid: rank} of the living processes of the run in `place`; torchrun itself has the rank None."""
     found = {}
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
@@ -49,10 +49,8 @@ def ranks_of(place):
                 state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
             except OSError:
                 continue  # it ended while we looked
-            if state != "Z" and b"fasttrain.train.rank" in command and str(place / "run").encode() in command:
-                rank = next((e for e in environ if e.startswith(b"RANK=")), None)
-                if rank:  # torchrun, whose command line is alike, has none
-                    found[int(rank[5:])] = int(folder.name)
+            if state != "Z" and str(place / "run").encode() in command:
+                found[int(folder.name)] = next((int(e[5:]) for e in environ if e.startswith(b"RANK=")), None)
     return found
 
 
@@ -67,13 +65,13 @@ def wait_for(condition, what, seconds=60):
 def under_way(place):
     log = place / "run" / "log.jsonl"
     wait_for(lambda: log.exists() and log.read_text().count('"train"') >= 1, "the first line of the log")
-    ranks = ranks_of(place)
-    assert sorted(ranks) == [0, 1]
+    ranks = {rank: pid for pid, rank in processes_of(place).items()}
+    assert set(ranks) == {None, 0, 1}
     return ranks
 
 
 def assert_all_gone(place):
-    wait_for(lambda: not ranks_of(place), "the processes to end", seconds=10)
+    wait_for(lambda: not processes_of(place), "the processes to end", seconds=10)
 
 
 def test_to_the_end(place):
@@ -117,8 +115,9 @@ def test_control_c_ends_it_cleanly(place):
     command = start(place, "--steps", "1000000")
     under_way(place)
     command.send_signal(signal.SIGINT)
-    assert finish(command, seconds=15)[::2] == (130, "fasttrain: interrupted\n")
-    assert not ranks_of(place), "the command must wait for its processes"
+    assert command.wait(timeout=15) == 130
+    assert not processes_of(place), "the command must wait for its processes"
+    assert finish(command)[2] == "fasttrain: interrupted\n"
     for line in (place / "run" / "log.jsonl").read_text().splitlines():
         json.loads(line)
 

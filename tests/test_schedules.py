@@ -1,5 +1,6 @@
 """Schedules: pure functions of the step."""
 
+import itertools
 import math
 
 import pytest
@@ -12,7 +13,7 @@ def test_shape():
     assert values[:10] == pytest.approx([(t + 1) / 10 for t in range(10)])
     assert values[10] == 1.0
     assert values[55] == pytest.approx(0.5)
-    assert all(a > b for a, b in zip(values[10:], values[11:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(values[10:]))
     assert 0 < values[99] < 0.001
 
 

@@ -52,5 +52,5 @@ def lonely_answer(wire):
 
 
 def test_the_pool_reports_a_rank_that_raises():
-    with pytest.raises(ranks.RankFailed, match="rank 1 failed(.|\n)*ValueError: a reason"):
+    with pytest.raises(ranks.RankFailed, match=r"rank 1 failed(.|\n)*ValueError: a reason"):
         ranks.run(lonely_answer, 2)

@@ -1,4 +1,4 @@
-"""The equations are the right ones: torch.optim, in every configuration of its own tests, and Lion's paper, retold here."""
+"""The equations are the right ones: torch.optim in every configuration of its own tests, and Lion's paper, retold."""
 
 import copy
 import itertools

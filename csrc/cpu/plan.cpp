@@ -7,18 +7,6 @@
 namespace fasttrain {
 namespace {
 
-// Parameters whose objects are fetched into the cache together. With 10,000 parameters nearly every access of a scan
-// is a miss, one behind the other; fetched ahead, they overlap.
-constexpr size_t kAhead = 16;
-
-// The word after an object's header is torch's pointer to the tensor. It is used as a hint only: a prefetch of any
-// address is harmless.
-void prefetch_tensor(py::handle object) {
-  const char* tensor = reinterpret_cast<const char* const*>(reinterpret_cast<const char*>(object.ptr()) +
-                                                            sizeof(PyObject))[0];
-  for (int line = 0; line < 3; ++line) __builtin_prefetch(tensor + 64 * line);
-}
-
 char* address(const dlpack::Tensor& tensor) { return static_cast<char*>(tensor.data) + tensor.byte_offset; }
 
 PyObject* look_up(py::handle dict, py::handle key) {
@@ -174,6 +162,7 @@ bool Plan::patch(Entry& entry, py::handle grad, py::handle all_state) {
   dlpack::Tensor param, now;
   if (!reader_.read(entry.param, &param) || !entry.kinds[0].matches(param) || !entry.layout.matches(param)) return false;
   if (!reader_.read_gradient(grad, &now) || !entry.kinds[1].matches(now) || !alike(param, now)) return false;
+  placed_ &= work.streams[0].at == address(param);
   work.streams[0].at = address(param);
   work.streams[1].at = address(now);
   if (entry.kept == 0) return true;
@@ -183,6 +172,7 @@ bool Plan::patch(Entry& entry, py::handle grad, py::handle all_state) {
     if (tensor != entry.tensors[i].ptr() || !reader_.read(tensor, &now) || !entry.kinds[2 + i].matches(now)) return false;
     if (i < work.rule->states) {
       if (!alike(param, now)) return false;
+      placed_ &= work.streams[2 + i].at == address(now);
       work.streams[2 + i].at = address(now);
     } else {
       if (now.ndim != 0) return false;
@@ -202,26 +192,14 @@ py::object Plan::scan(py::dict state, const std::vector<py::list>& groups) {
   }
   static PyObject* const name = PyUnicode_InternFromString("grad");
   py::list attention;
-  py::object grads[kAhead];
-  for (size_t begin = 0; begin < entries_.size(); begin += kAhead) {
-    const size_t end = std::min(entries_.size(), begin + kAhead);
-    for (size_t i = end; i < std::min(entries_.size(), end + kAhead); ++i) entries_[i].prefetch_objects();
-    for (size_t i = begin; i < end; ++i) {
-      py::object& grad = grads[i - begin];
-      grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(entries_[i].param.ptr(), name));
-      if (!grad) throw py::error_already_set();
-      __builtin_prefetch(grad.ptr());
-      for (int t = 0; t < entries_[i].kept; ++t) prefetch_tensor(entries_[i].tensors[t]);
-    }
-    for (size_t i = begin; i < end; ++i) prefetch_tensor(grads[i - begin]);
-    for (size_t i = begin; i < end; ++i) {
-      Entry& e = entries_[i];
-      const py::object grad = std::move(grads[i - begin]);
-      const bool active = !grad.is_none() && patch(e, grad, state);
-      if (!grad.is_none() && !active) attention.append(i);
-      if (e.active != active) divided_ = false;
-      e.active = active;
-    }
+  for (size_t i = 0; i < entries_.size(); ++i) {
+    Entry& e = entries_[i];
+    const auto grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(e.param.ptr(), name));
+    if (!grad) throw py::error_already_set();
+    const bool active = !grad.is_none() && patch(e, grad, state);
+    if (!grad.is_none() && !active) attention.append(i);
+    if (e.active != active) divided_ = false;
+    e.active = active;
   }
   return attention;
 }
@@ -231,7 +209,7 @@ bool Plan::set(int index, int rule, bool wide, py::dict state, const py::tuple& 
   const RuleKernels& kernels = rule_at(rule);
   if (static_cast<int>(keys.size()) != kernels.states + (counted ? 1 : 0))
     throw std::invalid_argument(std::string(kernels.name) + " has " + std::to_string(kernels.states) + " states");
-  entry.ready = entry.active = divided_ = false;
+  entry.ready = entry.active = divided_ = placed_ = false;
   entry.state = state;
   entry.kept = 0;  // those of `tensors` that are set, also where the rest is refused
   dlpack::Tensor now;
@@ -289,41 +267,31 @@ void Plan::run(const py::array_t<double, py::array::c_style>& rows, int threads)
     division_.close();
     divided_ = true;
   }
+  if (!placed_) {
+    std::vector<const Work*> works;
+    for (const Entry& entry : entries_)
+      if (entry.ready) works.push_back(&entry.work);
+    one_by_one_ = share_memory(works);
+    placed_ = true;
+  }
   for (const Entry& entry : entries_)
     if (entry.active && rows.shape(1) < 1 + entry.work.rule->coefficients)
       throw std::invalid_argument(std::string(entry.work.rule->name) + " has more coefficients than a row");
   {
     const py::gil_scoped_release release;
-    division_.walk(rows.data(), rows.shape(1), threads);
+    division_.walk(rows.data(), rows.shape(1), one_by_one_ ? 1 : threads);
   }
   for (Entry& entry : entries_) entry.fresh = entry.fresh && !entry.active;
 }
 
-void Plan::increment_versions(const py::function& increment) const {
+py::list Plan::written() const {
   py::list tensors;
-  const auto flush = [&] {
-    increment(tensors);
-    tensors = py::list();
-  };
-  for (size_t i = 0; i < entries_.size(); ++i) {
-    const Entry& entry = entries_[i];
-    if (entry.active) {
-      prefetch_tensor(entry.param);
-      tensors.append(entry.param);
-      for (int t = 0; t < entry.kept; ++t) {
-        prefetch_tensor(entry.tensors[t]);
-        tensors.append(entry.tensors[t]);
-      }
-    }
-    if ((i + 1) % kAhead == 0 && tensors.size() != 0) flush();
+  for (const Entry& entry : entries_) {
+    if (!entry.active) continue;
+    tensors.append(entry.param);
+    for (int i = 0; i < entry.kept; ++i) tensors.append(entry.tensors[i]);
   }
-  if (tensors.size() != 0) flush();
-}
-
-void Plan::Entry::prefetch_objects() const {
-  __builtin_prefetch(param.ptr());
-  __builtin_prefetch(state.ptr());
-  for (int i = 0; i < kept; ++i) __builtin_prefetch(tensors[i].ptr());
+  return tensors;
 }
 
 void step_once(const Reader& reader, const py::list& items, const py::array_t<double, py::array::c_style>& rows,

@@ -70,13 +70,13 @@ class Plan {
   // Steps every active parameter, with one row of doubles for each of `rows()`: the gradient's scale, then coefficients.
   void run(const py::array_t<double, py::array::c_style>& rows, int threads);
 
-  // Calls `increment` (torch.autograd.graph.increment_version) with all tensors that `run` writes, list by list.
-  void increment_versions(const py::function& increment) const;
+  // The tensors that `run` writes.
+  py::list written() const;
 
   const Division& division() const { return division_; }
 
  private:
-  // Everything that a scan touches lies in the entry itself: at 10,000 parameters the cost is cache misses.
+  // Everything that a scan compares with lies in the entry itself: with 10,000 parameters its cost is cache misses.
   struct Entry {
     py::object param;
     py::object state;  // the optimizer's dict for this parameter
@@ -89,8 +89,6 @@ class Plan {
     Kind kinds[kMaxStreams + 1];                               // of p, g, then `tensors`
     Layout layout;
     Work work;
-
-    void prefetch_objects() const;
   };
   bool patch(Entry& entry, py::handle grad, py::handle all_state);
 
@@ -100,6 +98,7 @@ class Plan {
   std::vector<std::pair<int, double>> rows_;
   Division division_;
   bool divided_ = false;
+  bool placed_ = false, one_by_one_ = false;  // whether it is known, and whether parameters share memory
 };
 
 // Steps tensors that are given one by one: tuples (rule, wide, tensors, counter or None), one row of doubles for each.

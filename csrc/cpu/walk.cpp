@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <utility>
 
 #include "cpu/threads.h"
 
@@ -33,6 +34,25 @@ void Counter::increment() const {
     case kInt64: *reinterpret_cast<i64*>(at) += 1; break;
     default: break;
   }
+}
+
+bool share_memory(const std::vector<const Work*>& works) {
+  std::vector<std::pair<const char*, const char*>> spans;
+  for (const Work* work : works) {
+    for (int s = 0; s < 2 + work->rule->states; ++s) {
+      const Stream& stream = work->streams[s];
+      if (s != 1 && work->elements != 0)
+        spans.emplace_back(stream.at, stream.at + work->elements * storage_bytes(stream.storage));
+    }
+    if (work->counter.type != Counter::kNone) spans.emplace_back(work->counter.at, work->counter.at + sizeof(float));
+  }
+  std::sort(spans.begin(), spans.end());
+  const char* reached = nullptr;
+  for (const auto& [begin, end] : spans) {
+    if (begin < reached) return true;
+    reached = std::max(reached, end);
+  }
+  return false;
 }
 
 void Division::clear() {

@@ -25,6 +25,9 @@ struct Work {
   Counter counter;
 };
 
+// Whether two tensors that are written share memory. Such parameters must be stepped in their order, by one thread.
+bool share_memory(const std::vector<const Work*>& works);
+
 // All work of a step, cut into units (at most one chunk of one tensor) and batches of units that a thread takes at once.
 class Division {
  public:

@@ -148,7 +148,7 @@ template <int Streams>
 struct Chunk {
   char* at[Streams];
   u32 elements;  // below 2^31, so that what is added to it fits
-  u32 zero;
+  u32 zero;      // the upper half of the count, of which the compiler does not know that it is zero
   i64 row;
 
   HOST_DEVICE explicit Chunk(const i64* table_row)

@@ -101,7 +101,9 @@ class Place:
     device: torch.device
 
     def ordinal(self) -> int:
-        return self.device.index if self.device.index is not None else torch.cuda.current_device()
+        if self.device.index is not None:
+            return self.device.index
+        return torch.cuda.current_device() if torch.cuda.is_available() else 0
 
     def guard(self) -> AbstractContextManager[Any]:
         return torch.cuda.device(self.device)

@@ -1,6 +1,6 @@
 """Which backend steps a tensor, and why not the others.
 
-``FASTTRAIN_BACKEND`` or an optimizer's ``backend=`` forces one; a forced backend that cannot run raises with the reason.
+``FASTTRAIN_BACKEND`` or an optimizer's ``backend=`` forces one; where that cannot run, it raises with the reason.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -70,6 +71,18 @@ def walks_alike(tensors: Sequence[Tensor]) -> bool:
     """Whether all tensors are dense and of one order, so that one flat loop visits the same element of each."""
     first = order(tensors[0])
     return first is not None and all(order(tensor) == first for tensor in tensors[1:])
+
+
+def apart(items: Sequence[Item]) -> bool:
+    """Whether no two tensors that are written lie over each other in memory (or in between each other)."""
+    spans = []
+    for item in items:
+        for tensor in item.written:
+            reach = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            if tensor.numel():
+                spans.append((tensor.data_ptr(), tensor.data_ptr() + reach * tensor.element_size()))
+    spans.sort()
+    return all(end <= begin for (_, end), (begin, _) in pairwise(spans))
 
 
 @contextmanager

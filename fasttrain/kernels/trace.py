@@ -9,7 +9,7 @@ import linecache
 import math
 import sys
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from types import FrameType
 from typing import Any
 
@@ -102,7 +102,8 @@ class Graph:
             raise RuleError(f"{_where()}: {type(value).__name__} is not a value of a rule: use p, g, the states, "
                             "coefficients, and float constants")
         if not math.isfinite(value):
-            raise RuleError(f"{_where()}: the constant {value} is outside the vocabulary of a rule: a constant is finite")
+            raise RuleError(f"{_where()}: the constant {value} is outside the vocabulary of a rule: constants are "
+                            "finite")
         return self._unique(("constant", repr(float(value))), "constant", "constant", (), float(value))
 
     def _unique(self, key: Any, kind: str, op: str, arguments: tuple[Symbol, ...] = (), value: Any = None) -> Symbol:
@@ -157,7 +158,7 @@ class Graph:
         """Bytes that a step must move per element, given the bytes per element of each tensor.
 
         >>> from fasttrain.optim import AdamW
-        >>> trace(AdamW.rules["decoupled"]).bytes_per_element(4, 4, 4)
+        >>> trace(AdamW.rules[0]).bytes_per_element(4, 4, 4)
         28
         """
         states = (state,) * len(self.rule.state) if isinstance(state, int) else state
@@ -185,7 +186,7 @@ def _where() -> str:
     return f"{file}:{line}: {linecache.getline(file, line).strip()}".rstrip(": ")
 
 
-@lru_cache(maxsize=None)
+@cache
 def trace(rule: Rule) -> Graph:
     """The graph of a rule.
 

@@ -14,7 +14,8 @@ from fasttrain.rule import Rule, maximum, sqrt
 
 def coefficients(step, lr, betas, eps, weight_decay):
     b1, b2 = betas
-    root = (1 - b2**step) ** 0.5  # bias corrections: m / c1 / (sqrt(v) / root + eps) = (root / c1) m / (sqrt(v) + root eps)
+    # Bias corrections: m / c1 / (sqrt(v) / root + eps) is (root / c1) m / (sqrt(v) + root eps).
+    root = (1 - b2**step) ** 0.5
     return dict(keep=1 - lr * weight_decay, decay=weight_decay, b1=b1, a1=1 - b1, b2=b2, a2=1 - b2,
                 rate=lr * root / (1 - b1**step), eps=eps * root)
 

@@ -42,7 +42,7 @@ class Lion(Optimizer):
     Reference: arXiv 2302.06675, program 1.
     """
 
-    state = ("exp_avg",)
+    state = ("exp_avg",)  # type: ignore[assignment]  # of the class; torch's, by parameter, is the instance's
 
     @staticmethod
     def coefficients(step, lr, betas, weight_decay):

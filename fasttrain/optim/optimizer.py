@@ -63,13 +63,9 @@ def check_memory(what: str, tensor: Tensor) -> None:
     if tensor.layout != torch.strided or tensor.device.type == "meta" or hasattr(tensor, "__tensor_flatten__"):
         raise TypeError(f"{what} is a {type(tensor).__name__} ({tensor.layout}, on {tensor.device}), which has no "
                         "elements in memory of its own: a step needs dense tensors with data")
-    if what.endswith("gradient"):
-        zeros = tensor._is_zerotensor()
-    elif tensor.is_conj() or tensor.is_neg():
+    if not what.endswith("gradient") and (tensor.is_conj() or tensor.is_neg()):  # a gradient is only read
         raise TypeError(f"{what} is a conjugated or negated view, whose elements in memory are others: clone() it")
-    else:
-        zeros = False
-    if zeros or (tensor.numel() and tensor.data_ptr() == 0):
+    if tensor._is_zerotensor() or (tensor.numel() and tensor.data_ptr() == 0):
         raise RuntimeError(f"{what} has {tensor.numel()} elements and no memory (its storage was freed)")
 
 
@@ -162,7 +158,9 @@ class Optimizer(torch.optim.Optimizer):
         try:
             for index in self._scan(rules):
                 where = self._places[index]
-                p, grad = self._param(where), self._param(where).grad
+                p = self._param(where)
+                grad = p.grad
+                assert grad is not None
                 if grad.layout != torch.strided:
                     sparse.append((p, grad, self.param_groups[where[0]]))
                     continue
@@ -171,7 +169,7 @@ class Optimizer(torch.optim.Optimizer):
                 if not self._describe(index, item, fresh):
                     items.append((item, step, self.param_groups[where[0]]))
             keys = self._plan.rows() if self._plan is not None else []
-            table = table_of_rows([self._row(rules[group], self.param_groups[group], step, scale) for group, step in keys])
+            rows = [self._row(rules[group], self.param_groups[group], step, scale) for group, step in keys]
             runs = self._runs(items, scale)
             for p, grad, group in sparse:  # first: torch's function may refuse them
                 self.step_sparse(p, grad, group)
@@ -179,8 +177,8 @@ class Optimizer(torch.optim.Optimizer):
             self._restore_states(before)
             raise
         if keys:
-            self._plan.run(table, torch.get_num_threads())
-            self._plan.increment_versions(torch.autograd.graph.increment_version)
+            self._plan.run(table_of_rows(rows), torch.get_num_threads())
+            torch.autograd.graph.increment_version(self._plan.written())
         for run in runs:
             run()
 
@@ -238,11 +236,12 @@ class Optimizer(torch.optim.Optimizer):
             if not isinstance(state.get(key), Tensor):
                 raise RuntimeError(f"{name}: its state has no tensor {key!r} (it has {', '.join(map(str, state))}); "
                                    f"delete optimizer.state[p] to start it afresh")
-            if state[key].shape != p.shape or state[key].device != p.device or p.is_complex() != state[key].is_complex():
-                raise RuntimeError(f"{name}: its state {key!r} is {state[key].dtype} of shape {tuple(state[key].shape)} "
-                                   f"on {state[key].device}, the parameter {p.dtype} of {tuple(p.shape)} on {p.device}")
-            check_memory(f"{name}: its state {key!r}", state[key])
-            tensors.append(state[key])
+            kept = state[key]
+            if kept.shape != p.shape or kept.device != p.device or kept.is_complex() != p.is_complex():
+                raise RuntimeError(f"{name}: its state {key!r} is {kept.dtype} of shape {tuple(kept.shape)} on "
+                                   f"{kept.device}, the parameter {p.dtype} of {tuple(p.shape)} on {p.device}")
+            check_memory(f"{name}: its state {key!r}", kept)
+            tensors.append(kept)
         tensors[1] = grad.resolve_conj().resolve_neg()
         if p.is_complex():  # torch's meaning: a complex number is two real ones
             tensors = [torch.view_as_real(tensor) for tensor in tensors]

@@ -82,7 +82,8 @@ class SGD(Optimizer, torch.optim.SGD):
         >>> weight.data
         tensor([0.9000, 1.1000])
 
-    Reference: Sutskever, Martens, Dahl and Hinton, On the importance of initialization and momentum, ICML 2013, section 2.
+    Reference: Sutskever, Martens, Dahl and Hinton, On the importance of initialization and momentum in deep learning,
+        ICML 2013, section 2.
     """
 
     rules = (PLAIN, MOMENTUM, NESTEROV, PLAIN_L2, MOMENTUM_L2, NESTEROV_L2)

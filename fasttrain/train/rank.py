@@ -33,7 +33,8 @@ def run(directory: Path) -> None:
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # it would write every new tensor twice
+    # With it, deterministic mode writes every new tensor twice.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     device = torch.device("cpu")
     if config.device == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
