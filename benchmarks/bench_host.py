@@ -28,7 +28,8 @@ def run(counts: tuple[int, ...] = (10, 1000, 10000), rounds: int = 15) -> list[d
         for fresh in (False, True):
 
             seconds = harness.interleave({name: optimizer.step for name, (_, optimizer) in made.items()},
-                                         rounds * (20 if count < 100 else 1), before=partial(renew, made) if fresh else None)
+                                         rounds * (20 if count < 100 else 1),
+                                         before=partial(renew, made) if fresh else None)
             figures.append({"parameters": count, "fresh": fresh,
                             "us_per_parameter": {n: s / count * 1e6 for n, s in harness.medians(seconds).items()}})
         params = made["fasttrain"][0]

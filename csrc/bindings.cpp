@@ -34,7 +34,7 @@ PYBIND11_MODULE(_native, m) {
       .def("set", &Plan::set)
       .def("rows", &Plan::rows)
       .def("run", &Plan::run)
-      .def("written", &Plan::written)
+      .def("release", &Plan::release)
       .def_property_readonly("parameters", [](const Plan& plan) { return plan.division().parameters; })
       .def_property_readonly("elements", [](const Plan& plan) { return plan.division().elements; })
       .def_property_readonly("bytes", [](const Plan& plan) { return plan.division().bytes; });

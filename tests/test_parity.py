@@ -285,19 +285,26 @@ def test_layouts(layout: str, grad_layout: str, state_layout: str) -> None:
     assert_same_run(*ends, layout)
 
 
+def free_memory() -> int:
+    """Bytes that this process may still take, of the machine and of its container."""
+    free = int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024
+    limit, used = (Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory.current"))
+    if limit.is_file() and used.is_file() and limit.read_text().strip() != "max":
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return free
+
+
 @pytest.mark.slow
 @needs_native
 def test_more_than_two_to_the_31_elements() -> None:
     size = 2**31 + 5
-    free = int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024
-    if free < 5 * size:
-        pytest.skip(f"needs {5 * size >> 30} GiB of free memory, {free >> 30} are free")
+    if free_memory() < 6 * size:
+        pytest.skip(f"needs {6 * size >> 30} GiB of free memory, {free_memory() >> 30} are free")
     param = Parameter(torch.zeros(size, dtype=BF16, device=CPU))
-    param.grad = torch.ones(1, dtype=BF16).repeat(size)
+    param.grad = torch.ones(size, dtype=BF16)
     BY_NAME["SGD"].optimizer([param], lr=1.0).step()
-    assert param.grad.sum(dtype=F64) == size
-    assert bool((param.data[-7:] == -1).all())
-    assert param.data.sum(dtype=F64) == -size
+    assert all(bool((part == -1).all()) for part in param.data.split(2**26))
+    assert all(bool((part == 1).all()) for part in param.grad.split(2**26))
 
 
 @needs_native

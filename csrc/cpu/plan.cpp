@@ -7,6 +7,9 @@
 namespace fasttrain {
 namespace {
 
+constexpr size_t kDistance = 4;  // entries between two stages of fetching ahead
+constexpr size_t kBlock = 16;    // parameters whose versions are incremented together
+
 char* address(const dlpack::Tensor& tensor) { return static_cast<char*>(tensor.data) + tensor.byte_offset; }
 
 PyObject* look_up(py::handle dict, py::handle key) {
@@ -52,6 +55,7 @@ void prepare(Work& work, const RuleKernels& rule, bool wide, const Layout& layou
 Reader::Reader(const py::capsule& exchange, py::tuple types) : types_(std::move(types)) {
   api_ = exchange.get_pointer<const dlpack::ExchangeApi>();
   is_neg_ = types_[0].attr("is_neg");
+  ahead_ = Ahead(types_[0]());
   if (api_->major != dlpack::kMajor || api_->tensor_from_object == nullptr)
     throw std::runtime_error("this torch publishes DLPack " + std::to_string(api_->major) + "." +
                              std::to_string(api_->minor) + "; this build of fasttrain reads major version 1");
@@ -106,6 +110,11 @@ bool Layout::matches(const dlpack::Tensor& tensor) const {
   return same || empty;
 }
 
+void Layout::fetch() const {
+  Ahead::lines(reinterpret_cast<const char*>(sizes.data()), 1);
+  Ahead::lines(reinterpret_cast<const char*>(strides.data()), 1);
+}
+
 bool Layout::dense() const {
   std::vector<std::pair<i64, i64>> dims;  // stride, size
   for (size_t i = 0; i < sizes.size(); ++i) {
@@ -143,7 +152,7 @@ bool alike(const dlpack::Tensor& a, const dlpack::Tensor& b) {
 
 }  // namespace
 
-Plan::Plan(Reader reader, const std::vector<py::list>& groups) : reader_(std::move(reader)) {
+Plan::Plan(Reader reader, const std::vector<py::list>& groups) : reader_(std::move(reader)), ahead_(reader_.ahead()) {
   for (size_t group = 0; group < groups.size(); ++group) {
     group_sizes_.push_back(groups[group].size());
     for (py::handle param : groups[group]) {
@@ -156,7 +165,7 @@ Plan::Plan(Reader reader, const std::vector<py::list>& groups) : reader_(std::mo
 }
 
 // True if the entry can be stepped as it was described; takes its pointers.
-bool Plan::patch(Entry& entry, py::handle grad, py::handle all_state) {
+bool Plan::patch(Entry& entry, py::handle grad, py::handle state) {
   if (!entry.ready) return false;
   Work& work = entry.work;
   dlpack::Tensor param, now;
@@ -166,7 +175,7 @@ bool Plan::patch(Entry& entry, py::handle grad, py::handle all_state) {
   work.streams[0].at = address(param);
   work.streams[1].at = address(now);
   if (entry.kept == 0) return true;
-  if (look_up(all_state, entry.param) != entry.state.ptr()) return false;
+  if (state.ptr() != entry.state.ptr()) return false;
   for (int i = 0; i < entry.kept; ++i) {
     PyObject* tensor = look_up(entry.state, entry.keys[i]);
     if (tensor != entry.tensors[i].ptr() || !reader_.read(tensor, &now) || !entry.kinds[2 + i].matches(now)) return false;
@@ -182,27 +191,71 @@ bool Plan::patch(Entry& entry, py::handle grad, py::handle all_state) {
   return true;
 }
 
-py::object Plan::scan(py::dict state, const std::vector<py::list>& groups) {
-  if (groups.size() != group_sizes_.size()) return py::none();
-  auto entry = entries_.begin();
-  for (size_t group = 0; group < groups.size(); ++group) {
-    if (groups[group].size() != group_sizes_[group]) return py::none();
-    for (py::handle param : groups[group])
-      if (param.ptr() != (entry++)->param.ptr()) return py::none();
+// Three stages, each for an entry nearer to its turn: what the entry points to, then what that points to.
+void Plan::fetch_ahead(size_t index) const {
+  if (index + 3 * kDistance < entries_.size()) {
+    const Entry& entry = entries_[index + 3 * kDistance];
+    ahead_.object(entry.param);
+    ahead_.object(entry.state);
+    for (int i = 0; i < entry.kept; ++i) ahead_.object(entry.tensors[i]);
+    entry.last_grad.fetch();
   }
+  if (index + 2 * kDistance < entries_.size() && entries_[index + 2 * kDistance].ready) {
+    const Entry& entry = entries_[index + 2 * kDistance];
+    entry.layout.fetch();
+    ahead_.tensor(entry.param);
+    if (entry.kept != 0) ahead_.dict(entry.state);
+    for (int i = 0; i < entry.kept; ++i) ahead_.tensor(entry.tensors[i]);
+  }
+  if (index + kDistance < entries_.size() && entries_[index + kDistance].ready) {
+    const Entry& entry = entries_[index + kDistance];
+    ahead_.inside(entry.param);
+    for (int i = 0; i < entry.kept; ++i) ahead_.inside(entry.tensors[i]);
+    if (entry.work.counter.at != nullptr) Ahead::lines(entry.work.counter.at, 1);
+  }
+}
+
+py::object Plan::scan(py::dict state, const std::vector<py::list>& groups) {
+  release();
+  if (groups.size() != group_sizes_.size()) return py::none();
+  for (size_t group = 0; group < groups.size(); ++group)
+    if (groups[group].size() != group_sizes_[group]) return py::none();
   static PyObject* const name = PyUnicode_InternFromString("grad");
   py::list attention;
-  for (size_t i = 0; i < entries_.size(); ++i) {
-    Entry& e = entries_[i];
-    const auto grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(e.param.ptr(), name));
-    if (!grad) throw py::error_already_set();
-    const bool active = !grad.is_none() && patch(e, grad, state);
-    if (!grad.is_none() && !active) attention.append(i);
-    if (e.active != active) divided_ = false;
-    e.active = active;
+  // States are made in the order of the parameters, most often: walking the dict beside them saves a hash each.
+  Py_ssize_t position = 0;
+  PyObject *next = nullptr, *next_state = nullptr;
+  bool more = PyDict_Next(state.ptr(), &position, &next, &next_state) != 0;
+  size_t i = 0;
+  for (const py::list& params : groups) {
+    for (py::handle param : params) {
+      fetch_ahead(i);
+      Entry& e = entries_[i];
+      if (param.ptr() != e.param.ptr()) return py::none();
+      auto grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(param.ptr(), name));
+      if (!grad) throw py::error_already_set();
+      PyObject* found = nullptr;
+      if (e.kept != 0 && more && next == param.ptr()) {
+        found = next_state;
+        more = PyDict_Next(state.ptr(), &position, &next, &next_state) != 0;
+      } else if (e.kept != 0) {
+        found = look_up(state, param);
+      }
+      const bool active = !grad.is_none() && patch(e, grad, found);
+      if (!grad.is_none() && !active) attention.append(i);
+      if (e.active != active) divided_ = false;
+      e.active = active;
+      if (active) {
+        e.last_grad = ahead_.place(grad);
+        grads_.push_back(std::move(grad));
+      }
+      ++i;
+    }
   }
   return attention;
 }
+
+void Plan::release() { grads_.clear(); }
 
 bool Plan::set(int index, int rule, bool wide, py::dict state, const py::tuple& keys, bool counted, bool fresh) {
   Entry& entry = entries_.at(static_cast<size_t>(index));
@@ -236,6 +289,8 @@ bool Plan::set(int index, int rule, bool wide, py::dict state, const py::tuple& 
   }
   prepare(entry.work, kernels, wide, entry.layout, param);
   entry.fresh = fresh;
+  any_fresh_ |= fresh;
+  grads_.push_back(grad);
   entry.ready = entry.active = true;
   return true;
 }
@@ -257,16 +312,29 @@ std::vector<std::pair<int, double>> Plan::rows() {
   return rows_;
 }
 
-void Plan::run(const py::array_t<double, py::array::c_style>& rows, int threads) {
+// What depends on which entries are active: the division of the work, and the lists of what it writes.
+void Plan::arrange() {
+  division_.clear();
+  written_.clear();
+  widest_ = 0;
+  i64 listed = 0;
+  for (const Entry& entry : entries_) {
+    if (!entry.active) continue;
+    division_.add(entry.work);
+    widest_ = std::max(widest_, entry.work.rule->coefficients);
+    if (listed++ % kBlock == 0) written_.emplace_back();
+    written_.back().append(entry.param);
+    for (int i = 0; i < entry.kept; ++i) written_.back().append(entry.tensors[i]);
+  }
+  division_.close();
+  divided_ = true;
+}
+
+void Plan::run(const py::array_t<double, py::array::c_style>& rows, int threads, const py::function& increment) {
   if (rows.ndim() != 2 || rows.shape(0) != static_cast<py::ssize_t>(rows_.size()))
     throw std::invalid_argument("one row of coefficients for each of rows() is needed");
-  if (!divided_) {
-    division_.clear();
-    for (const Entry& entry : entries_)
-      if (entry.active) division_.add(entry.work);
-    division_.close();
-    divided_ = true;
-  }
+  if (!divided_) arrange();
+  if (rows.shape(1) < 1 + widest_) throw std::invalid_argument("a rule has more coefficients than a row");
   if (!placed_) {
     std::vector<const Work*> works;
     for (const Entry& entry : entries_)
@@ -274,24 +342,28 @@ void Plan::run(const py::array_t<double, py::array::c_style>& rows, int threads)
     one_by_one_ = share_memory(works);
     placed_ = true;
   }
-  for (const Entry& entry : entries_)
-    if (entry.active && rows.shape(1) < 1 + entry.work.rule->coefficients)
-      throw std::invalid_argument(std::string(entry.work.rule->name) + " has more coefficients than a row");
+  increment_versions(increment);
   {
     const py::gil_scoped_release release;
     division_.walk(rows.data(), rows.shape(1), one_by_one_ ? 1 : threads);
   }
-  for (Entry& entry : entries_) entry.fresh = entry.fresh && !entry.active;
+  if (any_fresh_)
+    for (Entry& entry : entries_) entry.fresh = entry.fresh && !entry.active;
+  any_fresh_ = false;
 }
 
-py::list Plan::written() const {
-  py::list tensors;
-  for (const Entry& entry : entries_) {
-    if (!entry.active) continue;
-    tensors.append(entry.param);
-    for (int i = 0; i < entry.kept; ++i) tensors.append(entry.tensors[i]);
+void Plan::increment_versions(const py::function& increment) const {
+  for (size_t block = 0; block < written_.size(); ++block) {
+    // The block after the next is fetched in three steps, each of which touches what the one before it fetched.
+    const auto each = [&](size_t ahead, const auto& fetch) {
+      if (block + ahead < written_.size())
+        for (py::handle tensor : written_[block + ahead]) fetch(tensor);
+    };
+    each(3, [&](py::handle tensor) { ahead_.object(tensor); });
+    each(2, [&](py::handle tensor) { ahead_.tensor(tensor); });
+    each(1, [&](py::handle tensor) { ahead_.inside(tensor); });
+    increment(written_[block]);
   }
-  return tensors;
 }
 
 void step_once(const Reader& reader, const py::list& items, const py::array_t<double, py::array::c_style>& rows,

@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/ahead.h"
 #include "cpu/walk.h"
 #include "dlpack.h"
 
@@ -22,11 +23,13 @@ class Reader {
   bool read(py::handle tensor, dlpack::Tensor* out) const;
   // The same for a gradient. Autograd may leave one that is to be negated when it is read (of an imaginary part, say).
   bool read_gradient(py::handle tensor, dlpack::Tensor* out) const;
+  const Ahead& ahead() const { return ahead_; }
 
  private:
   const dlpack::ExchangeApi* api_;
   py::tuple types_;
   py::object is_neg_;
+  Ahead ahead_;
 };
 
 // Type and place of a tensor's elements.
@@ -50,6 +53,7 @@ struct Layout {
   bool matches(const dlpack::Tensor& tensor) const;  // strides of dimensions of size 1 are free
   bool dense() const;                                // fills one stretch of memory, in some order of its dimensions
   i64 elements() const;
+  void fetch() const;  // into the cache
 };
 
 class Plan {
@@ -68,10 +72,12 @@ class Plan {
   std::vector<std::pair<int, double>> rows();
 
   // Steps every active parameter, with one row of doubles for each of `rows()`: the gradient's scale, then coefficients.
-  void run(const py::array_t<double, py::array::c_style>& rows, int threads);
+  // `increment` (torch.autograd.graph.increment_version) is called with the tensors that are going to be written, list
+  // by list: before the walk, which evicts them from the cache.
+  void run(const py::array_t<double, py::array::c_style>& rows, int threads, const py::function& increment);
 
-  // The tensors that `run` writes.
-  py::list written() const;
+  // Lets go of the gradients that `scan` found, so that another thread could not free them during the walk.
+  void release();
 
   const Division& division() const { return division_; }
 
@@ -80,6 +86,7 @@ class Plan {
   struct Entry {
     py::object param;
     py::object state;  // the optimizer's dict for this parameter
+    Ahead::Place last_grad;
     int group = 0;
     int kept = 0;         // number of keys: the states, and the step count if there is one
     bool ready = false;   // `set` has described it
@@ -90,14 +97,21 @@ class Plan {
     Layout layout;
     Work work;
   };
-  bool patch(Entry& entry, py::handle grad, py::handle all_state);
+  bool patch(Entry& entry, py::handle grad, py::handle state);
+  void fetch_ahead(size_t index) const;
+  void arrange();
+  void increment_versions(const py::function& increment) const;
 
   Reader reader_;
+  Ahead ahead_;
   std::vector<Entry> entries_;
+  std::vector<py::object> grads_;  // kept alive from `scan` to `release`
   std::vector<size_t> group_sizes_;
   std::vector<std::pair<int, double>> rows_;
   Division division_;
-  bool divided_ = false;
+  std::vector<py::list> written_;  // the tensors that the active entries write, in blocks
+  int widest_ = 0;                 // coefficients of the active entries at most
+  bool divided_ = false, any_fresh_ = false;
   bool placed_ = false, one_by_one_ = false;  // whether it is known, and whether parameters share memory
 };
 

@@ -85,6 +85,11 @@ def apart(items: Sequence[Item]) -> bool:
     return all(end <= begin for (_, end), (begin, _) in pairwise(spans))
 
 
+def in_turns(items: Sequence[Item]) -> list[Sequence[Item]]:
+    """The items in groups that can be stepped together: all at once, or one by one where they share memory."""
+    return [items] if apart(items) else [[item] for item in items]
+
+
 @contextmanager
 def dense(items: Sequence[Item]) -> Iterator[list[Item]]:
     """The items with every strided or differently ordered tensor replaced by a contiguous copy, copied back at the end.

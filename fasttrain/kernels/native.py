@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fasttrain.kernels.emit_cpp import digest
-from fasttrain.kernels.item import Item, apart, dense, table_of_rows
+from fasttrain.kernels.item import Item, dense, table_of_rows
 from fasttrain.rule import Rule
 
 
@@ -76,10 +76,6 @@ def step(items: Sequence[Item]) -> None:
     from fasttrain.kernels import reference
 
     known = [item for item in items if number_of(item.rule) is not None]
-    if len(items) > 1 and not apart(known):  # one after the other, in their order
-        for item in items:
-            step([item])
-        return
     with dense(known) as walkable:
         work = [(number_of(item.rule), item.dtype == torch.float64, item.tensors, item.counter) for item in walkable]
         module().step_once(reader(), work, table_of_rows([item.row for item in known]), torch.get_num_threads())

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from fasttrain.kernels import dispatch, native, reference
-from fasttrain.kernels.item import STORAGES, Item, overlaps, table_of_rows
+from fasttrain.kernels.item import STORAGES, Item, in_turns, overlaps, table_of_rows
 from fasttrain.kernels.trace import trace
 from fasttrain.rule import Rule
 
@@ -173,12 +173,14 @@ class Optimizer(torch.optim.Optimizer):
             runs = self._runs(items, scale)
             for p, grad, group in sparse:  # first: torch's function may refuse them
                 self.step_sparse(p, grad, group)
+            if keys:
+                self._plan.run(table_of_rows(rows), torch.get_num_threads(), torch.autograd.graph.increment_version)
         except BaseException:
             self._restore_states(before)
             raise
-        if keys:
-            self._plan.run(table_of_rows(rows), torch.get_num_threads())
-            torch.autograd.graph.increment_version(self._plan.written())
+        finally:
+            if self._plan is not None:
+                self._plan.release()
         for run in runs:
             run()
 
@@ -283,7 +285,8 @@ class Optimizer(torch.optim.Optimizer):
             backend = dispatch.choose(item.tensors[0].device, self.backend)
             row = self._row(item.rule, group, step, scale)
             by_backend.setdefault(backend, []).append(replace(item, row=row))
-        return [partial(dispatch.load(backend).step, chosen) for backend, chosen in by_backend.items()]
+        return [partial(dispatch.load(backend).step, together)
+                for backend, chosen in by_backend.items() for together in in_turns(chosen)]
 
     # --- State that goes out and comes back ---------------------------------------------------------------------------
 
