@@ -22,7 +22,8 @@ def figures() -> str:
     step, loop, host, added = (newest(suite) for suite in ("step", "loop", "host", "import"))
     machine = step["machine"]
     lines = [
-        f"CPU, {machine['threads']} cores of an {machine['processor']} ({machine['isa']}), torch {machine['torch']}, "
+        f"CPU, {machine['threads']} cores of an {machine['processor']} ({machine['isa']}), "
+        f"torch {machine['torch']}, "
         f"{machine['date']}; rivals in turn in one run, medians. The machine is shared: read the ratios, with their "
         "quartiles. No GPU figure has been measured yet.",
         "",
@@ -40,8 +41,10 @@ def figures() -> str:
                      f"| {seconds['torch fused'] * 1e3:.2f} ms | **{ratio['median']:.2f}x** "
                      f"| {ratio['low']:.2f} to {ratio['high']:.2f} | | |")
     lines += ["", "The ceiling is an in-place update of as many streams in the same rounds: a step moves 28 bytes an "
-              "element. Where torch is as fast, both wait for memory.", "",
-              "| host time per parameter, us | fasttrain | torch fused | torch foreach | of it, `p.grad.data_ptr()` from Python |",
+              "element. Where torch is as fast, both wait for memory.",
+              "",
+              "| host time per parameter, us | fasttrain | torch fused | torch foreach "
+              "| of it, `p.grad.data_ptr()` from Python |",
               "|---|---|---|---|---|"]
     remains = {row["parameters"]: row["remains"]["p.grad.data_ptr()"] for row in host["figures"] if "remains" in row}
     for row in host["figures"]:
@@ -51,7 +54,8 @@ def figures() -> str:
                          f"| {us['fasttrain']:.2f} | {us['torch fused']:.2f} | {us['torch foreach']:.2f} "
                          f"| {remains[row['parameters']]:.2f} |")
     adds = added["figures"][-1]["added"]
-    lines += ["", f"`from fasttrain.optim import AdamW`, compiled module included, adds {adds:.2f} s to `import torch`.",
+    lines += ["", f"`from fasttrain.optim import AdamW`, compiled module included, adds {adds:.2f} s to "
+              "`import torch`.",
               "", "![ratios](benchmarks/results/step.svg)", "",
               "`make bench` measures them again; every run is kept under `benchmarks/results/`."]
     return "\n".join(lines)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from fasttrain.optim.optimizer import Optimizer, check_hyperparameters
+from fasttrain.optim.checks import check_hyperparameters
+from fasttrain.optim.optimizer import Optimizer
 from fasttrain.rule import Rule, sign
 
 
