@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from fasttrain.train import launch
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--sequence", "32", "--layers", "1", "--width", "16", "--heads", "2", "--batch", "4", "--held-out", "0.2",
-        "--warmup", "2", "--log-every", "2", "--validate-every", "4", "--optimizer", "torch.AdamW"]
+        "--warmup", "2", "--log-every", "2", "--validate-every", "4"]
 
 
 @pytest.fixture
@@ -30,7 +31,9 @@ def start(place, *options):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [sys.executable, "-m", "fasttrain", "train", "--text", "words", "--out", "run", *TINY, *options],
-        cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # A shell starts its background jobs with Ctrl-C ignored, and children inherit that: these tests send it.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL))
 
 
 def finish(command, seconds=60):
