@@ -9,7 +9,7 @@
 namespace fasttrain {
 namespace {
 
-constexpr i64 kChunk = 1 << 14;  // elements of one unit: a multiple of every block, a fraction of an L2 cache
+constexpr i64 kChunk = 1 << 16;  // elements of one unit: long enough for prefetchers, short enough to share
 constexpr i64 kBatch = 1 << 14;  // elements that a thread takes at once; small tensors are taken together
 constexpr i64 kTensor = 256;     // what a tensor costs beyond its elements, in elements
 constexpr i64 kAlone = 1 << 13;  // elements below which waking a second thread costs more than it brings
