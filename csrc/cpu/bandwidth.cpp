@@ -8,7 +8,8 @@
 namespace fasttrain {
 
 u32 update_streams(const std::vector<u64>& streams, i64 words, int threads) {
-  static constexpr i64 kChunk = 1 << 14;
+  static constexpr i64 kChunk = 1 << 16;
+  static constexpr i64 kRun = 64;
   struct Job {
     const std::vector<u64>& streams;
     i64 words;
@@ -21,8 +22,8 @@ u32 update_streams(const std::vector<u64>& streams, i64 words, int threads) {
       const i64 n = std::min(kChunk, job.words - begin);
       // All streams of a few lines, then the next lines: the access pattern of a step.
       u32 read = 0;
-      for (i64 from = begin; from < begin + n; from += 64) {
-        const i64 to = std::min(from + 64, begin + n);
+      for (i64 from = begin; from < begin + n; from += kRun) {
+        const i64 to = std::min(from + kRun, begin + n);
         const u32* first = reinterpret_cast<const u32*>(job.streams[0]);
         for (i64 i = from; i < to; ++i) read ^= first[i];
         for (size_t s = 1; s < job.streams.size(); ++s) {
