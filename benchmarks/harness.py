@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping
-from datetime import date
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,6 @@ def machine() -> dict[str, Any]:
 def save(name: str, figures: Any) -> Path:
     """Write one dated JSON file of results; older ones stay."""
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{date.today().isoformat()}-{name}.json"
+    path = RESULTS / f"{datetime.now():%Y-%m-%dT%H%M}-{name}.json"
     path.write_text(json.dumps({"machine": machine(), "figures": figures}, indent=1) + "\n")
     return path

@@ -25,7 +25,8 @@ def figures() -> str:
         f"CPU, {machine['threads']} cores of an {machine['processor']} ({machine['isa']}), "
         f"torch {machine['torch']}, "
         f"{machine['date']}; rivals in turn in one run, medians. The machine is shared: read the ratios, with their "
-        "quartiles. No GPU figure has been measured yet.",
+        "quartiles; its memory was up to 1.6 times as fast in some runs, which moves them. No GPU figure has been "
+        "measured yet.",
         "",
         "| AdamW step, fp32: tensors x elements | fasttrain | torch fused | ratio | quartiles | aim | of the ceiling |",
         "|---|---|---|---|---|---|---|"]

@@ -81,29 +81,45 @@ void Division::close() {
   if (starts_.back() != static_cast<i64>(units_.size())) starts_.push_back(static_cast<i64>(units_.size()));
 }
 
+// Each thread begins with a stretch of its own, which suits the memory, and then helps where work is left.
 void Division::walk(const double* rows, i64 width, int threads) const {
+  struct alignas(64) Stretch {
+    std::atomic<i64> next{0};
+    i64 end = 0;
+  };
   struct Job {
     const Division& division;
     const double* rows;
     i64 width;
-    std::atomic<i64> next{0};
-  } job{*this, rows, width};
+    std::vector<Stretch> stretches;
+    std::atomic<size_t> joined{0};
+  };
+  const i64 useful = elements < kAlone ? 1 : std::max<i64>(batches(), 1);
+  const int count = static_cast<int>(std::min<i64>(std::max(threads, 1), useful));
+  Job job{*this, rows, width, std::vector<Stretch>(static_cast<size_t>(count))};
+  for (int t = 0; t < count; ++t) {
+    job.stretches[static_cast<size_t>(t)].next = batches() * t / count;
+    job.stretches[static_cast<size_t>(t)].end = batches() * (t + 1) / count;
+  }
   const auto body = [](void* context) {
     Job& job = *static_cast<Job*>(context);
     const Division& division = job.division;
     const FloatingPointMode mode;
-    for (i64 batch; (batch = job.next.fetch_add(1, std::memory_order_relaxed)) < division.batches();) {
-      for (i64 u = division.starts_[batch]; u < division.starts_[batch + 1]; ++u) {
-        const Unit& unit = division.units_[u];
-        const Work& work = *unit.work;
-        if (unit.begin < unit.end)
-          work.kernel(work.streams, unit.begin, unit.end, job.rows + work.row * job.width);
-        if (unit.begin == 0) work.counter.increment();
+    const size_t own = job.joined.fetch_add(1);
+    for (size_t s = 0; s < job.stretches.size(); ++s) {
+      Stretch& stretch = job.stretches[(own + s) % job.stretches.size()];
+      for (i64 batch; (batch = stretch.next.fetch_add(1, std::memory_order_relaxed)) < stretch.end;) {
+        for (i64 u = division.starts_[batch]; u < division.starts_[batch + 1]; ++u) {
+          const Unit& unit = division.units_[u];
+          const Work& work = *unit.work;
+          if (unit.begin < unit.end)
+            work.kernel(work.streams, unit.begin, unit.end, job.rows + work.row * job.width);
+          if (unit.begin == 0) work.counter.increment();
+        }
       }
     }
   };
-  const i64 useful = elements < kAlone ? 1 : batches();
-  run_on_threads(static_cast<int>(std::min<i64>(threads, useful)), body, &job);
+  run_on_threads(count, body, &job);
 }
 
 }  // namespace fasttrain
