@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from fasttrain.kernels.trace import Graph, Symbol, statements, trace
@@ -76,7 +77,9 @@ def _expression(node: Symbol, names: dict[Symbol, str], top: bool = True) -> str
     if node.kind == "coefficient":
         return f"k_{node.op}"
     if node.kind == "constant":
-        return f"tl.full((), {node.value!r}, tl.float64 if wide else tl.float32)"
+        full = f"tl.full((), {abs(node.value)!r}, tl.float64 if wide else tl.float32)"
+        # Triton 3.6 loses the sign of a constant zero.
+        return f"({full} * -1.0)" if math.copysign(1.0, node.value) < 0 else full
     parts = [_expression(argument, names, top=False) for argument in node.arguments]
     match node.op:
         case "div":
