@@ -1,19 +1,20 @@
-"""What the documents show runs: every docstring's example, and the Python of the README."""
+"""What the documents show runs: every docstring's example, and the Python of README and docs."""
 
 import doctest
 import importlib
 import pkgutil
 import re
-from pathlib import Path
 
 import pytest
-from helpers import ROOT, python
+from helpers import ROOT
 
 import fasttrain
 
 MODULES = sorted(module.name for module in pkgutil.walk_packages(fasttrain.__path__, "fasttrain.")
                  if module.name not in ("fasttrain._native", "fasttrain.__main__"))
-README = ROOT / "README.md"
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+EXAMPLES = [pytest.param(code, id=f"{path.name}-{number}") for path in PAGES
+            for number, code in enumerate(re.findall(r"^```python\n(.*?)^```", path.read_text(), re.M | re.S))]
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -35,14 +36,23 @@ def test_every_optimizer_has_an_example(name: str) -> None:
     assert [part for part in parts if part not in text] == []
 
 
-def blocks(path: Path) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", path.read_text(), re.M | re.S) if path.is_file() else []
+@pytest.mark.parametrize("code", EXAMPLES)
+def test_document_examples(code: str) -> None:
+    if code.startswith(">>>"):
+        test = doctest.DocTestParser().get_doctest(code, {}, "example", None, 0)
+        assert doctest.DocTestRunner().run(test).failed == 0
+    else:
+        exec(compile(code, "example", "exec"), {"__name__": "example"})
 
 
-@pytest.mark.skipif(not blocks(README), reason="README.md has no Python yet")
-def test_the_readme_runs() -> None:
-    done = python("\n".join(blocks(README)))
-    assert done.returncode == 0, done.stderr
+def test_readme_and_documents_have_examples() -> None:
+    assert len(EXAMPLES) >= 4
+
+
+def test_links_lead_somewhere() -> None:
+    for path in (*PAGES, ROOT / "CONTRIBUTING.md"):
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", path.read_text()):
+            assert (path.parent / target).exists(), f"{path.name} links to {target}"
 
 
 def test_documents_name_files_that_are_there() -> None:
