@@ -57,7 +57,7 @@ def machine() -> dict[str, Any]:
     """What the figures were measured on."""
     model = next((line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
                   if line.startswith("model name")), platform.processor())
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
                             cwd=RESULTS.parent).stdout.strip()
     return {"date": date.today().isoformat(), "commit": commit, "processor": model,
             "threads": torch.get_num_threads(), "isa": native.module().isa(), "python": platform.python_version(),

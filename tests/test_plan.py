@@ -757,3 +757,18 @@ def test_parameters_apart_are_stepped_by_all_threads() -> None:
     assert apart(items)
     assert not apart([*items, Item("q", rule, (flat[9:10], flat[:1]), (), None)])
     assert apart([*items, Item("empty", rule, (flat[5:5], flat[:0]), (), None)])
+
+
+@needs_native
+def test_gradients_live_from_the_scan_to_the_end_of_the_walk() -> None:
+    """Another thread may drop them while the walk reads them without the interpreter lock."""
+    p = torch.nn.Parameter(torch.ones(8))
+    p.grad = torch.ones(8)
+    optimizer = AdamW([p])
+    optimizer.step()
+    gradient = weakref.ref(p.grad)
+    assert optimizer._plan.scan(optimizer.state, [optimizer.param_groups[0]["params"]]) == []
+    p.grad = None
+    assert gradient() is not None
+    optimizer._plan.release()
+    assert gradient() is None
