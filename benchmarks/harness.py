@@ -53,12 +53,18 @@ def ratio(seconds: Mapping[str, list[float]], peer: str, ours: str) -> dict[str,
     return {"median": middle, "low": low, "high": high}
 
 
+def git(*arguments: str) -> str:
+    """What git prints; nothing where this is no checkout."""
+    return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=RESULTS.parent).stdout.strip()
+
+
 def machine() -> dict[str, Any]:
     """What the figures were measured on."""
     model = next((line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
                   if line.startswith("model name")), platform.processor())
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
-                            cwd=RESULTS.parent).stdout.strip()
+    commit = git("rev-parse", "--short", "HEAD")
+    if git("status", "--porcelain", "--", ":/", f":!{RESULTS}"):  # results that are being written do not count
+        commit += "-dirty"
     return {"date": date.today().isoformat(), "commit": commit, "processor": model,
             "threads": torch.get_num_threads(), "isa": native.module().isa(), "python": platform.python_version(),
             "torch": torch.__version__, "threading": native.module().threading().split(":")[0]}
