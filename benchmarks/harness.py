@@ -63,7 +63,7 @@ def machine() -> dict[str, Any]:
     model = next((line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
                   if line.startswith("model name")), platform.processor())
     commit = git("rev-parse", "--short", "HEAD")
-    if git("status", "--porcelain", "--", ":/", ":(top,exclude)benchmarks/results"):  # results that are being written do not count
+    if git("status", "--porcelain", "--", ":/", ":(top,exclude)benchmarks/results"):  # but for results being written
         commit += "-dirty"
     return {"date": date.today().isoformat(), "commit": commit, "processor": model,
             "threads": torch.get_num_threads(), "isa": native.module().isa(), "python": platform.python_version(),
