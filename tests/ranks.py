@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 PATIENCE_S = 60
 
@@ -37,7 +37,8 @@ def run(work: Callable[..., Any], size: int, *arguments: Any) -> list[Any]:
     `work` is a function of a test module, and everything that goes in or out is pickled.
 
     Raises:
-        RankFailed: with the traceback of the first rank that raised. The others are ended.
+        RankFailed: with the traceback of a rank that raised, one that lost no peer if there is one: a rank that
+            raises closes its connections, and its peers fail of that, perhaps sooner. The others are ended.
     """
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
@@ -50,39 +51,47 @@ def run(work: Callable[..., Any], size: int, *arguments: Any) -> list[Any]:
             pipes.append(ours)
             processes.append(process)
         try:
-            return [_answer(rank, pipe) for rank, pipe in enumerate(pipes)]
+            answers = [_answer(rank, pipe) for rank, pipe in enumerate(pipes)]
         finally:
             for process in processes:
                 process.kill()
                 process.join()
+    failed = sorted((answer for answer in answers if answer.failure), key=lambda answer: answer.lost_a_peer)
+    if failed:
+        raise RankFailed(failed[0].failure)
+    return [answer.value for answer in answers]
 
 
-def _answer(rank: int, pipe: Any) -> Any:
+class _Answer(NamedTuple):
+    value: Any = None
+    failure: str | None = None
+    lost_a_peer: bool = False
+
+
+def _answer(rank: int, pipe: Any) -> _Answer:
     if not pipe.poll(PATIENCE_S):
-        raise RankFailed(f"rank {rank} gave no answer in {PATIENCE_S} s")
+        return _Answer(failure=f"rank {rank} gave no answer in {PATIENCE_S} s", lost_a_peer=True)
     try:
-        good, value = pipe.recv()
+        return pipe.recv()
     except EOFError:
-        raise RankFailed(f"rank {rank} ended without an answer") from None
-    if not good:
-        raise RankFailed(f"rank {rank} failed:\n{value}")
-    return value
+        return _Answer(failure=f"rank {rank} ended without an answer")
 
 
 def _rank(pipe: Any, rank: int, size: int, store: str, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     import torch
     import torch.distributed as dist
 
-    from fasttrain.dist.wire import Wire
+    from fasttrain.dist.wire import Wire, WireError
 
     torch.set_num_threads(1)
     try:
         meeting = dist.FileStore(store, size)
         meeting.set_timeout(timedelta(seconds=PATIENCE_S))
         wire = Wire(torch.device("cpu"), timeout_s=PATIENCE_S / 2, store=meeting, rank=rank, world_size=size)
-        answer = (True, work(wire, *arguments))
-    except BaseException:
-        answer = (False, traceback.format_exc())
+        answer = _Answer(work(wire, *arguments))
+    except BaseException as error:
+        answer = _Answer(failure=f"rank {rank} failed:\n{traceback.format_exc()}",
+                         lost_a_peer=isinstance(error, WireError))
     pipe.send(answer)
-    if answer[0]:
+    if not answer.failure:
         pipe.poll(None)  # stay until every rank has answered: a connection closed early fails a slower peer

@@ -45,6 +45,13 @@ def test_a_lost_peer_is_an_error():
         ranks.run(peer_leaves, 2)
 
 
+def raises_after_its_peer_lost_it(wire):
+    if wire.rank == 0:
+        raise WireError("the consequence")
+    time.sleep(0.2)
+    raise ValueError("a reason")
+
+
 def lonely_answer(wire):
     if wire.rank == 1:
         raise ValueError("a reason")
@@ -54,3 +61,8 @@ def lonely_answer(wire):
 def test_the_pool_reports_a_rank_that_raises():
     with pytest.raises(ranks.RankFailed, match=r"rank 1 failed(.|\n)*ValueError: a reason"):
         ranks.run(lonely_answer, 2)
+
+
+def test_the_pool_reports_the_cause_before_its_consequence():
+    with pytest.raises(ranks.RankFailed, match=r"rank 1 failed(.|\n)*ValueError: a reason"):
+        ranks.run(raises_after_its_peer_lost_it, 2)
