@@ -27,7 +27,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -163,6 +163,10 @@ class Rule:
         state: names of the per-element states, in the order in which `element` takes and returns them.
         coefficients: ``(step, **hyperparameters) -> dict of name: float``.
         element: ``(p, g, *state, k) -> (p, *state)``, or just p where there is no state.
+        positive: those of the states that are never negative, such as second moments: kept in few bits, they need no
+            sign, and one that is not zero must not become zero.
+        retain: for each state that is a running average or sum, the coefficient that multiplies its old value. Kept in
+            few bits, a state that retains nearly everything must be rounded stochastically, or it never decays.
 
     Example:
         >>> from fasttrain.rule import Rule
@@ -175,11 +179,14 @@ class Rule:
     state: tuple[str, ...]
     coefficients: Callable[..., dict[str, float]]
     element: Callable[..., Any]
+    positive: tuple[str, ...] = ()
+    retain: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, page: type) -> Rule:
-        """The rule of a class that holds `state`, `coefficients` and `element`."""
-        return cls(page.__name__, tuple(page.state), page.coefficients, page.element)  # type: ignore[attr-defined]
+        """The rule of a class that holds `state`, `coefficients`, `element` and, where it has them, the rest."""
+        return cls(page.__name__, tuple(page.state), page.coefficients, page.element,  # type: ignore[attr-defined]
+                   tuple(getattr(page, "positive", ())), dict(getattr(page, "retain", {})))
 
     @cached_property
     def hyperparameters(self) -> tuple[str, ...]:

@@ -294,7 +294,7 @@ def test_signatures_are_torchs() -> None:
             assert mine[key].kind == parameter.kind, f"{name}({key})"
         assert [k for k, v in theirs.items() if v.kind == v.POSITIONAL_OR_KEYWORD] == \
                [k for k, v in mine.items() if v.kind == v.POSITIONAL_OR_KEYWORD]
-        assert set(mine) - set(theirs) == {"backend"}
+        assert set(mine) - set(theirs) == {"options"}
         assert issubclass(ours, INFOS[name].optim_cls)
 
 

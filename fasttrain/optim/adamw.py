@@ -47,10 +47,12 @@ def adam_l2_amsgrad(p, g, exp_avg, exp_avg_sq, max_exp_avg_sq, k):
 
 
 STATE = ("exp_avg", "exp_avg_sq")
-DECOUPLED = Rule("AdamW", STATE, coefficients, adamw)
-DECOUPLED_AMSGRAD = Rule("AdamWAmsgrad", (*STATE, "max_exp_avg_sq"), coefficients, adamw_amsgrad)
-L2 = Rule("AdamL2", STATE, coefficients, adam_l2)
-L2_AMSGRAD = Rule("AdamL2Amsgrad", (*STATE, "max_exp_avg_sq"), coefficients, adam_l2_amsgrad)
+POSITIVE = ("exp_avg_sq", "max_exp_avg_sq")
+RETAIN = {"exp_avg": "b1", "exp_avg_sq": "b2"}
+DECOUPLED = Rule("AdamW", STATE, coefficients, adamw, POSITIVE, RETAIN)
+DECOUPLED_AMSGRAD = Rule("AdamWAmsgrad", (*STATE, "max_exp_avg_sq"), coefficients, adamw_amsgrad, POSITIVE, RETAIN)
+L2 = Rule("AdamL2", STATE, coefficients, adam_l2, POSITIVE, RETAIN)
+L2_AMSGRAD = Rule("AdamL2Amsgrad", (*STATE, "max_exp_avg_sq"), coefficients, adam_l2_amsgrad, POSITIVE, RETAIN)
 
 
 class Adam(Optimizer, torch.optim.Adam):
@@ -97,8 +99,8 @@ class Adam(Optimizer, torch.optim.Adam):
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0, amsgrad=False, *, foreach=None,
                  maximize=False, capturable=False, differentiable=False, fused=None, decoupled_weight_decay=False,
-                 backend=None):
-        self.backend = backend
+                 **options):
+        self._take(options)
         torch.optim.Adam.__init__(
             self, params, lr, betas, eps, weight_decay, amsgrad, foreach=foreach, maximize=maximize,
             capturable=capturable, differentiable=differentiable, fused=fused,
@@ -149,7 +151,7 @@ class AdamW(Adam, torch.optim.AdamW):
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, amsgrad=False, *,
-                 maximize=False, foreach=None, capturable=False, differentiable=False, fused=None, backend=None):
+                 maximize=False, foreach=None, capturable=False, differentiable=False, fused=None, **options):
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, foreach=foreach, maximize=maximize,
                          capturable=capturable, differentiable=differentiable, fused=fused,
-                         decoupled_weight_decay=True, backend=backend)
+                         decoupled_weight_decay=True, **options)

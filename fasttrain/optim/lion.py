@@ -56,10 +56,10 @@ class Lion(Optimizer):
         return k.keep * p - k.lr * update, k.b2 * exp_avg + k.a2 * g
 
     def __init__(self, params, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0, *, maximize=False, differentiable=False,
-                 backend=None):
+                 **options):
         check_hyperparameters(lr=lr, betas=betas, weight_decay=weight_decay)
         super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay, maximize=maximize,
-                                      differentiable=differentiable), backend=backend)
+                                      differentiable=differentiable), **options)
 
 
 Lion.rules = (Rule.of(Lion),)

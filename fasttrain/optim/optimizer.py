@@ -39,7 +39,8 @@ class Optimizer(torch.optim.Optimizer):
     Arguments:
         params: parameters, named parameters, or parameter groups, as in `torch.optim.Optimizer`.
         defaults: hyperparameters of groups that do not give their own.
-        backend: a name from `fasttrain.kernels.dispatch`, or None to choose.
+        options: `backend`, a name from `fasttrain.kernels.dispatch` or None to choose. A page hands on what it does
+            not know itself.
     """
 
     rules: tuple[Rule, ...] = ()
@@ -49,9 +50,15 @@ class Optimizer(torch.optim.Optimizer):
     _planned_for: tuple[list[Rule], str | None] | None = None  # the rule of each group, and the backend that is forced
     _loading: Mapping[str, Any] | None = None
 
-    def __init__(self, params, defaults, *, backend=None):
-        self.backend = backend
-        super().__init__(params, defaults)
+    def __init__(self, params, defaults, **options):
+        self._take(options)
+        torch.optim.Optimizer.__init__(self, params, defaults)
+
+    def _take(self, options: dict[str, Any]) -> None:
+        """Keep the options that every optimizer has. Before torch's constructor, which adds the parameter groups."""
+        self.backend = options.pop("backend", None)
+        if options:
+            raise TypeError(f"{type(self).__name__} has no option {', '.join(map(repr, options))}")
 
     # --- What a page may say differently ------------------------------------------------------------------------------
 

@@ -38,12 +38,13 @@ def with_decay(element):
 
 
 BUFFER = ("momentum_buffer",)
+RETAIN = {"momentum_buffer": "keep"}
 PLAIN = Rule("SGD", (), coefficients, descend)
-MOMENTUM = Rule("SGDMomentum", BUFFER, coefficients, momentum)
-NESTEROV = Rule("SGDNesterov", BUFFER, coefficients, nesterov)
+MOMENTUM = Rule("SGDMomentum", BUFFER, coefficients, momentum, retain=RETAIN)
+NESTEROV = Rule("SGDNesterov", BUFFER, coefficients, nesterov, retain=RETAIN)
 PLAIN_L2 = Rule("SGDL2", (), coefficients, with_decay(descend))
-MOMENTUM_L2 = Rule("SGDL2Momentum", BUFFER, coefficients, with_decay(momentum))
-NESTEROV_L2 = Rule("SGDL2Nesterov", BUFFER, coefficients, with_decay(nesterov))
+MOMENTUM_L2 = Rule("SGDL2Momentum", BUFFER, coefficients, with_decay(momentum), retain=RETAIN)
+NESTEROV_L2 = Rule("SGDL2Nesterov", BUFFER, coefficients, with_decay(nesterov), retain=RETAIN)
 
 
 class SGD(Optimizer, torch.optim.SGD):
@@ -89,8 +90,8 @@ class SGD(Optimizer, torch.optim.SGD):
     rules = (PLAIN, MOMENTUM, NESTEROV, PLAIN_L2, MOMENTUM_L2, NESTEROV_L2)
 
     def __init__(self, params, lr=1e-3, momentum=0, dampening=0, weight_decay=0, nesterov=False, *, maximize=False,
-                 foreach=None, differentiable=False, fused=None, backend=None):
-        self.backend = backend
+                 foreach=None, differentiable=False, fused=None, **options):
+        self._take(options)
         torch.optim.SGD.__init__(
             self, params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize, foreach=foreach,
             differentiable=differentiable, fused=fused)
