@@ -4,12 +4,14 @@ To add one: write its page (a small file beside `lion.py`) and name its class in
 """
 
 from fasttrain.optim.adamw import Adam, AdamW
+from fasttrain.optim.clip import clip_grad_norm
 from fasttrain.optim.lion import Lion
 from fasttrain.optim.optimizer import Optimizer
 from fasttrain.optim.sgd import SGD
+from fasttrain.optim.statedict import convert
 from fasttrain.rule import Rule
 
-__all__ = ["Adam", "AdamW", "Lion", "Optimizer", "SGD"]
+__all__ = ["Adam", "AdamW", "Lion", "Optimizer", "SGD", "clip_grad_norm", "convert"]
 
 OPTIMIZERS: tuple[type[Optimizer], ...] = (AdamW, SGD, Lion)
 

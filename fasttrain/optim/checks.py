@@ -64,10 +64,8 @@ def plain(tensor: Tensor) -> Tensor:
     return tensor if type(tensor) in (Tensor, torch.nn.Parameter) else tensor.as_subclass(Tensor)
 
 
-def check_gradient(name: str, p: Tensor) -> None:
+def check_gradient(name: str, p: Tensor, grad: Tensor) -> None:
     """Raise if the gradient of a parameter does not fit it, or if one of them has no elements in memory."""
-    grad = p.grad
-    assert grad is not None
     if p.device != grad.device or p.shape != grad.shape:
         raise RuntimeError(f"{name}: its gradient has shape {tuple(grad.shape)} on {grad.device}, the parameter "
                            f"{tuple(p.shape)} on {p.device}; they must agree")
@@ -78,10 +76,9 @@ def check_gradient(name: str, p: Tensor) -> None:
                         "or none")
 
 
-def reals(name: str, p: Tensor, keys: Sequence[str], state: Mapping[str, Any]) -> tuple[Tensor, ...]:
+def reals(name: str, p: Tensor, grad: Tensor, keys: Sequence[str], state: Mapping[str, Any]) -> tuple[Tensor, ...]:
     """The parameter, its gradient and the states named by `keys` as plain real tensors that a step can take."""
-    assert p.grad is not None
-    tensors = [p, p.grad.resolve_conj().resolve_neg()]
+    tensors = [p, grad.resolve_conj().resolve_neg()]
     for key in keys:
         kept = state.get(key)
         if not isinstance(kept, Tensor):
