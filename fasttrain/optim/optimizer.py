@@ -27,7 +27,7 @@ from torch import Tensor
 from fasttrain.kernels import dispatch, native, reference
 from fasttrain.kernels.item import Item, in_turns, table_of_rows
 from fasttrain.kernels.trace import trace
-from fasttrain.optim.checks import check_counter, check_gradient, number, plain, reals
+from fasttrain.optim.checks import check_counter, check_gradient, check_running, number, plain, reals
 from fasttrain.rule import Rule
 
 Group = dict[str, Any]
@@ -45,6 +45,7 @@ class Optimizer(torch.optim.Optimizer):
 
     rules: tuple[Rule, ...] = ()
     counts_steps = False  # whether the optimizer's state has torch's `step`
+    running: tuple[str, ...] = ()  # states of one number for each parameter, which `advance` replaces
     backend: str | None = None
     _plan: Any = None
     _planned_for: tuple[list[Rule], str | None] | None = None  # the rule of each group, and the backend that is forced
@@ -68,6 +69,8 @@ class Optimizer(torch.optim.Optimizer):
 
     def init_state(self, p: Tensor, group: Group, rule: Rule) -> bool:
         """Make the states that `p` lacks; True if any was made."""
+        if self.counts_steps and not self.state[p]:
+            self.state[p]["step"] = torch.zeros((), dtype=torch.float32)
         missing = [name for name in rule.state if self.state[p].get(name) is None]
         for name in missing:
             self.state[p][name] = torch.zeros_like(p, memory_format=torch.preserve_format)
@@ -76,6 +79,16 @@ class Optimizer(torch.optim.Optimizer):
     def step_sparse(self, p: Tensor, grad: Tensor, group: Group) -> None:
         """Step a parameter whose gradient is sparse."""
         raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
+
+    def advance(self, state: dict[str, Any], group: Group, step: float) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        """The numbers of `running` that `coefficients` reads in a step, and those that are kept after it.
+
+        The first are in double precision; `state` itself changes only when every parameter has been stepped.
+        """
+        raise NotImplementedError
+
+    def stepped(self) -> None:
+        """Called after every step that was made: not after one that was skipped or raised."""
 
     # --- The step -----------------------------------------------------------------------------------------------------
 
@@ -110,7 +123,7 @@ class Optimizer(torch.optim.Optimizer):
             return
         scale = 1.0 if grad_scale is None else 1.0 / grad_scale.item()
         rules = [self.rule_of(group) for group in self.param_groups]
-        sparse, items, before = [], [], []
+        sparse, items, before, after = [], [], [], []
         try:
             for index in self._scan(rules):
                 where = self._places[index]
@@ -123,7 +136,9 @@ class Optimizer(torch.optim.Optimizer):
                 before.append((p, dict(self.state.get(p, ()))))
                 item, step, fresh = self._examine(where, rules[where[0]])
                 if not self._describe(index, item, fresh):
-                    items.append((item, step, self.param_groups[where[0]]))
+                    group, replaced = self._advance(item.name, p, self.param_groups[where[0]], step)
+                    items.append((item, step, group))
+                    after += replaced
             keys = self._plan.rows() if self._plan is not None else []
             rows = [self._row(rules[group], self.param_groups[group], step, scale) for group, step in keys]
             runs = self._runs(items, scale)
@@ -139,6 +154,18 @@ class Optimizer(torch.optim.Optimizer):
                 self._plan.release()
         for run in runs:
             run()
+        for kept, value in after:
+            kept.copy_(torch.as_tensor(value))
+        self.stepped()
+
+    def _advance(self, name: str, p: Tensor, group: Group, step: float) -> tuple[Group, list[tuple[Tensor, Any]]]:
+        """The hyperparameters of one parameter, with its running numbers, and what replaces these when all is done."""
+        if not self.running:
+            return group, []
+        for key in self.running:
+            check_running(name, key, self.state[p])
+        now, later = self.advance(self.state[p], group, step)
+        return {**group, **now}, [(self.state[p][key], value) for key, value in later.items()]
 
     def _restore_states(self, before: list[tuple[Tensor, dict[str, Any]]]) -> None:
         for p, state in before:
@@ -191,7 +218,7 @@ class Optimizer(torch.optim.Optimizer):
     def _describe(self, index: int, item: Item, fresh: bool) -> bool:
         """Give a parameter to the plan, if it can take it."""
         p = self._param(self._places[index])
-        if self._plan is None or p.is_complex() or native.number_of(item.rule) is None:
+        if self._plan is None or p.is_complex() or self.running or native.number_of(item.rule) is None:
             return False
         keys = (*item.rule.state, *(("step",) if self.counts_steps else ()))
         return self._plan.set(index, native.number_of(item.rule), item.dtype == torch.float64,
