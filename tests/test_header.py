@@ -12,14 +12,14 @@ from helpers import ROOT, needs_native
 
 from fasttrain.kernels import emit_cpp, native
 from fasttrain.kernels.trace import trace
-from fasttrain.optim import RULES, AdamW, header
+from fasttrain.optim import COMMON_RULES, RULES, AdamW, header
 from fasttrain.rule import Rule
 
 HEADER = ROOT / "csrc" / "rules.h"
 
 
 def test_the_header_is_the_equations() -> None:
-    assert HEADER.read_text() == emit_cpp.header(RULES), "csrc/rules.h is stale: `make rules`, check it in, and build"
+    assert HEADER.read_text() == emit_cpp.header(RULES, COMMON_RULES), "csrc/rules.h is stale: `make rules`, check it in, and build"
 
 
 def test_make_rules_writes_it(tmp_path: Path) -> None:

@@ -25,17 +25,23 @@ def number(value: Any) -> Any:
 
 
 def check_hyperparameters(**values: Any) -> None:
-    """Raise torch's own errors for learning rates, betas and weight decay that are out of range."""
-    lr = values["lr"]
+    """Raise torch's own errors for hyperparameters that are out of range: `lr`, `betas`, `eps`, and others, which must
+    not be negative.
+    """
+    lr = values.pop("lr")
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError("Tensor lr must be 1-element")
     if not 0.0 <= lr:
         raise ValueError(f"Invalid learning rate: {lr}")
-    for index, beta in enumerate(values["betas"]):
+    eps = values.pop("eps", 0.0)
+    if not 0.0 <= eps:
+        raise ValueError(f"Invalid epsilon value: {eps}")
+    for index, beta in enumerate(values.pop("betas", ())):
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
-    if not 0.0 <= values["weight_decay"]:
-        raise ValueError(f"Invalid weight_decay value: {values['weight_decay']}")
+    for name, value in values.items():
+        if not 0.0 <= value:
+            raise ValueError(f"Invalid {name} value: {value}")
 
 
 def check_memory(what: str, tensor: Tensor) -> None:
@@ -57,6 +63,14 @@ def check_counter(name: str, counter: Any) -> None:
     if counter.numel() != 1 or counter.dtype not in COUNTERS:
         raise TypeError(f"{name}: its step count is {counter.dtype} of shape {tuple(counter.shape)}; it must be one "
                         f"{', '.join(str(dtype).removeprefix('torch.') for dtype in COUNTERS)}")
+
+
+def check_running(name: str, key: str, state: Mapping[str, Any]) -> None:
+    """Raise if a state that is one number for the whole parameter is not."""
+    kept = state.get(key)
+    if not isinstance(kept, Tensor) or kept.numel() != 1 or not kept.is_floating_point():
+        found = f"is {kept.dtype} of shape {tuple(kept.shape)}" if isinstance(kept, Tensor) else f"is {kept!r}"
+        raise TypeError(f"{name}: its state {key!r} {found}; it must be one floating-point number in a tensor")
 
 
 def plain(tensor: Tensor) -> Tensor:

@@ -39,7 +39,8 @@ def check(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
         if len(group["params"]) != len(saved["params"]):
             return
         for option in KEPT:
-            if saved.get(option, DEFAULTS[option]) != group.get(option, DEFAULTS[option]) and _has_state(state_dict, saved):
+            same = saved.get(option, DEFAULTS[option]) == group.get(option, DEFAULTS[option])
+            if not same and any(state_dict["state"].get(n) for n in saved["params"]):
                 raise ValueError(f"group {index} of the state dict was kept with {describe(saved)}, the optimizer's "
                                  f"with {describe(group)}: convert it first, "
                                  "optimizer.load_state_dict(fasttrain.optim.convert(state_dict, optimizer))")
@@ -47,10 +48,6 @@ def check(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
             state = state_dict["state"].get(saved_at)
             if state:
                 optimizer.check_loaded((index, place), {**group, **saved, "params": group["params"]}, state)
-
-
-def _has_state(state_dict: Mapping[str, Any], saved: Mapping[str, Any]) -> bool:
-    return any(state_dict["state"].get(n) for n in saved["params"])
 
 
 def check_state(name: str, p: Tensor, shapes: Mapping[str, tuple[int, ...] | None], optional: set[str],
