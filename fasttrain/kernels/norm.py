@@ -61,7 +61,7 @@ def total(sums: Tensor) -> Tensor:
     return tree(sums)
 
 
-# --- The oracle: eager torch, in float64, by the same tree --------------------------------------------------------------
+# --- The oracle: eager torch, in float64, by the same tree ------------------------------------------------------------
 
 def reference(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """The same as `squares`, one operation of torch at a time, on any device."""
