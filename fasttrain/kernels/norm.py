@@ -82,7 +82,8 @@ def memory_order(tensor: Tensor) -> Tensor:
     tensor = tensor if type(tensor) in (Tensor, torch.nn.Parameter) else tensor.as_subclass(Tensor)
     if order(tensor) is None or tensor.numel() == 0:
         return tensor.reshape(-1)
-    return tensor.permute(sorted(range(tensor.dim()), key=lambda dim: -tensor.stride(dim))).reshape(-1)
+    strides = tensor.stride()
+    return tensor.permute(sorted(range(tensor.dim()), key=lambda dim: -strides[dim])).reshape(-1)
 
 
 def sum_in_blocks(numbers: Tensor) -> Tensor:

@@ -5,13 +5,16 @@ To add one: write its page (a small file beside `lion.py`) and name its class in
 
 from fasttrain.optim.adamw import Adam, AdamW
 from fasttrain.optim.lion import Lion
+from fasttrain.optim.muon import Muon
 from fasttrain.optim.optimizer import Optimizer
 from fasttrain.optim.sgd import SGD
 from fasttrain.rule import Rule
 
-__all__ = ["Adam", "AdamW", "Lion", "Optimizer", "SGD"]
+__all__ = ["Adam", "AdamW", "Lion", "Muon", "Optimizer", "SGD"]
 
 OPTIMIZERS: tuple[type[Optimizer], ...] = (AdamW, SGD, Lion)
+COMPOSED: tuple[type[Optimizer], ...] = (Muon,)  # of several rules, with something else between them
 
 # Every rule once, in the order of `csrc/rules.h`.
-RULES: tuple[Rule, ...] = tuple(dict.fromkeys(rule for optimizer in OPTIMIZERS for rule in optimizer.rules))
+RULES: tuple[Rule, ...] = tuple(
+    dict.fromkeys(rule for optimizer in (*OPTIMIZERS, *COMPOSED) for rule in optimizer.rules))
