@@ -4,6 +4,7 @@
 
 #include "cpu/bandwidth.h"
 #include "cpu/plan.h"
+#include "cpu/reduce_bind.h"
 #include "cpu/threads.h"
 #include "cuda/bind.h"
 #include "step.h"
@@ -35,10 +36,12 @@ PYBIND11_MODULE(_native, m) {
       .def("rows", &Plan::rows)
       .def("run", &Plan::run)
       .def("release", &Plan::release)
+      .def("squares", &Plan::squares)
       .def_property_readonly("parameters", [](const Plan& plan) { return plan.division().parameters; })
       .def_property_readonly("elements", [](const Plan& plan) { return plan.division().elements; })
       .def_property_readonly("bytes", [](const Plan& plan) { return plan.division().bytes; });
   m.def("update_streams", &update_streams, py::call_guard<py::gil_scoped_release>(), "The ceiling of a CPU step.");
   m.def("step_once", &step_once, "Step tensors that are given one by one.");
+  bind_reductions(m);
   bind_cuda(m);
 }

@@ -4,6 +4,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpu/reduce_bind.h"
+
 namespace fasttrain {
 namespace {
 
@@ -350,6 +352,13 @@ void Plan::run(const py::array_t<double, py::array::c_style>& rows, int threads,
   if (any_fresh_)
     for (Entry& entry : entries_) entry.fresh = entry.fresh && !entry.active;
   any_fresh_ = false;
+}
+
+py::tuple Plan::squares(int threads) const {
+  std::vector<Summed> gradients;
+  for (const Entry& entry : entries_)
+    if (entry.active) gradients.push_back({entry.work.streams[1], entry.work.elements});
+  return squares_as_python(gradients, threads);
 }
 
 void Plan::increment_versions(const py::function& increment) const {

@@ -76,6 +76,9 @@ class Plan {
   // by list: before the walk, which evicts them from the cache.
   void run(const py::array_t<double, py::array::c_style>& rows, int threads, const py::function& increment);
 
+  // After `scan`: (sum of squares of the gradient of each active parameter, whether any element is infinite or NaN).
+  py::tuple squares(int threads) const;
+
   // Lets go of the gradients that `scan` found, so that another thread could not free them during the walk.
   void release();
 

@@ -12,6 +12,7 @@ from fasttrain.optim.ademamix import AdEMAMix
 from fasttrain.optim.asgd import ASGD
 from fasttrain.optim.clip import clip_grad_norm
 from fasttrain.optim.lion import Lion
+from fasttrain.optim.muon import Muon
 from fasttrain.optim.nadam import NAdam
 from fasttrain.optim.optimizer import Optimizer
 from fasttrain.optim.radam import RAdam
@@ -22,14 +23,16 @@ from fasttrain.optim.sgd import SGD
 from fasttrain.optim.statedict import convert
 from fasttrain.rule import Rule
 
-__all__ = ["ASGD", "AdEMAMix", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "Adan", "Lion", "NAdam", "Optimizer",
-           "RAdam", "RMSprop", "Rprop", "SGD", "ScheduleFreeAdamW", "ScheduleFreeSGD", "clip_grad_norm", "convert"]
+__all__ = ["ASGD", "AdEMAMix", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "Adan", "Lion", "Muon", "NAdam",
+           "Optimizer", "RAdam", "RMSprop", "Rprop", "SGD", "ScheduleFreeAdamW", "ScheduleFreeSGD", "clip_grad_norm",
+           "convert"]
 
 # Compiled for GPUs ahead of time in every usual combination of storages; the others in float32 and in float64.
 COMMON: tuple[type[Optimizer], ...] = (AdamW, SGD, Lion)
 OPTIMIZERS: tuple[type[Optimizer], ...] = (
     *COMMON, Adadelta, Adagrad, Adamax, Adan, AdEMAMix, ASGD, NAdam, RAdam, RMSprop, Rprop, ScheduleFreeAdamW,
     ScheduleFreeSGD)
+COMPOSED: tuple[type[Optimizer], ...] = (Muon,)  # of several rules, with something else between them
 
 
 def rules_of(optimizers: tuple[type[Optimizer], ...]) -> tuple[Rule, ...]:
@@ -37,5 +40,5 @@ def rules_of(optimizers: tuple[type[Optimizer], ...]) -> tuple[Rule, ...]:
 
 
 # Every rule once, in the order of `csrc/rules.h`.
-RULES: tuple[Rule, ...] = rules_of(OPTIMIZERS)
+RULES: tuple[Rule, ...] = rules_of((*OPTIMIZERS, *COMPOSED))
 COMMON_RULES: tuple[Rule, ...] = rules_of(COMMON)
