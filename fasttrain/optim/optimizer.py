@@ -15,6 +15,8 @@ states that were made on the way.
 
 from __future__ import annotations
 
+import dis
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -31,16 +33,64 @@ from fasttrain.optim.checks import check_counter, check_gradient, number, plain,
 from fasttrain.rule import Rule
 
 Group = dict[str, Any]
+EQUATION = ("an optimizer gives `state` (a tuple of names), `coefficients(step, **hyperparameters)` and "
+            "`element(p, g, *state, k)`")
+
+
+def reads_step(rule: Rule) -> bool:
+    """Whether `coefficients` reads its first argument; assumed of what is not a function of Python.
+
+    >>> reads_step(Rule("A", (), lambda step, lr: {"lr": lr}, lambda p, g, k: p - k.lr * g))
+    False
+    >>> reads_step(Rule("B", (), lambda step, lr: {"lr": lr / step}, lambda p, g, k: p - k.lr * g))
+    True
+    """
+    function = inspect.unwrap(rule.coefficients)
+    if not hasattr(function, "__code__"):
+        return True
+    name = next(iter(inspect.signature(function).parameters))
+    read = (i.argval for i in dis.get_instructions(function.__code__) if i.opname.startswith("LOAD"))
+    return any(name in (what if isinstance(what, tuple) else (what,)) for what in read)  # 3.13 loads two at once
 
 
 class Optimizer(torch.optim.Optimizer):
-    """Base of every optimizer. A page gives its equation (`state`, `coefficients`, `element`) or its `rules`.
+    """Base of every optimizer, and of yours: an equation in the vocabulary of `fasttrain.rule`, and a constructor.
+
+    A page (a subclass) gives `state`, `coefficients` and `element`, as described there, or its `rules`. A rule that is
+    not in the compiled module is compiled at first use; see docs/optimizers.md.
 
     Arguments:
         params: parameters, named parameters, or parameter groups, as in `torch.optim.Optimizer`.
-        defaults: hyperparameters of groups that do not give their own.
+        defaults: hyperparameters of groups that do not give their own. Those that `coefficients` names must be there.
         options: `backend`, a name from `fasttrain.kernels.dispatch` or None to choose. A page hands on what it does
             not know itself.
+
+    State: the page's states, of the parameter's dtype and shape; and `step`, a float32 count, if `counts_steps`: it is
+    set where `coefficients` reads its `step`. (A page that sets it to False gets step 1 once and 2 ever after.)
+
+    Raises:
+        TypeError: the page has no equation, an incomplete one, or an option is unknown.
+
+    Example:
+        >>> import torch
+        >>> from fasttrain.optim import Optimizer
+        >>> class Decaying(Optimizer):
+        ...     state = ()
+        ...     @staticmethod
+        ...     def coefficients(step, lr):
+        ...         return dict(rate=lr / step)
+        ...     @staticmethod
+        ...     def element(p, g, k):
+        ...         return p - k.rate * g
+        ...     def __init__(self, params, lr=1e-3, **options):
+        ...         super().__init__(params, dict(lr=lr), **options)
+        >>> weight = torch.nn.Parameter(torch.zeros(2))
+        >>> optimizer = Decaying([weight], lr=1.0)
+        >>> for _ in range(2):
+        ...     weight.grad = torch.ones(2)
+        ...     optimizer.step()
+        >>> weight.data
+        tensor([-1.5000, -1.5000])
     """
 
     rules: tuple[Rule, ...] = ()
@@ -50,7 +100,22 @@ class Optimizer(torch.optim.Optimizer):
     _planned_for: tuple[list[Rule], str | None] | None = None  # the rule of each group, and the backend that is forced
     _loading: Mapping[str, Any] | None = None
 
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        """Make the rule of a page that gives an equation. Steps are counted where its `coefficients` read them."""
+        super().__init_subclass__(**keywords)
+        own = {"state", "coefficients", "element", "positive", "retain"} & vars(cls).keys()
+        if "rules" in vars(cls) or not own or not hasattr(cls, "element"):
+            return
+        for part in ("state", "coefficients"):
+            if not hasattr(cls, part):
+                raise TypeError(f"class {cls.__name__} has no `{part}`: {EQUATION}")
+        cls.rules = (Rule.of(cls),)
+        if "counts_steps" not in vars(cls):
+            cls.counts_steps = cls.counts_steps or reads_step(cls.rules[0])
+
     def __init__(self, params, defaults, **options):
+        if not self.rules:
+            raise TypeError(f"{type(self).__name__} has no equation: {EQUATION}")
         self._take(options)
         torch.optim.Optimizer.__init__(self, params, defaults)
 
@@ -71,6 +136,8 @@ class Optimizer(torch.optim.Optimizer):
         missing = [name for name in rule.state if self.state[p].get(name) is None]
         for name in missing:
             self.state[p][name] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        if self.counts_steps and "step" not in self.state[p]:
+            self.state[p]["step"] = torch.zeros((), dtype=torch.float32)
         return bool(missing)
 
     def step_sparse(self, p: Tensor, grad: Tensor, group: Group) -> None:
@@ -191,7 +258,7 @@ class Optimizer(torch.optim.Optimizer):
     def _describe(self, index: int, item: Item, fresh: bool) -> bool:
         """Give a parameter to the plan, if it can take it."""
         p = self._param(self._places[index])
-        if self._plan is None or p.is_complex() or native.number_of(item.rule) is None:
+        if self._plan is None or p.is_complex() or p.device.type != "cpu" or native.number_of(item.rule) is None:
             return False
         keys = (*item.rule.state, *(("step",) if self.counts_steps else ()))
         return self._plan.set(index, native.number_of(item.rule), item.dtype == torch.float64,
