@@ -67,7 +67,10 @@ def machine() -> Iterator[str]:
 def own_rules() -> str:
     """Whether a rule that is not in the compiled module can be compiled here, tried with one."""
     trial = Rule("Doctor", (), lambda step, lr: {"lr": lr}, lambda p, g, k: p - k.lr * g)
-    number, reason = native.find(trial)
+    try:
+        number, reason = native.find(trial)
+    except ValueError as error:  # FASTTRAIN_JIT is mistyped
+        number, reason = None, str(error)
     if number is None:
         return f"your own rules on cpu: on the slow reference backend ({reason})"
     compiler = jit.find_compiler(os.environ.get("CXX", ""), os.environ.get("PATH", ""))[0]
