@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "cpu/bandwidth.h"
+#include "cpu/on_demand.h"
 #include "cpu/plan.h"
 #include "cpu/reduce_bind.h"
 #include "cpu/threads.h"
@@ -28,6 +29,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("isa", [] { return chosen_kernels().isa; }, "The instruction set in use.");
   m.def("threading", &threading, "Whose threads the CPU walk runs on.");
   m.def("rules", &rules, "Name and digest of the compiled rules, in order.");
+  m.def("headers", &headers, "Hash of the headers that this build was made with.");
+  m.def("load_rule", &load_rule, "Load a rule that was compiled on demand; returns its number.");
   py::class_<Reader>(m, "Reader").def(py::init<const py::capsule&, py::tuple>());
   py::class_<Plan>(m, "Plan")
       .def(py::init<Reader, const std::vector<py::list>&>())

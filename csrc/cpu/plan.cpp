@@ -4,6 +4,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpu/on_demand.h"
 #include "cpu/reduce_bind.h"
 
 namespace fasttrain {
@@ -28,12 +29,6 @@ Counter::Type counter_type(const dlpack::Tensor& tensor) {
   if (type.code == dlpack::kInt)
     return type.bits == 32 ? Counter::kInt32 : type.bits == 64 ? Counter::kInt64 : Counter::kNone;
   return Counter::kNone;
-}
-
-const RuleKernels& rule_at(int rule) {
-  const IsaKernels& kernels = chosen_kernels();
-  if (rule < 0 || rule >= kernels.count) throw std::out_of_range("no rule " + std::to_string(rule));
-  return kernels.rules[rule];
 }
 
 // Takes one of p, g and the states into the work of a parameter. False if the kernels cannot.

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from fasttrain.kernels import table, triton_codecs
+from fasttrain.kernels.emit_cpp import digest
 from fasttrain.kernels.emit_triton import kernel
 from fasttrain.kernels.item import STORAGES, Item, dense
 from fasttrain.rule import Rule
@@ -52,7 +53,7 @@ def compile_rule(rule: Rule, interpreted: bool) -> Any:
         copy.__annotations__ = function.__annotations__
         space[function.__name__] = jit(copy)
     source = kernel(rule)
-    file = f"<fasttrain rule {rule.name}>"
+    file = f"<fasttrain rule {rule.name} {digest(rule):08X}>"  # a user may give one name to two equations
     # Triton reads a function's source through linecache; an entry without a modification time is never dropped.
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
     exec(compile(source, file, "exec"), space)

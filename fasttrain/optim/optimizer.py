@@ -33,6 +33,7 @@ from fasttrain.kernels.trace import trace
 from fasttrain.optim import clip, ema, kept, statedict
 from fasttrain.optim.arrival import Arrival
 from fasttrain.optim.checks import check_counter, check_gradient, check_running, number, plain, reals
+from fasttrain.optim.equation import EQUATION, reads_step
 from fasttrain.optim.local import alike, as_whole, local, place
 from fasttrain.optim.report import StepReport
 from fasttrain.precision import draws
@@ -55,14 +56,44 @@ class Examined(NamedTuple):
 
 
 class Optimizer(torch.optim.Optimizer):
-    """Base of every optimizer. A page gives its equation (`state`, `coefficients`, `element`) or its `rules`.
+    """Base of every optimizer, and of yours: an equation in the vocabulary of `fasttrain.rule`, and a constructor.
+
+    A page (a subclass) gives `state`, `coefficients` and `element`, as described there, or its `rules`. A rule that is
+    not in the compiled module is compiled at first use; see docs/optimizers.md.
 
     Arguments:
         params: parameters, named parameters, or parameter groups, as in `torch.optim.Optimizer`.
-        defaults: hyperparameters of groups that do not give their own.
+        defaults: hyperparameters of groups that do not give their own. Those that `coefficients` names must be there.
         options: `backend`, a name from `fasttrain.kernels.dispatch` or None to choose; `storage`, the name of a preset
             of `fasttrain.precision.storage`; and that module's options, for groups that do not give their own. A page
             hands on what it does not know itself.
+
+    State: the page's states, of the parameter's dtype and shape; and `step`, a float32 count, if `counts_steps`: it is
+    set where `coefficients` reads its `step`. (A page that sets it to False gets step 1 once and 2 ever after.)
+
+    Raises:
+        TypeError: the page has no equation, an incomplete one, or an option is unknown.
+
+    Example:
+        >>> import torch
+        >>> from fasttrain.optim import Optimizer
+        >>> class Decaying(Optimizer):
+        ...     state = ()
+        ...     @staticmethod
+        ...     def coefficients(step, lr):
+        ...         return dict(rate=lr / step)
+        ...     @staticmethod
+        ...     def element(p, g, k):
+        ...         return p - k.rate * g
+        ...     def __init__(self, params, lr=1e-3, **options):
+        ...         super().__init__(params, dict(lr=lr), **options)
+        >>> weight = torch.nn.Parameter(torch.zeros(2))
+        >>> optimizer = Decaying([weight], lr=1.0)
+        >>> for _ in range(2):
+        ...     weight.grad = torch.ones(2)
+        ...     optimizer.step()
+        >>> weight.data
+        tensor([-1.5000, -1.5000])
     """
 
     rules: tuple[Rule, ...] = ()
@@ -79,7 +110,22 @@ class Optimizer(torch.optim.Optimizer):
     _swapped: bool = False  # the parameters are their EMA
     arriving: Arrival | None = None
 
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        """Make the rule of a page that gives an equation. Steps are counted where its `coefficients` read them."""
+        super().__init_subclass__(**keywords)
+        own = {"state", "coefficients", "element", "positive", "retain"} & vars(cls).keys()
+        if "rules" in vars(cls) or not own or not hasattr(cls, "element"):
+            return
+        for part in ("state", "coefficients"):
+            if not hasattr(cls, part):
+                raise TypeError(f"class {cls.__name__} has no `{part}`: {EQUATION}")
+        cls.rules = (Rule.of(cls),)
+        if "counts_steps" not in vars(cls):
+            cls.counts_steps = cls.counts_steps or reads_step(cls.rules[0])
+
     def __init__(self, params, defaults, **options):
+        if not self.rules:
+            raise TypeError(f"{type(self).__name__} has no equation: {EQUATION}")
         self._take(options)
         torch.optim.Optimizer.__init__(self, params, defaults)
 
@@ -99,7 +145,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def init_state(self, p: Tensor, group: Group, rule: Rule) -> bool:
         """Make the states that `p` lacks; True if any was made."""
-        if self.counts_steps and not self.state[p]:
+        if self.counts_steps and "step" not in self.state[p]:
             self.state[p]["step"] = torch.zeros((), dtype=torch.float32)
         missing = [name for name in rule.state if self.state[p].get(name) is None]
         for name in missing:
@@ -342,8 +388,12 @@ class Optimizer(torch.optim.Optimizer):
 
     def _describe(self, index: int, one: Examined) -> bool:
         """Give a parameter to the plan, if it can take it."""
+<<<<<<< HEAD
         rule, p = one.item.rule, self._param(self._places[index])
         if self._plan is None or p.is_complex() or self.running or native.number_of(rule) is None:
+=======
+        p = self._param(self._places[index])
+        if self._plan is None or p.is_complex() or p.device.type != "cpu" or native.number_of(item.rule) is None:
             return False
         counted = ("step",) if self.counts_steps else ()
         wide = one.item.dtype == torch.float64
