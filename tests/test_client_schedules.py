@@ -1,4 +1,4 @@
-"""Every learning-rate schedule of torch, and its weight averages: the same rates, momenta and weights as with torch's."""
+"""Every learning-rate schedule of torch, and its weight averages: the same rates, momenta and weights as with torch."""
 
 import copy
 from collections.abc import Callable
