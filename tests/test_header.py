@@ -19,7 +19,8 @@ HEADER = ROOT / "csrc" / "rules.h"
 
 
 def test_the_header_is_the_equations() -> None:
-    assert HEADER.read_text() == emit_cpp.header(RULES, COMMON_RULES), "csrc/rules.h is stale: `make rules`, check it in, and build"
+    stale = "csrc/rules.h is stale: `make rules`, check it in, and build"
+    assert HEADER.read_text() == emit_cpp.header(RULES, COMMON_RULES), stale
 
 
 def test_make_rules_writes_it(tmp_path: Path) -> None:

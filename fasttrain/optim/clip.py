@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fasttrain.kernels import norm
-from fasttrain.optim.local import local, shares, total_of_shards
+from fasttrain.optim.local import local, shares, statistics_of_shards
 
 if TYPE_CHECKING:
     from fasttrain.optim.optimizer import Optimizer
@@ -32,33 +32,50 @@ def coefficient_of_one(grad: Tensor | None, scale: float, largest: float | None)
     """The coefficient for one parameter's own gradient, which the step multiplies with `scale` as well."""
     if grad is None or largest is None:
         return 1.0
-    square = total_of_shards(grad) if shares(grad) else norm.squares([local(grad)])[0][0]
+    square = statistics_of_shards(grad)[0] if shares(grad) else norm.squares([local(grad)])[0][0]
     return coefficient(scale * math.sqrt(square.item()), largest)
 
 
+def gradients(optimizers: Iterable[Optimizer]) -> list[Tensor]:
+    """The gradients of all parameters of the optimizers, each parameter once."""
+    return list({id(p): p.grad for optimizer in optimizers for group in optimizer.param_groups
+                 for p in group["params"] if p.grad is not None}.values())
+
+
 @torch.no_grad()
+def statistics(optimizers: Iterable[Optimizer]) -> tuple[Tensor, Tensor]:
+    """The sum of squares of all gradients, float64, and whether any element is infinite or NaN; both of shape ().
+
+    Gradients that are shards (DTensor) are added over the processes, copies are counted once.
+    """
+    grads = gradients(optimizers)
+    if not grads:
+        return torch.zeros((), dtype=torch.float64), torch.tensor(False)
+    home = grads[0].device
+    sums, found = [], []
+    for device in dict.fromkeys(grad.device for grad in grads):
+        whole = [local(grad) for grad in grads if grad.device == device and not shares(grad)]
+        if whole:
+            squares, bad = norm.squares([grad.coalesce().values() if grad.is_sparse else grad for grad in whole])
+            sums.append(norm.total(squares).to(home))
+            found.append(bad.to(home))
+    for grad in grads:
+        if shares(grad):
+            square, bad = statistics_of_shards(grad)
+            sums.append(square.to(home))
+            found.append(bad.to(home))
+    return norm.total(torch.stack(sums)), torch.stack(found).any()
+
+
 def grad_norm(optimizers: Iterable[Optimizer], norm_type: float = 2.0) -> Tensor:
     """The norm of all gradients of the optimizers' parameters together, each parameter counted once.
-
-    Gradients that are shards (DTensor) are summed over the shards, copies are counted once.
 
     Returns:
         float32, shape (), on the device of the first gradient.
     """
-    grads = list({id(p): p.grad for optimizer in optimizers for group in optimizer.param_groups
-                  for p in group["params"] if p.grad is not None}.values())
-    if not grads:
-        return torch.zeros(())
-    if norm_type != 2.0 or any(grad.layout != torch.strided for grad in grads):
-        return torch.nn.utils.get_total_norm(grads, norm_type)
-    sums = []
-    for device in dict.fromkeys(grad.device for grad in grads):
-        here = [grad for grad in grads if grad.device == device]
-        whole = [grad for grad in here if not shares(grad)]
-        if whole:
-            sums.append(norm.total(norm.squares([local(grad) for grad in whole])[0]).to(grads[0].device))
-        sums += [total_of_shards(grad).to(grads[0].device) for grad in here if shares(grad)]
-    return norm.total(torch.stack(sums)).sqrt().float()
+    if norm_type == 2.0:
+        return statistics(optimizers)[0].sqrt().float()
+    return torch.nn.utils.get_total_norm(gradients(optimizers), norm_type)
 
 
 def clip_grad_norm(optimizers: Iterable[Optimizer], max_norm: float, norm_type: float = 2.0,

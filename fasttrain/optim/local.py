@@ -38,16 +38,21 @@ def alike(tensor: Any, pattern: Any) -> Any:
     return tensor
 
 
-def total_of_shards(tensor: Any) -> Tensor:
-    """The sum of squares of the whole tensor, float64 of shape (), the same on every process that holds a part."""
+def statistics_of_shards(tensor: Any) -> tuple[Tensor, Tensor]:
+    """The sum of squares of the whole tensor, float64, and whether any element of it is infinite or NaN.
+
+    A collective: the same on every process that holds a part.
+    """
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
     if any(placement.is_partial() for placement in tensor.placements):
         tensor = tensor.redistribute(placements=[Replicate() if placement.is_partial() else placement
                                                  for placement in tensor.placements])
-    own = norm.squares([tensor._local_tensor])[0][0]
+    squares, found = norm.squares([tensor._local_tensor])
     placements = [Replicate() if placement.is_replicate() else Partial("sum") for placement in tensor.placements]
-    return DTensor.from_local(own, tensor.device_mesh, placements, run_check=False).full_tensor()
+    both = torch.stack([squares[0], found.to(squares)])
+    square, count = DTensor.from_local(both, tensor.device_mesh, placements, run_check=False).full_tensor()
+    return square, count != 0
 
 
 def as_whole(values: Tensor, pattern: Any) -> Tensor:

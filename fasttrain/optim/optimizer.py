@@ -34,10 +34,10 @@ from fasttrain.optim import clip, ema, kept, statedict
 from fasttrain.optim.arrival import Arrival
 from fasttrain.optim.checks import check_counter, check_gradient, check_running, number, plain, reals
 from fasttrain.optim.equation import EQUATION, reads_step
-from fasttrain.optim.local import alike, as_whole, local, place
+from fasttrain.optim.local import alike, as_whole, is_dtensor, local, place
 from fasttrain.optim.report import StepReport
 from fasttrain.precision import draws
-from fasttrain.precision.storage import DEFAULTS, is_plain, normalised
+from fasttrain.precision.storage import DEFAULTS, describe, is_plain, normalised
 from fasttrain.rule import Rule
 
 Group = dict[str, Any]
@@ -162,6 +162,10 @@ class Optimizer(torch.optim.Optimizer):
         The first are in double precision; `state` itself changes only when every parameter has been stepped.
         """
         raise NotImplementedError
+
+    def takes_storage(self, group: Group) -> bool:
+        """Whether storage options apply to a group: they do where one elementwise rule steps it."""
+        return True
 
     def stepped(self) -> None:
         """Called after every step that was made: not after one that was skipped or raised."""
@@ -388,12 +392,10 @@ class Optimizer(torch.optim.Optimizer):
 
     def _describe(self, index: int, one: Examined) -> bool:
         """Give a parameter to the plan, if it can take it."""
-<<<<<<< HEAD
         rule, p = one.item.rule, self._param(self._places[index])
-        if self._plan is None or p.is_complex() or self.running or native.number_of(rule) is None:
-=======
-        p = self._param(self._places[index])
-        if self._plan is None or p.is_complex() or p.device.type != "cpu" or native.number_of(item.rule) is None:
+        if self._plan is None or self.running or p.is_complex() or p.device.type != "cpu" or is_dtensor(p):
+            return False
+        if native.number_of(rule) is None:
             return False
         counted = ("step",) if self.counts_steps else ()
         wide = one.item.dtype == torch.float64
@@ -501,6 +503,26 @@ class Optimizer(torch.optim.Optimizer):
         """
         return clip.clip_grad_norm([self], max_norm, norm_type, error_if_nonfinite)
 
+    def grad_statistics(self) -> tuple[Tensor, Tensor]:
+        """Of all gradients: the sum of squares (float64), and whether any element is infinite or NaN; both of shape ().
+
+        One pass over the gradients; of shards, the sum and the answer are those of the whole on every process.
+        """
+        return clip.statistics([self])
+
+    def step_scaled(self, scale: Tensor, found: Tensor, norm: Tensor, max_norm: float | None = None) -> None:
+        """Step with gradients divided by `scale`, clipped to `max_norm` by their `norm`; skip if `found`.
+
+        What `fasttrain.LossScaler.step` calls; all three are tensors of one element.
+        """
+        if max_norm is not None:
+            self._clip = clip.coefficient(norm.item(), max_norm)
+        self.grad_scale, self.found_inf = scale, found
+        try:
+            self.step()
+        finally:
+            del self.grad_scale, self.found_inf
+
     def step_on_arrival(self, accumulation: int = 1) -> Arrival:
         """Step each parameter as soon as its gradient is complete, in backward, and free the gradient.
 
@@ -581,6 +603,9 @@ class Optimizer(torch.optim.Optimizer):
         """Refuse parameters that the options of their group cannot keep."""
         group = self.param_groups[index]
         if not is_plain(group):
+            if not self.takes_storage(group):
+                raise ValueError(f"group {index} is given {describe(group)}; {type(self).__name__} does not step it "
+                                 "element by element, and keeps it as torch would: leave these options out")
             group.setdefault("maximize", False)
             for place, p in enumerate(group["params"]):
                 self._layout(self._name((index, place)), p, p.dtype, group, self.rule_of(group))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fasttrain.kernels.item import Item
+from fasttrain.precision.codecs import codec
 
 
 @dataclass
@@ -35,5 +36,6 @@ class StepReport:
         extras = item.extras or (None,) * len(item.tensors)
         for operand, (main, extra) in enumerate(zip(item.tensors, extras, strict=True)):
             size = main.nbytes + (0 if extra is None else extra.nbytes)
-            self.bytes_read += size
+            copied = item.codecs and operand == 0 and codec(item.codecs[0]).name.startswith("master")
+            self.bytes_read += extra.nbytes if copied and extra is not None else size  # the rounded copy is not read
             self.bytes_written += size if operand != 1 or item.zero else 0

@@ -21,9 +21,11 @@ KEPT = ("master", "state_dtype")  # options that decide which arrays there are
 
 def with_own_options(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """The state dict with the optimizer's own storage options where a group of it has none (torch's have none)."""
-    groups = [{**{name: group[name] for name in DEFAULTS if name in group and name not in saved}, **saved}
-              for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True)]
-    return {**state_dict, "param_groups": groups}
+    groups = state_dict["param_groups"]
+    if len(groups) != len(optimizer.param_groups):
+        return state_dict  # torch will say so
+    own = [{name: group[name] for name in DEFAULTS if name in group} for group in optimizer.param_groups]
+    return {**state_dict, "param_groups": [{**mine, **saved} for mine, saved in zip(own, groups, strict=True)]}
 
 
 def check(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
@@ -50,12 +52,12 @@ def check(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
                 optimizer.check_loaded((index, place), {**group, **saved, "params": group["params"]}, state)
 
 
-def check_state(name: str, p: Tensor, shapes: Mapping[str, tuple[int, ...] | None], optional: set[str],
+def check_state(name: str, shapes: Mapping[str, tuple[int, ...] | None], optional: set[str],
                 state: Mapping[str, Any]) -> None:
     """Refuse entries that are missing, unknown or of another shape.
 
     Arguments:
-        shapes: of what the optimizer keeps for `p`, by name; None: of any shape.
+        shapes: of what the optimizer keeps for the parameter, by name; None: of any shape.
         optional: names that are made anew if they are missing, or may be None.
 
     Raises:
@@ -140,7 +142,7 @@ def _exact(p: Tensor, state: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             name = number_of or ("kahan_bf16" if p.dtype == torch.bfloat16 else "kahan_f16")
             yield "master", kept.values(NUMBER[name], plain(p.detach()), value.to(p.device), p.shape)
         elif not key.endswith("_scale"):
-            yield key, value
+            yield key, value.clone() if isinstance(value, Tensor) else value
 
 
 def _kept(optimizer: Any, p: Tensor, group: dict[str, Any], exact: dict[str, Any]) -> dict[str, Any]:
