@@ -24,6 +24,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -438,7 +439,7 @@ class Optimizer(torch.optim.Optimizer):
                       for square, limit in zip(squares, limits, strict=True)]
         rows = [self._row(rules[group], self.param_groups[group], step, own)
                 for (group, step), own in zip(at, scales, strict=True)]
-        keys = [self._key(self.param_groups[group]) for group, _ in at]
+        keys = np.array([self._key(self.param_groups[group]) for group, _ in at], np.uint64)
 
         def walk(report: StepReport) -> None:
             self._plan.run(table_of_rows(rows), keys, torch.get_num_threads(),
