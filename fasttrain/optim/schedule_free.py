@@ -58,8 +58,8 @@ class ScheduleFree(Optimizer):
     def _step(self):
         for index, group in enumerate(self.param_groups):
             if not group["train_mode"]:
-                raise RuntimeError(f"parameter group {index} is in evaluation mode: its parameters are averages, where no "
-                                   "gradient is taken. Call optimizer.train() before the forward pass")
+                raise RuntimeError(f"parameter group {index} is in evaluation mode: its parameters are averages, where "
+                                   "no gradient is taken. Call optimizer.train() before the forward pass")
         super()._step()
 
     def stepped(self):
