@@ -1,7 +1,7 @@
-"""Algorithms of papers, retold from their text in plain float64 torch, line by line: they share no code with the package.
+"""Algorithms of papers, retold from their text in plain float64 torch: they share no code with the package.
 
-Each is a function of the problem: it takes the start and a function from a point and a step to its gradient, and returns
-the points of the trajectory. Nothing is fused, reordered or kept in another form than the paper's.
+Each is a function of the problem: it takes the start, and a function from a point and a step to its gradient, and
+returns the points of the trajectory. Nothing is fused, reordered or kept in another form than the paper's.
 """
 
 from __future__ import annotations
@@ -49,9 +49,10 @@ def ademamix(theta: Tensor, gradient: Gradient, steps: int, eta: float, betas: t
         if warmup_beta3 is None:
             beta3 = beta3_end
         else:
-            start, end = math.log(max(beta1, 1e-8)), math.log(beta3_end)
-            mu = t / warmup_beta3
+            start, end, mu = math.log(beta1 or 1e-300), math.log(beta3_end), min(t / warmup_beta3, 1)
             beta3 = min(math.exp(start * end / ((1 - mu) * end + mu * start)), beta3_end)
+            if beta1 == 0:  # the limit, in which the half-life grows from 0
+                beta3 = math.exp(end / mu)
         g = gradient(theta, t)
         m1 = beta1 * m1 + (1 - beta1) * g
         m2 = beta3 * m2 + (1 - beta3) * g
