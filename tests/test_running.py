@@ -117,6 +117,7 @@ def test_the_numbers_stay_the_same_tensors(optimizer: type[Optimizer]) -> None:
 
 # --- Adagrad's sparse gradients ---------------------------------------------------------------------------------------
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # torch's own function makes a sparse tensor
 @pytest.mark.parametrize("kwargs", [dict(), dict(lr_decay=0.1, maximize=True, initial_accumulator_value=0.5)], ids=str)
 def test_sparse_gradients_of_adagrad_are_torchs(kwargs: dict[str, Any], backend: str) -> None:
     runs = []
