@@ -75,7 +75,7 @@ class Adan(Optimizer):
 
     def __init__(self, params, lr=1e-3, betas=(0.98, 0.92, 0.99), eps=1e-8, weight_decay=0.0, no_prox=False, *,
                  maximize=False, differentiable=False, **options):
-        check_hyperparameters(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        check_hyperparameters(3, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, no_prox=no_prox,
                                       maximize=maximize, differentiable=differentiable), **options)
 

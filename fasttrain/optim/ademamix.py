@@ -9,18 +9,18 @@ from fasttrain.optim.optimizer import Optimizer
 from fasttrain.rule import Rule, sqrt
 
 
-def between(start, end, share):
-    return (1 - share) * start + share * end
+def half_life(beta):
+    return log(0.5) / log(beta) if beta > 0 else 0.0
 
 
 def warm(step, betas, alpha, beta3_warmup, alpha_warmup):
     """The weight of the slow average, and its beta, at a step: both grow, the beta linearly in its half-life."""
     b1, _, b3 = betas
     if alpha_warmup is not None and step < alpha_warmup:
-        alpha = between(0.0, alpha, step / alpha_warmup)
-    if beta3_warmup is not None and step < beta3_warmup:
-        first, last = (log(0.5) / log(beta + 1e-8) - 1 for beta in (b1, b3))
-        b3 = 0.5 ** (1 / (between(first, last, step / beta3_warmup) + 1))
+        alpha = alpha * step / alpha_warmup
+    if beta3_warmup is not None and step < beta3_warmup and b3 > 0:
+        share = step / beta3_warmup
+        b3 = 0.5 ** (1 / ((1 - share) * half_life(b1) + share * half_life(b3)))
     return alpha, b3
 
 
@@ -98,7 +98,7 @@ class AdEMAMix(Optimizer):
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999, 0.9999), alpha=2.0, beta3_warmup=None, alpha_warmup=None,
                  eps=1e-8, weight_decay=0.0, *, maximize=False, differentiable=False, **options):
-        check_hyperparameters(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, alpha=alpha)
+        check_hyperparameters(3, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, alpha=alpha)
         super().__init__(params, dict(lr=lr, betas=betas, alpha=alpha, beta3_warmup=beta3_warmup,
                                       alpha_warmup=alpha_warmup, eps=eps, weight_decay=weight_decay,
                                       maximize=maximize, differentiable=differentiable), **options)

@@ -71,5 +71,5 @@ class ASGD(MadeByTorch, torch.optim.ASGD):
 
     def advance(self, state, group, step):
         lr, lambd = group["lr"], group["lambd"]
-        now = {name: state[name].double() for name in self.running}
+        now = {name: state[name].to(torch.float64, copy=True) for name in self.running}
         return now, dict(eta=lr / (1 + lambd * lr * step) ** group["alpha"], mu=1 / max(1, step - group["t0"]))

@@ -24,9 +24,9 @@ def number(value: Any) -> Any:
     return tuple(map(number, value)) if isinstance(value, (tuple, list)) else value
 
 
-def check_hyperparameters(**values: Any) -> None:
-    """Raise torch's own errors for hyperparameters that are out of range: `lr`, `betas`, `eps`, and others, which must
-    not be negative.
+def check_hyperparameters(count: int = 2, **values: Any) -> None:
+    """Raise torch's own errors for hyperparameters that are out of range: `lr`, `eps`, `betas` (as many as `count`),
+    and others, which must not be negative.
     """
     lr = values.pop("lr")
     if isinstance(lr, Tensor) and lr.numel() != 1:
@@ -36,7 +36,10 @@ def check_hyperparameters(**values: Any) -> None:
     eps = values.pop("eps", 0.0)
     if not 0.0 <= eps:
         raise ValueError(f"Invalid epsilon value: {eps}")
-    for index, beta in enumerate(values.pop("betas", ())):
+    betas = values.pop("betas", None)
+    if betas is not None and len(betas) != count:
+        raise ValueError(f"betas has {len(betas)} numbers, not {count}: {betas}")
+    for index, beta in enumerate(betas or ()):
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
     for name, value in values.items():

@@ -120,9 +120,10 @@ class ScheduleFreeSGD(ScheduleFree):
         >>> from fasttrain.optim import ScheduleFreeSGD
         >>> weight = torch.nn.Parameter(torch.ones(2))
         >>> optimizer = ScheduleFreeSGD([weight], lr=0.5)
-        >>> for gradient in (1.0, -1.0):
-        ...     weight.grad = torch.full((2,), gradient)
-        ...     optimizer.step()
+        >>> weight.grad = torch.ones(2)
+        >>> optimizer.step()
+        >>> weight.grad = -torch.ones(2)
+        >>> optimizer.step()
         >>> optimizer.eval()  # the parameters are averages now
         >>> weight.data
         tensor([0.7500, 0.7500])
