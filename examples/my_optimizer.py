@@ -21,8 +21,8 @@ class MyOptimizer(Optimizer):
         super().__init__(params, dict(lr=lr, beta=beta, eps=eps), **options)
 
 model = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.GELU(), torch.nn.Linear(64, 1))
-optimizer, x = MyOptimizer(model.parameters(), lr=1e-2), torch.randn(512, 8)
-for _ in range(60):
+optimizer, x = MyOptimizer(model.parameters(), lr=2e-2), torch.randn(512, 8)
+for _ in range(30):
     optimizer.zero_grad()
     loss = (model(x) - x[:, :1] * x[:, 1:2]).square().mean()
     loss.backward()

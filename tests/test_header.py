@@ -19,8 +19,13 @@ HEADER = ROOT / "csrc" / "rules.h"
 
 
 def test_the_header_is_the_equations() -> None:
-    stale = "csrc/rules.h is stale: `make rules`, check it in, and build"
-    assert HEADER.read_text() == emit_cpp.header(RULES, COMMON_RULES), stale
+    wanted = emit_cpp.header(RULES, COMMON_RULES)
+    assert HEADER.read_text() == wanted, "csrc/rules.h is stale: `make rules`, check it in, and build"
+
+
+def test_common_rules_come_first() -> None:
+    with pytest.raises(ValueError, match="the common rules must be the first ones"):
+        emit_cpp.header(RULES, RULES[1:3])
 
 
 def test_make_rules_writes_it(tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ FASTTRAIN_RULES(FT_LOOPS)
 def numeric_flags() -> list[str]:
     """The flags that the build compiles every file with."""
     text = (ROOT / "CMakeLists.txt").read_text()
-    listed = re.search(r"target_compile_options\(common_flags INTERFACE\n(.*?)\)", text, re.S)
+    listed = re.search(r"set\(common_options (.*?)\)", text, re.S)
     assert listed is not None
     assert "-ffp-contract=off" in listed[1]
     return shlex.split(listed[1])

@@ -22,7 +22,9 @@ def directory() -> Path:
     path = Path(os.path.abspath(os.environ.get("FASTTRAIN_CACHE_DIR") or usual())).resolve()
     remedy = "set FASTTRAIN_CACHE_DIR to a directory of your own"
     try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for missing in [part for part in reversed((path, *path.parents)) if not part.exists()]:
+            missing.mkdir(mode=0o700, exist_ok=True)  # `parents=True` would make them as the umask says
+        path.mkdir(exist_ok=True)  # raises where a file stands
     except OSError as error:
         raise OSError(f"the cache directory {path} cannot be made ({error.strerror}): {remedy}") from None
     found = path.stat()
@@ -66,14 +68,17 @@ def get(name: str) -> Path | None:
     """
     path = directory() / name
     try:
-        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return None
-    with open(file, "rb") as entry:
+    try:
         found = os.fstat(file)
         if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & OTHERS_WRITE:
             return None
-        content = entry.read()
+        with open(file, "rb", closefd=False) as entry:
+            content = entry.read()
+    finally:
+        os.close(file)
     body, kept = content[:-32], content[-32:]
     return path if kept == seal(name, body) else None
 
