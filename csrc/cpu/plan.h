@@ -118,6 +118,9 @@ class Plan {
   bool placed_ = false, one_by_one_ = false;  // whether it is known, and whether parameters share memory
 };
 
+// A step count that is one number in CPU memory. Raises if it is not.
+Counter counter_of(const Reader& reader, py::handle tensor);
+
 // Steps tensors that are given one by one: tuples (rule, wide, tensors, counter or None), one row of doubles for each.
 // What `Plan` keeps from step to step is done anew. Raises if a tensor cannot be taken.
 void step_once(const Reader& reader, const py::list& items, const py::array_t<double, py::array::c_style>& rows,

@@ -3,6 +3,7 @@
 To add one: write its page (a small file beside `lion.py`) and name its class in `OPTIMIZERS`.
 """
 
+from fasttrain.optim.adafactor import Adafactor
 from fasttrain.optim.adamw import Adam, AdamW
 from fasttrain.optim.lion import Lion
 from fasttrain.optim.muon import Muon
@@ -10,10 +11,10 @@ from fasttrain.optim.optimizer import Optimizer
 from fasttrain.optim.sgd import SGD
 from fasttrain.rule import Rule
 
-__all__ = ["Adam", "AdamW", "Lion", "Muon", "Optimizer", "SGD"]
+__all__ = ["Adafactor", "Adam", "AdamW", "Lion", "Muon", "Optimizer", "SGD"]
 
 OPTIMIZERS: tuple[type[Optimizer], ...] = (AdamW, SGD, Lion)
-COMPOSED: tuple[type[Optimizer], ...] = (Muon,)  # of several rules, with something else between them
+COMPOSED: tuple[type[Optimizer], ...] = (Muon, Adafactor)  # not elementwise
 
 # Every rule once, in the order of `csrc/rules.h`.
 RULES: tuple[Rule, ...] = tuple(
