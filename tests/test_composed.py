@@ -15,7 +15,7 @@ from torch.nn import Parameter
 from fasttrain.kernels import dispatch
 from fasttrain.kernels.item import Item
 from fasttrain.kernels.trace import trace
-from fasttrain.optim import COMPOSED, OPTIMIZERS, Muon, Optimizer
+from fasttrain.optim import COMPOSED, OPTIMIZERS, Adafactor, Muon, Optimizer
 from fasttrain.rule import Rule
 
 ELEMENTWISE = {rule for optimizer in OPTIMIZERS for rule in optimizer.rules}
@@ -57,6 +57,7 @@ def test_rules(name: str, kinds: tuple[torch.dtype, ...], backend: str) -> None:
 # --- What every one of them can do ------------------------------------------------------------------------------------
 
 MAKE: dict[str, Callable[..., Optimizer]] = {
+    "Adafactor": lambda params, **options: Adafactor(params, **{"lr": 0.02, **options}),
     "Muon": lambda params, **options: Muon(params, lr=0.02, **options),
 }
 assert {optimizer.__name__ for optimizer in COMPOSED} <= {name.split()[0] for name in MAKE}

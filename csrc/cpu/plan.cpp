@@ -542,6 +542,15 @@ void Plan::increment_versions(const py::function& increment) const {
         entry.arrays->version = version_of(entry.param);
 }
 
+Counter counter_of(const Reader& reader, py::handle tensor) {
+  dlpack::Tensor now;
+  if (!reader.read(tensor, &now)) throw std::invalid_argument("the step count is not a plain tensor");
+  const Counter counter{counter_type(now), address(now)};
+  if (counter.type == Counter::kNone)
+    throw std::invalid_argument("the step count must be one float or integer in CPU memory");
+  return counter;
+}
+
 void step_once(const Reader& reader, const py::list& items, const py::array_t<double, py::array::c_style>& rows,
                int threads) {
   if (rows.ndim() != 2 || rows.shape(0) != static_cast<py::ssize_t>(items.size()))
@@ -590,12 +599,7 @@ void step_once(const Reader& reader, const py::list& items, const py::array_t<do
       works[i].kept = &keeps[i];
       works[i].kept_kernel = wide ? kept_kernels().wide : kept_kernels().narrow;
     }
-    if (!item[3].is_none()) {
-      if (!reader.read(item[3], &now)) throw std::invalid_argument("the step count is not a plain tensor");
-      works[i].counter = {counter_type(now), address(now)};
-      if (works[i].counter.type == Counter::kNone)
-        throw std::invalid_argument("the step count must be one float or integer in CPU memory");
-    }
+    if (!item[3].is_none()) works[i].counter = counter_of(reader, item[3]);
     works[i].row = static_cast<int>(i);
   }
   Division division;

@@ -158,6 +158,9 @@ class Plan {
   } last_;
 };
 
+// A step count that is one number in CPU memory. Raises if it is not.
+Counter counter_of(const Reader& reader, py::handle tensor);
+
 // Steps tensors that are given one by one: tuples (rule, wide, tensors, counter or None, kept or None), one row of
 // doubles for each; kept is (codecs, second arrays or Nones, zero, key, place) of an item that is not plain.
 // What `Plan` keeps from step to step is done anew. Raises if a tensor cannot be taken.

@@ -1,5 +1,6 @@
 #include "cpu/reduce_bind.h"
 
+#include "cpu/factored.h"
 #include "cpu/norm.h"
 #include "cpu/plan.h"
 
@@ -33,6 +34,59 @@ py::tuple squares_of_tensors(const Reader& reader, const py::list& tensors, int 
   return py::make_tuple(sums[0], sums[1], left);
 }
 
+Stream stream_of(const Reader& reader, py::handle tensor, i64 elements) {
+  dlpack::Tensor now;
+  if (!reader.read(tensor, &now)) throw std::invalid_argument("not a plain tensor");
+  const Layout layout(now);
+  const Kind kind(now);
+  i64 expected = 1;  // contiguous: strides of dimensions of size 1 are free
+  bool contiguous = true;
+  for (int i = now.ndim - 1; i >= 0; --i) {
+    contiguous &= now.shape[i] == 1 || now.strides[i] == expected;
+    expected *= now.shape[i];
+  }
+  if (kind.storage() < 0 || kind.complex() || kind.device.type != dlpack::kCPU || layout.elements() != elements ||
+      (elements != 0 && !contiguous))
+    throw std::invalid_argument("tensors must be real, contiguous, in CPU memory and of the right size");
+  return {static_cast<char*>(now.data) + now.byte_offset, static_cast<u8>(kind.storage())};
+}
+
+// `items` are tuples (p, g, (variance,) or (row_var, col_var), step count or None, wide); `rows` has for each the numbers
+// that end `Factored`.
+void step_factored_tensors(const Reader& reader, const py::list& items,
+                           const py::array_t<double, py::array::c_style>& rows, int threads) {
+  if (rows.ndim() != 2 || rows.shape(0) != static_cast<py::ssize_t>(items.size()) || (rows.shape(1) != 7 && !items.empty()))
+    throw std::invalid_argument("seven numbers for each item are needed");
+  std::vector<Factored> works;
+  for (size_t i = 0; i < items.size(); ++i) {
+    const auto item = items[i].cast<py::tuple>();
+    Factored work{};
+    dlpack::Tensor now;
+    if (!reader.read(item[0], &now)) throw std::invalid_argument("not a plain tensor");
+    work.whole = now.ndim < 2;
+    for (int d = 0; d + 2 < now.ndim; ++d) work.matrices *= now.shape[d];
+    if (!work.whole) work.rows = now.shape[now.ndim - 2];
+    work.columns = now.ndim == 0 ? 1 : now.shape[now.ndim - 1];
+    work.p = stream_of(reader, item[0], work.elements());
+    work.g = stream_of(reader, item[1], work.elements());
+    const auto states = item[2].cast<py::tuple>();
+    if (work.whole) {
+      work.variance = stream_of(reader, states[0], work.elements());
+    } else {
+      work.row_var = stream_of(reader, states[0], work.matrices * work.rows);
+      work.column_var = stream_of(reader, states[1], work.matrices * work.columns);
+    }
+    if (!item[3].is_none()) work.counter = counter_of(reader, item[3]);
+    work.wide = item[4].cast<bool>();
+    const double* row = rows.data(static_cast<py::ssize_t>(i), 0);
+    work.scale = row[0], work.keep = row[1], work.weight = row[2], work.rho = row[3];
+    work.eps1 = row[4], work.eps2 = row[5], work.clip = row[6];
+    works.push_back(work);
+  }
+  const py::gil_scoped_release release;
+  step_factored(works, threads);
+}
+
 }  // namespace
 
 py::tuple squares_as_python(const std::vector<Summed>& tensors, int threads) {
@@ -48,6 +102,7 @@ py::tuple squares_as_python(const std::vector<Summed>& tensors, int threads) {
 
 void bind_reductions(py::module_& m) {
   m.def("squares", &squares_of_tensors, "Sums of squares of tensors.");
+  m.def("step_factored", &step_factored_tensors, "Step tensors with factored second moments.");
 }
 
 }  // namespace fasttrain

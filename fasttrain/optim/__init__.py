@@ -4,6 +4,7 @@ To add one: write its page (a small file beside `lion.py`) and name its class in
 """
 
 from fasttrain.optim.adadelta import Adadelta
+from fasttrain.optim.adafactor import Adafactor
 from fasttrain.optim.adagrad import Adagrad
 from fasttrain.optim.adamax import Adamax
 from fasttrain.optim.adamw import Adam, AdamW
@@ -23,16 +24,16 @@ from fasttrain.optim.sgd import SGD
 from fasttrain.optim.statedict import convert
 from fasttrain.rule import Rule
 
-__all__ = ["ASGD", "AdEMAMix", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "Adan", "Lion", "Muon", "NAdam",
-           "Optimizer", "RAdam", "RMSprop", "Rprop", "SGD", "ScheduleFreeAdamW", "ScheduleFreeSGD", "clip_grad_norm",
-           "convert"]
+__all__ = ["ASGD", "AdEMAMix", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "Adan", "Lion", "Muon",
+           "NAdam", "Optimizer", "RAdam", "RMSprop", "Rprop", "SGD", "ScheduleFreeAdamW", "ScheduleFreeSGD",
+           "clip_grad_norm", "convert"]
 
 # Compiled for GPUs ahead of time in every usual combination of storages; the others in float32 and in float64.
 COMMON: tuple[type[Optimizer], ...] = (AdamW, SGD, Lion)
 OPTIMIZERS: tuple[type[Optimizer], ...] = (
     *COMMON, Adadelta, Adagrad, Adamax, Adan, AdEMAMix, ASGD, NAdam, RAdam, RMSprop, Rprop, ScheduleFreeAdamW,
     ScheduleFreeSGD)
-COMPOSED: tuple[type[Optimizer], ...] = (Muon,)  # of several rules, with something else between them
+COMPOSED: tuple[type[Optimizer], ...] = (Muon, Adafactor)  # not elementwise
 
 
 def rules_of(optimizers: tuple[type[Optimizer], ...]) -> tuple[Rule, ...]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from fasttrain.kernels import dispatch
 from fasttrain.kernels.item import Item, in_turns
 from fasttrain.optim.adamw import DECOUPLED
-from fasttrain.optim.checks import check_gradient, reals
+from fasttrain.optim.itemwise import Itemwise
 from fasttrain.optim.newton_schulz import orthogonalize
 from fasttrain.optim.optimizer import Examined, Group, Optimizer
 from fasttrain.optim.workspace import Workspace
@@ -80,7 +80,7 @@ def matrices(p: Tensor, group: dict) -> tuple[int, int, int]:
     return math.prod(p.shape[:-2]), p.shape[-2], p.shape[-1]
 
 
-class Muon(Optimizer, torch.optim.Muon):
+class Muon(Itemwise, torch.optim.Muon):
     r"""Momentum with orthogonalised updates: `torch.optim.Muon`, and AdamW for what is not a matrix.
 
     .. math::
@@ -193,22 +193,21 @@ class Muon(Optimizer, torch.optim.Muon):
 
     # --- The step -----------------------------------------------------------------------------------------------------
 
-    def _examine(self, where, rule, report):
-        p, group = self._param(where), self.param_groups[where[0]]
-        if rule is DECOUPLED or p.dim() < 2:
-            return super()._examine(where, DECOUPLED, report)
-        name = self._name(where)
-        assert p.grad is not None
-        check_gradient(name, p, p.grad)
+    def _counts(self, rule):
+        return rule is DECOUPLED
+
+    def _refuse(self, p):
         if p.is_complex():
             raise RuntimeError("Muon does not support complex parameters")
-        fresh = self.init_state(p, group, rule)
-        item = Item(name, rule, reals(name, p, p.grad, rule.state, self.state[p]), (), None)
-        return Examined(where, group, item, 1, fresh, None)
+
+    def _examine(self, where, rule, report):
+        if rule is DECOUPLED or self._param(where).dim() < 2:
+            return Optimizer._examine(self, where, DECOUPLED, report)
+        return super()._examine(where, rule, report)
 
     def _describe(self, index, one):
         group = self.param_groups[self._places[index][0]]
-        return not group["use_muon"] and super()._describe(index, one)
+        return not group["use_muon"] and Optimizer._describe(self, index, one)
 
     def _row(self, rule, group, step, scale):
         if rule is DECOUPLED:

@@ -1,0 +1,90 @@
+"""The base of optimizers that are no one rule over elements: they step items, without the native plan."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasttrain.kernels.item import Item
+from fasttrain.optim.checks import check_counter, check_gradient, plain, reals
+from fasttrain.optim.optimizer import Examined, Group, Optimizer
+from fasttrain.optim.report import StepReport
+from fasttrain.rule import Rule
+
+
+class Itemwise(Optimizer):
+    """An `Optimizer` whose parameters are examined in Python, in full only where something changed since the last step.
+
+    A page overrides `_runs`, which gets an item for each parameter, and says how the states are checked (`_states`).
+    """
+
+    _memo: dict[Tensor, tuple[Any, ...]] | None = None
+
+    def _states(self, name: str, p: Tensor, rule: Rule) -> tuple[str, ...]:
+        """The names of the states in the order of the item's tensors, each checked to fit the parameter."""
+        assert p.grad is not None
+        reals(name, p, p.grad, rule.state, self.state[p])
+        return rule.state
+
+    def _counts(self, rule: Rule) -> bool:
+        """Whether the parameters of a rule have a step count."""
+        return self.counts_steps
+
+    def _refuse(self, p: Tensor) -> None:
+        """Raise if the optimizer cannot take a parameter."""
+
+    def takes_storage(self, group: Group) -> bool:
+        return False
+
+    def _examine(self, where: tuple[int, int], rule: Rule, report: StepReport) -> Examined:
+        p, group = self._param(where), self.param_groups[where[0]]
+        grad = p.grad
+        assert grad is not None
+        memo = self._memo = self._memo if self._memo is not None else {}
+        signature = (rule, p.dtype, p.shape, p.stride(), p.device, type(grad), grad.dtype, grad.shape, grad.stride(),
+                     grad.device, grad.is_neg())
+        known, state = memo.get(p), self.state.get(p)
+        if known is not None and known[0] == signature and state is not None and \
+                all(state.get(key) is kept for key, kept in known[1]):
+            _, kept, name, param, states, counter = known
+            step = counter.item() + 1 if counter is not None else 2
+            return Examined(where, group, Item(name, rule, (param, grad, *states), (), counter), step, False, None)
+        known_states = len(self.state.get(p, ()))
+        one = self._examine_in_full(where, rule, memo, signature)
+        report.allocations += len(self.state[p]) - known_states
+        return one
+
+    def _examine_in_full(self, where: tuple[int, int], rule: Rule, memo: dict[Tensor, tuple[Any, ...]],
+                         signature: tuple[Any, ...]) -> Examined:
+        group, p, name = self.param_groups[where[0]], self._param(where), self._name(where)
+        assert p.grad is not None
+        memo.pop(p, None)
+        check_gradient(name, p, p.grad)
+        self._refuse(p)
+        tensors = reals(name, p, p.grad, (), {})
+        fresh = self.init_state(p, group, rule)
+        state = self.state[p]
+        keys = self._states(name, p, rule)
+        states = tuple(plain(torch.view_as_real(state[key]) if p.is_complex() else state[key]) for key in keys)
+        counter = None
+        if self._counts(rule):
+            check_counter(name, state.get("step"))
+            counter = plain(state["step"])
+        if type(p.grad) is Tensor and not (p.is_complex() or signature[-1]):
+            kept = [(key, state[key]) for key in (*keys, *(("step",) if counter is not None else ()))]
+            memo[p] = signature, kept, name, tensors[0], states, counter
+        step = counter.item() + 1 if counter is not None else 1 if fresh else 2
+        return Examined(where, group, Item(name, rule, (*tensors, *states), (), counter), step, fresh, None)
+
+    def _describe(self, index: int, one: Examined) -> bool:
+        return False
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._memo = None
+
+    def add_param_group(self, param_group: Group) -> None:
+        super().add_param_group(param_group)
+        self._memo = None  # names count groups
