@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -102,7 +103,8 @@ class Adafactor(Itemwise, torch.optim.Adafactor):
 
     def _runs(self, examined, scale, report):
         """One run for each backend in use."""
-        chosen, rows = {}, {}
+        chosen: dict[Any, Any] = {}
+        rows: dict[Any, Any] = {}
         for one in examined:
             item, step, group = one.item, one.step, one.group
             report.count(item)

@@ -8,6 +8,8 @@ each.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,7 +19,7 @@ GOLDEN = 0x9E3779B97F4A7C15  # 2^64 divided by the golden ratio
 HIGH = 0x9E3779B1            # what the upper half of an index is multiplied with
 
 
-def mix(x: int) -> int:
+def mix(x: Any) -> Any:
     """A bijection of 64 bits in which every output bit depends on every input bit (the finaliser of SplitMix64)."""
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & LONG
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & LONG
@@ -34,9 +36,9 @@ def parameter_key(key: int, identity: int) -> int:
     return mix(key ^ mix((identity + GOLDEN) & LONG))
 
 
-def operand_key(key: int, operand: int) -> int:
-    """The key of one of p (0), g (1), the states (2, ...) and the EMA (after them)."""
-    return mix((key + operand * GOLDEN) & LONG)
+def operand_key(key: Any, operand: int) -> Any:
+    """The key of one of p (0), g (1), the states (2, ...) and the EMA (after them). `key`: one, or a uint64 array."""
+    return mix((key + (operand * GOLDEN & LONG)) & LONG)
 
 
 def random_bits(key: int, index: Tensor) -> Tensor:
