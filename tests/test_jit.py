@@ -36,8 +36,7 @@ from fasttrain.optim import RULES, AdamW, Optimizer
 from fasttrain.rule import Rule, maximum, sqrt, where
 
 GXX = shutil.which("g++") or shutil.which("clang++")
-pytestmark = [needs_native, pytest.mark.skipif(GXX is None, reason="neither g++ nor clang++ is on PATH"),
-              pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")]
+pytestmark = [needs_native, pytest.mark.skipif(GXX is None, reason="neither g++ nor clang++ is on PATH")]
 
 
 class Own(Optimizer):
