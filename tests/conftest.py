@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import json
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,15 @@ if importlib.util.find_spec("hypothesis"):  # absent on a bare GPU machine
 
     hypothesis.settings.register_profile("fasttrain", deadline=None)  # a shared machine's clock proves nothing
     hypothesis.settings.load_profile("fasttrain")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For many small operations: on a machine with other work, torch's threads wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def version_of(package: str) -> str:
