@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = 6
 
 

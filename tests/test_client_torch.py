@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.nn.utils import prune
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = 8
 Act = Callable[[int, nn.Module, torch.optim.Optimizer], None]
 
