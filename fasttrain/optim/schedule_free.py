@@ -55,6 +55,7 @@ class ScheduleFree(Optimizer):
             self.state[p]["z"] = p.detach().clone(memory_format=torch.preserve_format)
         return super().init_state(p, group, rule) or fresh
 
+    @torch._disable_dynamo
     def _step(self):
         for index, group in enumerate(self.param_groups):
             if not group["train_mode"]:
