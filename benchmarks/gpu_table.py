@@ -33,7 +33,8 @@ Each kernel steps every parameter of one rule and one combination of storages in
 at a time: it issues all their loads, 16 bytes each, before the first of them is used. *Accesses* are the 16-byte loads
 and stores of one such round. *Instructions* are those that one element costs on the aligned path, address arithmetic
 and loop included, without the rare slow paths of division and root (denormals, NaN, overflow). No kernel spills or uses
-local memory. The codes are counted, not run: how fast they are is for the benchmarks to say.
+local memory. The codes are counted, not run: how fast they are is for the benchmarks to say. Rules of rarely used
+optimizers are compiled in float32 and in float64 only.
 
 | rule | p, g, states | bytes | accesses | {heads} |
 |---|---|---|---|{lines}|

@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "cpu/bandwidth.h"
+#include "cpu/on_demand.h"
 #include "cpu/plan.h"
 #include "cpu/reduce_bind.h"
 #include "cpu/threads.h"
@@ -28,18 +29,20 @@ PYBIND11_MODULE(_native, m) {
   m.def("isa", [] { return chosen_kernels().isa; }, "The instruction set in use.");
   m.def("threading", &threading, "Whose threads the CPU walk runs on.");
   m.def("rules", &rules, "Name and digest of the compiled rules, in order.");
+  m.def("headers", &headers, "Hash of the headers that this build was made with.");
+  m.def("load_rule", &load_rule, "Load a rule that was compiled on demand; returns its number.");
   py::class_<Reader>(m, "Reader").def(py::init<const py::capsule&, py::tuple>());
   py::class_<Plan>(m, "Plan")
       .def(py::init<Reader, const std::vector<py::list>&>())
       .def("scan", &Plan::scan)
-      .def("set", &Plan::set)
-      .def("rows", &Plan::rows)
+      .def("set", &Plan::set, py::arg("index"), py::arg("rule"), py::arg("wide"), py::arg("state"), py::arg("keys"),
+           py::arg("counted"), py::arg("fresh"), py::arg("kept") = py::none())
+      .def("rows", &Plan::rows, py::arg("each") = false)
       .def("run", &Plan::run)
       .def("release", &Plan::release)
       .def("squares", &Plan::squares)
-      .def_property_readonly("parameters", [](const Plan& plan) { return plan.division().parameters; })
-      .def_property_readonly("elements", [](const Plan& plan) { return plan.division().elements; })
-      .def_property_readonly("bytes", [](const Plan& plan) { return plan.division().bytes; });
+      .def("version", &Plan::version)
+      .def_property_readonly("last", &Plan::last);
   m.def("update_streams", &update_streams, py::call_guard<py::gil_scoped_release>(), "The ceiling of a CPU step.");
   m.def("step_once", &step_once, "Step tensors that are given one by one.");
   bind_reductions(m);

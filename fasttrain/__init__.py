@@ -4,3 +4,11 @@ The package is imported lazily: ``import fasttrain`` loads nothing but this file
 """
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    if name == "LossScaler":
+        from fasttrain.precision.loss_scale import LossScaler
+
+        return LossScaler
+    raise AttributeError(f"module 'fasttrain' has no attribute {name!r}")

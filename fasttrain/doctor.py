@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 import fasttrain
-from fasttrain.kernels import dispatch, native
+from fasttrain.kernels import cache, dispatch, jit, native
 from fasttrain.optim import OPTIMIZERS, RULES
+from fasttrain.rule import Rule
 
 PACKAGES = ("torch", "triton", "numpy", "cupy-cuda13x", "cupy-cuda12x", "tyro", "rich", "matplotlib")
 
@@ -58,8 +59,24 @@ def machine() -> Iterator[str]:
     else:
         yield (f"compiled part: {built.get('compiler', '?')}, instruction sets {', '.join(built.get('isas', []))}; "
                f"in use: {module.isa()}; threads: {module.threading()}")
+        yield own_rules()
     cuda = ", ".join(built.get("cuda", []))
     yield f"device code: {cuda}" if cuda else f"device code: none ({built.get('cuda_reason', '?')})"
+
+
+def own_rules() -> str:
+    """Whether a rule that is not in the compiled module can be compiled here, tried with one."""
+    trial = Rule("Doctor", (), lambda step, lr: {"lr": lr}, lambda p, g, k: p - k.lr * g)
+    try:
+        number, reason = native.find(trial)
+    except ValueError as error:  # FASTTRAIN_JIT is mistyped
+        number, reason = None, str(error)
+    if number is None:
+        return f"your own rules on cpu: on the slow reference backend ({reason})"
+    compiler = jit.find_compiler(os.environ.get("CXX", ""), os.environ.get("PATH", ""))[0]
+    where = cache.directory()
+    return (f"your own rules on cpu: compiled at first use by {' '.join(compiler)}, and kept in {where} "
+            f"({len(list(where.glob('cpu-*.so')))} now)")
 
 
 def devices() -> list[torch.device]:

@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import json
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,14 @@ def pytest_report_header() -> list[str]:
         f"fasttrain {fasttrain.__version__}, torch {torch.__version__}, {', '.join(versions)}",
         f"{platform.machine()}, {torch.get_num_threads()} torch threads; GPU: {cuda}; compiled part: {compiled}",
     ]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_compiled_rules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Rules that tests compile go to a directory of this run, as they would on a new machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTTRAIN_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -19,7 +19,25 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from fasttrain.kernels import dispatch, native
-from fasttrain.optim import SGD, Adam, AdamW, Lion, Optimizer
+from fasttrain.optim import (
+    ASGD,
+    SGD,
+    Adadelta,
+    Adagrad,
+    Adam,
+    Adamax,
+    AdamW,
+    Adan,
+    AdEMAMix,
+    Lion,
+    NAdam,
+    Optimizer,
+    RAdam,
+    RMSprop,
+    Rprop,
+    ScheduleFreeAdamW,
+    ScheduleFreeSGD,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -151,7 +169,7 @@ class Configuration:
         drawn = {key: uniform(*value, numbers) if isinstance(value, tuple) else value
                  for key, value in self.options.items()}
         if "b1" in drawn:
-            drawn["betas"] = (drawn.pop("b1"), drawn.pop("b2"))
+            drawn["betas"] = tuple(drawn.pop(key) for key in ("b1", "b2", "b3") if key in drawn)
         return drawn
 
 
@@ -160,6 +178,8 @@ L2 = dict(weight_decay=(1e-4, 0.3))
 DESCENT = dict(lr=(1e-4, 0.5))
 MOMENTUM = dict(DESCENT, momentum=(0.1, 0.99))
 LION = dict(lr=(1e-5, 1e-2), b1=(0.0, 0.99), b2=(0.0, 0.999))
+THREE_BETAS = dict(ADAM, b3=(0.5, 0.9999))
+SCHEDULE_FREE = dict(lr=(1e-3, 0.5), **L2, warmup_steps=3, r=(0.0, 1.0), weight_lr_power=(0.0, 3.0))
 
 CONFIGURATIONS = [
     Configuration("AdamW", AdamW, dict(ADAM, weight_decay=(1e-4, 0.5))),
@@ -184,6 +204,32 @@ CONFIGURATIONS = [
     Configuration("Lion defaults", Lion),
     Configuration("Lion", Lion, dict(LION, weight_decay=(0.0, 1.0))),
     Configuration("Lion maximize", Lion, dict(LION, maximize=True)),
+    Configuration("Adadelta", Adadelta, dict(lr=(0.1, 2.0), rho=(0.1, 0.99), eps=(1e-8, 1e-3), **L2)),
+    Configuration("Adadelta maximize", Adadelta, dict(maximize=True)),
+    Configuration("Adagrad", Adagrad, dict(lr=(1e-3, 0.5), lr_decay=(0.0, 0.3), **L2)),
+    Configuration("Adagrad initial value", Adagrad, dict(initial_accumulator_value=0.3, maximize=True)),
+    Configuration("Adamax", Adamax, dict(ADAM, **L2)),
+    Configuration("Adamax maximize", Adamax, dict(maximize=True)),
+    Configuration("ASGD", ASGD, dict(lr=(1e-3, 0.5), lambd=(1e-4, 0.1), alpha=(0.5, 1.0), t0=2, **L2)),
+    Configuration("ASGD maximize", ASGD, dict(maximize=True)),
+    Configuration("NAdam", NAdam, dict(ADAM, **L2, momentum_decay=(1e-3, 0.3))),
+    Configuration("NAdam decoupled maximize", NAdam, dict(ADAM, **L2, decoupled_weight_decay=True, maximize=True)),
+    Configuration("RAdam", RAdam, dict(ADAM, **L2, b2=(0.9, 0.9999))),
+    Configuration("RAdam decoupled maximize", RAdam, dict(L2, decoupled_weight_decay=True, maximize=True)),
+    Configuration("RMSprop", RMSprop, dict(lr=(1e-4, 0.1), alpha=(0.5, 0.99), eps=(1e-8, 1e-3), **L2)),
+    Configuration("RMSprop momentum", RMSprop, dict(MOMENTUM, maximize=True)),
+    Configuration("RMSprop centered", RMSprop, dict(DESCENT, centered=True)),
+    Configuration("RMSprop centered momentum", RMSprop, dict(MOMENTUM, **L2, centered=True)),
+    Configuration("Rprop", Rprop, dict(lr=(1e-3, 0.1), etas=[0.4, 1.3], step_sizes=[1e-3, 0.2])),
+    Configuration("Rprop maximize", Rprop, dict(maximize=True)),
+    Configuration("Adan", Adan, dict(THREE_BETAS, **L2)),
+    Configuration("Adan no prox", Adan, dict(THREE_BETAS, **L2, no_prox=True, maximize=True)),
+    Configuration("AdEMAMix", AdEMAMix, dict(THREE_BETAS, **L2, beta3_warmup=3, alpha_warmup=5)),
+    Configuration("AdEMAMix without fast", AdEMAMix, dict(THREE_BETAS, **L2, b1=0.0, maximize=True)),
+    Configuration("ScheduleFreeSGD", ScheduleFreeSGD, dict(SCHEDULE_FREE, momentum=(0.1, 0.99))),
+    Configuration("ScheduleFreeSGD maximize", ScheduleFreeSGD, dict(maximize=True)),
+    Configuration("ScheduleFreeAdamW", ScheduleFreeAdamW, dict(SCHEDULE_FREE, b1=(0.1, 0.99), b2=(0.5, 0.9999))),
+    Configuration("ScheduleFreeAdamW maximize", ScheduleFreeAdamW, dict(maximize=True)),
 ]
 BY_NAME = {configuration.name: configuration for configuration in CONFIGURATIONS}
 

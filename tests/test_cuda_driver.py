@@ -18,12 +18,12 @@ import pytest
 import torch
 from helpers import Case, assert_same_bits, assert_same_run, generator, needs_native, normal
 from helpers import run as run_case
-from test_cuda_walk import RULES, oracle, row_of, states_of
+from test_cuda_walk import oracle, row_of, states_of
 
 from fasttrain.kernels import cuda, native
 from fasttrain.kernels.item import Item
 from fasttrain.kernels.trace import trace
-from fasttrain.optim import SGD, Adam, Lion
+from fasttrain.optim import RULES, SGD, Adam, Lion
 
 SOURCE = Path(__file__).with_name("fake_libcuda.cpp")
 COMPILER = shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")

@@ -88,6 +88,7 @@ def declared() -> set[str]:
     extras = project["optional-dependencies"]
     requirements = [*project["dependencies"], *(line for extra in extras.values() for line in extra)]
     names = {re.match(r"[\w.-]+", line)[0].lower() for line in requirements}  # type: ignore[index]
+    names -= {"fasttrain"}  # an extra that includes another
     return {"cupy" if name.startswith("cupy-cuda") else name.replace("-", "_") for name in names}
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import BY_NAME, LAYOUTS, assert_same_bits, assert_same_run, generator, needs_native, normal, specials
 from helpers import make as make_layout
-from test_cuda_walk import COMBINATIONS, DTYPES, RULES, make, oracle, row_of, states_of, walk
+from test_cuda_walk import COMBINATIONS, DTYPES, PAIR_NAMES, PAIRS, make, oracle, row_of, states_of, walk
 
 from fasttrain.kernels import cuda, dispatch, native, reference
 from fasttrain.kernels.item import Item
@@ -45,8 +45,7 @@ def compare(items: list[Item], wanted: list[Item], what: str) -> None:
             assert_same_bits(got, expected, f"{what}, {item.name} {name}")
 
 
-@pytest.mark.parametrize("kinds", COMBINATIONS, ids="-".join)
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+@pytest.mark.parametrize(("rule", "kinds"), PAIRS, ids=PAIR_NAMES)
 def test_bits(backend, rule, kinds):
     """Every rule and combination of storages, aligned, misaligned alike and misaligned apart, three steps."""
     numbers = generator(len(rule.name) + 7 * COMBINATIONS.index(kinds))

@@ -12,14 +12,20 @@ from helpers import ROOT, needs_native
 
 from fasttrain.kernels import emit_cpp, native
 from fasttrain.kernels.trace import trace
-from fasttrain.optim import RULES, AdamW, header
+from fasttrain.optim import COMMON_RULES, RULES, AdamW, header
 from fasttrain.rule import Rule
 
 HEADER = ROOT / "csrc" / "rules.h"
 
 
 def test_the_header_is_the_equations() -> None:
-    assert HEADER.read_text() == emit_cpp.header(RULES), "csrc/rules.h is stale: `make rules`, check it in, and build"
+    wanted = emit_cpp.header(RULES, COMMON_RULES)
+    assert HEADER.read_text() == wanted, "csrc/rules.h is stale: `make rules`, check it in, and build"
+
+
+def test_common_rules_come_first() -> None:
+    with pytest.raises(ValueError, match="the common rules must be the first ones"):
+        emit_cpp.header(RULES, RULES[1:3])
 
 
 def test_make_rules_writes_it(tmp_path: Path) -> None:
@@ -56,6 +62,7 @@ def test_the_compiled_module_holds_these_rules_in_this_order() -> None:
     wanted = [(rule.name, emit_cpp.digest(rule)) for rule in RULES]
     assert native.module().rules() == wanted, "the compiled module is older than the equations: build again"
     assert [native.number_of(rule) for rule in RULES] == list(range(len(RULES)))
+    assert all(map(native.is_built, RULES))
 
 
 def changed(p, g, exp_avg, exp_avg_sq, k):
@@ -70,7 +77,7 @@ def test_a_compiled_rule_is_used_for_its_own_equation_only() -> None:
     assert emit_cpp.digest(same) == emit_cpp.digest(rule)
     for other in (replace(rule, element=changed), replace(rule, name="Other")):
         assert emit_cpp.digest(other) != emit_cpp.digest(rule)
-        assert native.number_of(other) is None
+        assert not native.is_built(other)
 
 
 def test_digests_tell_rules_apart() -> None:

@@ -37,6 +37,27 @@ print(json.dumps(info))
 """
 
 
+OWN = """
+import json, torch, warnings
+from fasttrain.kernels import native
+from fasttrain.optim import Optimizer
+class Own(Optimizer):
+    state = ()
+    def coefficients(step, lr):
+        return dict(rate=lr / step)
+    def element(p, g, k):
+        return p - k.rate * g
+    def __init__(self, params, lr=0.5, **options):
+        super().__init__(params, dict(lr=lr), **options)
+p = torch.nn.Parameter(torch.ones(1000))
+p.grad = torch.ones(1000)
+with warnings.catch_warnings(record=True) as said:
+    Own([p]).step()
+assert torch.equal(p.data, torch.full((1000,), 0.5))
+print(json.dumps([native.find(Own.rules[0])[0], [str(warning.message) for warning in said]]))
+"""
+
+
 Done = subprocess.CompletedProcess[str]
 Env = Mapping[str, str]
 
@@ -109,6 +130,11 @@ def step(python: Path, env: Env = MappingProxyType({})) -> dict:
     return info
 
 
+def own_rule(python: Path, cache: Path, env: Env = MappingProxyType({})) -> tuple[int | None, list[str]]:
+    """Step with a rule that is in no build: its number in the compiled module, and what was said."""
+    return json.loads(run(python, "-c", OWN, env={**env, "FASTTRAIN_CACHE_DIR": str(cache)}).stdout)
+
+
 def test_wheel_contents(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     shipped = {path.relative_to(ROOT / "csrc").as_posix() for path in (ROOT / "csrc").rglob("*") if path.is_file()}
@@ -139,6 +165,17 @@ def test_wheel_with_its_dependencies(wheel: Path, python: Path) -> None:
     assert info["isas"]
     assert Path(info["where"]).is_relative_to(python.parents[1])
     assert run(python, "-m", "fasttrain", "--help").stdout
+
+
+def test_wheel_compiles_on_demand(wheel: Path, python: Path, tmp_path: Path, no_compiler: dict[str, str]) -> None:
+    install(python, wheel)
+    number, said = own_rule(python, tmp_path / "cache")
+    assert (number is not None, said) == (True, [])
+    assert len(list((tmp_path / "cache").glob("cpu-*.so"))) == 1
+    number, (said,) = own_rule(python, tmp_path / "cache", env=no_compiler)
+    assert number is None
+    assert "rule Own is not in the compiled module" in said
+    assert "no C++ compiler" in said
 
 
 def test_without_a_compiler(sdist: Path, python: Path, no_compiler: dict[str, str]) -> None:
@@ -174,13 +211,15 @@ def test_cuda_on_without_nvcc(sdist: Path, python: Path) -> None:
     assert "Install a CUDA toolkit" in done.stdout + done.stderr
 
 
-def test_editable_and_code_that_does_not_compile(tree: Path, python: Path) -> None:
+def test_editable_and_code_that_does_not_compile(tree: Path, python: Path, tmp_path: Path) -> None:
     install(python, "-e", tree, env={"FASTTRAIN_CUDA": "auto", "CUDACXX": "/nowhere/nvcc"})
     info = step(python)
     assert info["native"]
     assert info["cuda"] == []
     assert info["cuda_reason"].startswith("/nowhere/nvcc --list-gpu-code failed")
     assert Path(info["where"]) == tree / "fasttrain"
+    number, said = own_rule(python, tmp_path / "cache")
+    assert (number is not None, said) == (True, [])
 
     with (tree / "csrc" / "bindings.cpp").open("a") as source:
         source.write("#error this does not compile\n")

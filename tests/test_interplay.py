@@ -12,9 +12,27 @@ from helpers import CONFIGURATIONS, Configuration, assert_same_bits, generator, 
 from torch import Tensor
 from torch.nn import Parameter
 
-from fasttrain.optim import SGD, Adam, AdamW, Lion, Optimizer
+from fasttrain.optim import (
+    ASGD,
+    OPTIMIZERS,
+    SGD,
+    Adadelta,
+    Adagrad,
+    Adam,
+    Adamax,
+    AdamW,
+    Adan,
+    Lion,
+    NAdam,
+    Optimizer,
+    RAdam,
+    RMSprop,
+    Rprop,
+    ScheduleFreeAdamW,
+)
 
-TORCH = {Adam: torch.optim.Adam, AdamW: torch.optim.AdamW, SGD: torch.optim.SGD}
+TORCH: dict[type[Optimizer], Any] = {ours: getattr(torch.optim, ours.__name__) for ours in (Adam, *OPTIMIZERS)
+                                     if hasattr(torch.optim, ours.__name__)}
 TORCHS = [configuration for configuration in CONFIGURATIONS if configuration.optimizer in TORCH]
 
 
@@ -95,7 +113,7 @@ def test_hooks() -> None:
 
 def test_hooks_run_once_in_every_class() -> None:
     """torch wraps `step` in the class of the first instance; our classes share one."""
-    for optimizer in (AdamW, Adam, SGD, Lion):
+    for optimizer in (Adam, *OPTIMIZERS):
         p = Parameter(torch.ones(1))
         p.grad = torch.ones(1)
         opt = optimizer([p])
@@ -270,6 +288,8 @@ def test_a_torch_checkpoint_loads_here_and_ours_there(configuration: Configurati
         step(ours, i)
     back = torchs([Parameter(p.detach().clone()) for p in ours.param_groups[0]["params"]])
     back.load_state_dict(ours.state_dict())
+    for state in back.state.values():  # torch casts what is one fp32 number for each parameter, which changes the run
+        state.update({key: state[key].float() for key in ours.running})
     for i in range(6, 10):
         step(back, i)
     for a, b in zip(ends(back), ends(straight), strict=True):
@@ -332,11 +352,12 @@ def test_a_loaded_optimizer_shares_no_dict_with_the_checkpoint() -> None:
 
 # --- Loss scaling -----------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize(("optimizer", "fused"), [(AdamW, True), (AdamW, None), (SGD, True), (SGD, None), (Lion, None)])
+@pytest.mark.parametrize(("optimizer", "fused"), [(AdamW, True), (AdamW, None), (SGD, True), (SGD, None), (Lion, None),
+                                                  (NAdam, None), (ScheduleFreeAdamW, None)])
 @pytest.mark.parametrize("unscaled", [False, True])
 def test_grad_scaler(optimizer: type[Optimizer], fused: bool | None, unscaled: bool, backend: str) -> None:
     """A power of two as scale is exact: the bits of an unscaled run. A step with an infinity changes nothing at all."""
-    flag = {} if optimizer is Lion else {"fused": fused}
+    flag = {"fused": fused} if optimizer in (AdamW, SGD) else {}
     runs = []
     for scaled in (True, False):
         params = parameters()
@@ -428,7 +449,7 @@ def test_capturable_is_accepted() -> None:
 
 # --- Autograd ---------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("optimizer", [AdamW, SGD, Lion])
+@pytest.mark.parametrize("optimizer", [AdamW, SGD, Lion, NAdam, Adan])
 def test_a_backward_through_stale_weights_raises(optimizer: type[Optimizer], backend: str) -> None:
     for layout in ("dense", "strided"):
         weight = Parameter(torch.ones(4, 4) if layout == "dense" else torch.ones(4, 8)[:, ::2])
@@ -467,8 +488,10 @@ def differentiable(optimizer: Any, kwargs: dict[str, Any], states: list[str]) ->
         p.grad = grad
         opt = optimizer([p], differentiable=True, **kwargs)
         opt.state[p] = {name: value.clone() for name, value in zip(states, values, strict=True)}
-        if "exp_avg_sq" in states:
+        if optimizer.__name__ != "SGD":
             opt.state[p]["step"] = torch.tensor(10.0, dtype=torch.float64)
+        for name in {"NAdam": ["mu_product"], "ASGD": ["eta", "mu"]}.get(optimizer.__name__, []):
+            opt.state[p][name] = torch.tensor(0.5, dtype=torch.float64)
         opt.step()
         return (p, *(opt.state[p][name] for name in states))
 
@@ -482,6 +505,14 @@ DIFFERENTIABLE = [
     (Adam, dict(lr=0.9, amsgrad=True), ["exp_avg", "exp_avg_sq", "max_exp_avg_sq"]),
     (AdamW, dict(lr=0.9, weight_decay=0.1), ["exp_avg", "exp_avg_sq"]),
     (AdamW, dict(lr=0.9, weight_decay=0.1, maximize=True), ["exp_avg", "exp_avg_sq"]),
+    (Adadelta, dict(lr=0.9, weight_decay=0.1), ["square_avg", "acc_delta"]),
+    (Adagrad, dict(lr=0.9, weight_decay=0.1, lr_decay=0.1), ["sum"]),
+    (Adamax, dict(lr=0.9, weight_decay=0.1), ["exp_avg", "exp_inf"]),
+    (ASGD, dict(lr=0.9, weight_decay=0.1), ["ax"]),
+    (NAdam, dict(lr=0.9, weight_decay=0.1), ["exp_avg", "exp_avg_sq"]),
+    (RAdam, dict(lr=0.9, weight_decay=0.1), ["exp_avg", "exp_avg_sq"]),
+    (RMSprop, dict(lr=0.9, weight_decay=0.1, momentum=0.5), ["square_avg", "momentum_buffer"]),
+    (Rprop, dict(lr=0.9), ["prev", "step_size"]),
 ]
 
 

@@ -200,8 +200,10 @@ def test_special_values(backend: str, dtype: torch.dtype, name: str) -> None:
         optimizer = configuration.optimizer([param], **options, backend=kind)
         rule = optimizer.rule_of(optimizer.param_groups[0])
         state = optimizer.state[param] if rule.state else {}
-        for key in rule.state:
-            state[key] = s.abs() if key.endswith("sq") else s.clone()
+        for key in rule.state:  # a mean of squares is not below the square of a mean
+            state[key] = 2 * s.abs() if key in rule.positive else s.clone()
+        for key in optimizer.running:
+            optimizer.state[param][key] = torch.tensor(0.5)
         if optimizer.counts_steps:
             state["step"] = torch.tensor(4.0)
         param.grad = g.clone()

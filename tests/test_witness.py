@@ -12,12 +12,12 @@ from helpers import Case, assert_same_bits, generator, normal, run, ulp, usable
 from torch import Tensor
 from torch.nn import Parameter
 
-from fasttrain.optim import SGD, Adam, AdamW, Lion
+from fasttrain.optim import OPTIMIZERS, Adam, Lion
 
 pytest.importorskip("expecttest", reason="torch's optim_db needs expecttest")
 from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_db
 
-OURS = {"Adam": Adam, "AdamW": AdamW, "SGD": SGD}
+OURS = {"Adam": Adam, **{ours.__name__: ours for ours in OPTIMIZERS if hasattr(torch.optim, ours.__name__)}}
 INFOS = {info.optim_cls.__name__: info for info in optim_db if info.optim_cls.__name__ in OURS}
 assert INFOS.keys() == OURS.keys()
 
@@ -44,6 +44,21 @@ EXTRA: dict[tuple[str, str], dict[str, Any]] = {
     ("AdamW", "amsgrad, maximize"): dict(weight_decay=0.3, amsgrad=True, maximize=True),
     ("AdamW", "first betas"): dict(betas=(0.0, 0.0), eps=1e-3),
     ("AdamW", "plain numbers"): dict(lr=1, weight_decay=0, eps=0.1),
+    ("Adadelta", "all at once"): dict(lr=2.0, rho=0.7, eps=1e-4, weight_decay=0.1, maximize=True),
+    ("Adagrad", "all at once"): dict(lr=0.1, lr_decay=0.3, weight_decay=0.1, initial_accumulator_value=0.2, eps=1e-3,
+                                     maximize=True),
+    ("Adamax", "all at once"): dict(lr=0.1, betas=(0.7, 0.8), eps=0.1, weight_decay=0.1, maximize=True),
+    ("ASGD", "averages early"): dict(lr=0.1, lambd=0.1, alpha=0.6, t0=2, weight_decay=0.1, maximize=True),
+    ("ASGD", "averages at once"): dict(t0=-3),
+    ("NAdam", "all at once"): dict(lr=0.1, betas=(0.8, 0.9), eps=1e-3, weight_decay=0.1, momentum_decay=0.2,
+                                   maximize=True),
+    ("NAdam", "decoupled, maximize"): dict(weight_decay=0.3, decoupled_weight_decay=True, maximize=True),
+    ("RAdam", "rectified at once"): dict(lr=0.1, betas=(0.8, 0.9), eps=1e-3, weight_decay=0.1, maximize=True),
+    ("RAdam", "decoupled, maximize"): dict(weight_decay=0.3, decoupled_weight_decay=True, maximize=True),
+    ("RMSprop", "all at once"): dict(lr=0.1, alpha=0.7, eps=1e-3, weight_decay=0.1, momentum=0.8, centered=True,
+                                     maximize=True),
+    ("RMSprop", "momentum, maximize"): dict(momentum=0.8, weight_decay=0.1, maximize=True),
+    ("Rprop", "narrow, maximize"): dict(lr=0.1, etas=(0.3, 1.7), step_sizes=(0.03, 0.15), maximize=True),
 }
 ROWS += list(EXTRA)
 
@@ -127,8 +142,11 @@ def test_complex_numbers_agree_with_torch(name: str, desc: str, kind: torch.dtyp
 # one unit of the term, half a unit of c) and of the product (half a unit); a sum of two terms has one more. So a moment
 # is off by 3.5 at most; p of Lion by 1.5 + 1.5 + 0.5; SGD and Adam add to that the errors of their update, which are
 # counted in its own size, below p's. 16 bits: fp32, rounded once: half a unit and what fp32 adds, 2^-8 of one or less.
-FP32 = {"SGD": 4.0, "Adam": 4.0, "AdamW": 4.0, "Lion": 3.5}
+# RMSprop's buffer adds a quotient of a gradient (2) and a root (half of 3.5, and 1) to that. Adadelta squares such a
+# quotient, which doubles its error. Rprop multiplies a step size once; its first one is a state, rounded when made.
+FP32 = {**dict.fromkeys(OURS, 4.0), "Lion": 3.5, "RMSprop": 6.0, "Adadelta": 8.0, "Rprop": 2.5}
 ONE_ROUNDING = 0.51
+SIXTEEN_BITS = {**dict.fromkeys(OURS, ONE_ROUNDING), "Rprop": 1.01}
 
 
 def in_float64(optimizer: Any, params: list[Parameter], witness: Any) -> list[Parameter]:
@@ -140,7 +158,7 @@ def in_float64(optimizer: Any, params: list[Parameter], witness: Any) -> list[Pa
     witness.state.clear()
     for p, q in zip(params, exact, strict=True):
         q.grad = None if p.grad is None else p.grad.double()
-        witness.state[q] = {key: value.double() if key != "step" else value.clone()
+        witness.state[q] = {key: value.clone() if key in ("step", *optimizer.running) else value.double()
                             for key, value in optimizer.state[p].items()}
         if not witness.state[q]:
             del witness.state[q]
@@ -156,17 +174,33 @@ def check_step(optimizer: Any, params: list[Parameter], witness: Any, dtype: tor
     witness.step()
     groups = [group for group in optimizer.param_groups for _ in group["params"]]
     for p, q, old, group in zip(params, exact, before, groups, strict=True):
-        new = {"p": (p, q), **{k: (optimizer.state[p][k], v) for k, v in witness.state.get(q, {}).items()}}
-        g = torch.zeros(()) if q.grad is None else q.grad.abs() + group["weight_decay"] * old["p"].abs()
-        a1, a2 = (1 - float(beta) for beta in group.get("betas", (0, 0)))
-        moved = float(group["lr"]) * (1 + g + old.get("momentum_buffer", g).abs())
-        added = {"p": moved, "exp_avg": a1 * g, "exp_avg_sq": a2 * g * g, "max_exp_avg_sq": a2 * g * g,
-                 "momentum_buffer": g, "step": g * 0}
+        exact_state = {k: v.detach() for k, v in witness.state.get(q, {}).items()}
+        new = {"p": (p, q), **{k: (optimizer.state[p][k], v) for k, v in exact_state.items()}}
+        decayed = group.get("weight_decay", 0) * old["p"].abs()
+        added = terms(group, old, exact_state, torch.zeros(()) if q.grad is None else q.grad.abs() + decayed)
         for key, (got, wanted) in new.items():
-            got, wanted = got.detach().double(), wanted.detach()
+            got, wanted = got.detach().double(), wanted.detach().double()
             scale = torch.maximum(torch.maximum(old.get(key, wanted).abs(), wanted.abs()), added[key])
             off = ((got - wanted).abs() / ulp(scale, dtype)).max().item()
             assert off <= bound, f"{key} is off by {off:.2f} ulp"
+
+
+def terms(group: dict[str, Any], old: dict[str, Tensor], new: dict[str, Tensor], g: Tensor) -> dict[str, Any]:
+    """The size of what was added to make each number, given that of the gradient with its decay."""
+    a1, a2 = (1 - float(beta) for beta in group.get("betas", (0, 0)))
+    mean, lr = 1 - group.get("alpha", group.get("rho", 0)), float(group["lr"])
+    divided = g  # what a momentum buffer adds up
+    if "square_avg" in new:
+        variance = new["square_avg"] - (new["grad_avg"] ** 2 if "grad_avg" in new else 0)
+        divided = g / (variance.sqrt() + group["eps"])
+    if "acc_delta" in new:
+        before = old.get("acc_delta", new["acc_delta"] * 0)
+        divided = ((before + group["eps"]) / (new["square_avg"] + group["eps"])).sqrt() * g
+    moved = lr * (1 + g + old.get("momentum_buffer", divided).abs() + divided)
+    return {"p": moved, "ax": old["p"].abs() + moved, "exp_avg": a1 * g, "exp_avg_sq": a2 * g * g,
+            "max_exp_avg_sq": a2 * g * g, "exp_inf": g, "sum": g * g, "square_avg": mean * g * g, "grad_avg": mean * g,
+            "acc_delta": mean * divided**2, "momentum_buffer": divided,
+            **dict.fromkeys(("step", "mu_product", "eta", "mu", "prev", "step_size"), g * 0)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -176,7 +210,7 @@ def test_one_step_is_within_units_in_the_last_place(name: str, desc: str, dtype:
     (ours, mine), (theirs, _) = pair(name, desc, dtype, numbers)
     for step in range(10):
         give_gradients(step, dtype, numbers, mine)
-        check_step(ours, mine, theirs, dtype, FP32[name] if dtype == torch.float32 else ONE_ROUNDING)
+        check_step(ours, mine, theirs, dtype, (FP32 if dtype == torch.float32 else SIXTEEN_BITS)[name])
 
 
 # --- Lion -------------------------------------------------------------------------------------------------------------
@@ -258,7 +292,15 @@ MORE_ERRORS = [
                                            dict(lr=float("nan")), dict(betas=(0.9, torch.tensor([0.9, 0.9])))]),
     *itertools.product(["SGD"], [dict(nesterov=True), dict(nesterov=True, momentum=0.9, dampening=0.1),
                                  dict(weight_decay=-0.1)]),
-    *itertools.product(OURS, [dict(lr=-1.0), dict(fused=True, foreach=True), dict(fused=True, differentiable=True)]),
+    *itertools.product(["Adam", "AdamW", "SGD", "Adagrad"],
+                       [dict(fused=True, foreach=True), dict(fused=True, differentiable=True)]),
+    *itertools.product(OURS, [dict(lr=-1.0), dict(lr=torch.tensor([0.1, 0.2]))]),
+    *itertools.product(sorted(OURS.keys() - {"Rprop"}), [dict(weight_decay=-0.1)]),
+    *itertools.product(["Adamax", "NAdam", "RAdam"], [dict(eps=-1e-8), dict(betas=(1.0, 0.9)), dict(betas=(0.9, -1))]),
+    *itertools.product(["Adadelta", "Adagrad", "RMSprop"], [dict(eps=-1e-8)]),
+    ("Adadelta", dict(rho=1.1)), ("Adagrad", dict(lr_decay=-1)), ("Adagrad", dict(initial_accumulator_value=-1)),
+    ("NAdam", dict(momentum_decay=-1)), ("RMSprop", dict(momentum=-1)), ("RMSprop", dict(alpha=-1)),
+    ("Rprop", dict(etas=(0.5, 0.9))), ("Rprop", dict(etas=(0.0, 1.2))),
 ]
 
 

@@ -28,8 +28,9 @@ void walk(const i64* table, i64 chunks, const void* rows, u32 thread, u32 thread
   {"step_" #Rule "_" #P "_" #G "_" #S, sizeof(T) == 8,                              \
    Step<Rule<T>, T, k##P, k##G, k##S>::columns, 1 + Rule<T>::coefficients,          \
    walk<Step<Rule<T>, T, k##P, k##G, k##S>, T>},
-#define FT_HOST_KERNELS(Rule) FASTTRAIN_COMBINATIONS(FT_HOST_KERNEL, Rule)
-const HostKernel host_kernels[] = {FASTTRAIN_RULES(FT_HOST_KERNELS)};
+#define FT_PLAIN_HOST_KERNELS(Rule) FASTTRAIN_PLAIN(FT_HOST_KERNEL, Rule)
+#define FT_ALL_HOST_KERNELS(Rule) FASTTRAIN_PLAIN(FT_HOST_KERNEL, Rule) FASTTRAIN_MIXED(FT_HOST_KERNEL, Rule)
+const HostKernel host_kernels[] = {FASTTRAIN_COMMON_RULES(FT_ALL_HOST_KERNELS) FASTTRAIN_OTHER_RULES(FT_PLAIN_HOST_KERNELS)};
 const int host_kernel_count = static_cast<int>(sizeof(host_kernels) / sizeof(host_kernels[0]));
 
 }  // namespace fasttrain

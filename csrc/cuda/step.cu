@@ -154,13 +154,14 @@ struct Step {
 }  // namespace fasttrain
 
 // The combinations that are compiled ahead of time: element type; storage of parameter, gradient and states.
-#define FASTTRAIN_COMBINATIONS(X, Rule) \
-  X(Rule, float, F32, F32, F32)         \
-  X(Rule, double, F64, F64, F64)        \
-  X(Rule, float, BF16, BF16, BF16)      \
-  X(Rule, float, F16, F16, F16)         \
-  X(Rule, float, BF16, F32, BF16)       \
-  X(Rule, float, F16, F32, F16)         \
+#define FASTTRAIN_PLAIN(X, Rule) \
+  X(Rule, float, F32, F32, F32)  \
+  X(Rule, double, F64, F64, F64)
+#define FASTTRAIN_MIXED(X, Rule)   \
+  X(Rule, float, BF16, BF16, BF16) \
+  X(Rule, float, F16, F16, F16)    \
+  X(Rule, float, BF16, F32, BF16)  \
+  X(Rule, float, F16, F32, F16)    \
   X(Rule, float, BF16, BF16, F32)
 
 #if defined(__CUDACC__) || defined(__CUDACC_RTC__)
@@ -172,6 +173,8 @@ struct Step {
     const Place place{threadIdx.x, blockDim.x, blockIdx.x, gridDim.x};                                    \
     Step<Rule<T>, T, k##P, k##G, k##S>::walk(table, chunks, rows, place);                                 \
   }
-#define FT_KERNELS(Rule) FASTTRAIN_COMBINATIONS(FT_KERNEL, Rule)
-FASTTRAIN_RULES(FT_KERNELS)
+#define FT_PLAIN_KERNELS(Rule) FASTTRAIN_PLAIN(FT_KERNEL, Rule)
+#define FT_ALL_KERNELS(Rule) FASTTRAIN_PLAIN(FT_KERNEL, Rule) FASTTRAIN_MIXED(FT_KERNEL, Rule)
+FASTTRAIN_COMMON_RULES(FT_ALL_KERNELS)
+FASTTRAIN_OTHER_RULES(FT_PLAIN_KERNELS)
 #endif

@@ -86,7 +86,7 @@ def compiled() -> frozenset[str]:
 def kernel_name(rule: Rule, dtypes: tuple[torch.dtype, ...]) -> str | None:
     """The kernel for a rule whose p, g and states have these dtypes, or None if it is not compiled ahead of time."""
     p, g, *states = dtypes
-    if native.number_of(rule) is None or any(dtype != states[0] for dtype in states):
+    if not native.is_built(rule) or any(dtype != states[0] for dtype in states):
         return None
     name = f"step_{rule.name}_{NAMES[p]}_{NAMES[g]}_{NAMES[states[0] if states else p]}"
     return name if name in compiled() else None

@@ -28,8 +28,10 @@ FOOTER = """\
 }  // namespace FT_ISA
 }  // namespace fasttrain
 
-// The order of this list is the number of a rule.
-#define FASTTRAIN_RULES(X)"""
+// The order of this list is the number of a rule. For GPUs the common ones are compiled ahead of time in every usual
+// combination of storages, the others in float32 and in float64.
+#define FASTTRAIN_RULES(X) FASTTRAIN_COMMON_RULES(X) FASTTRAIN_OTHER_RULES(X)
+"""
 
 
 def expression(node: Symbol, names: dict[Symbol, str], top: bool = True) -> str:
@@ -104,8 +106,17 @@ def _lines(rule: Rule, graph: Graph, with_digest: bool = True) -> Iterable[str]:
     yield "};"
 
 
-def header(rules: Iterable[Rule]) -> str:
-    """The whole text of `csrc/rules.h`."""
-    rules = list(rules)
+def header(rules: Iterable[Rule], common: Iterable[Rule] = ()) -> str:
+    """The whole text of `csrc/rules.h`.
+
+    Arguments:
+        rules: each once, in the order of their numbers.
+        common: the first of them, which are compiled ahead of time for GPUs in every usual combination of storages.
+    """
+    rules, common = list(rules), list(common)
+    if rules[: len(common)] != common:
+        raise ValueError("the common rules must be the first ones, in their order")
     body = "\n".join(struct(rule) for rule in rules)
-    return HEADER + "\n" + body + "\n" + FOOTER + "".join(f" X({rule.name})" for rule in rules) + "\n"
+    lists = [f"#define FASTTRAIN_{name}_RULES(X)" + "".join(f" \\\n  X({rule.name})" for rule in listed) + "\n"
+             for name, listed in (("COMMON", common), ("OTHER", rules[len(common) :]))]
+    return HEADER + "\n" + body + "\n" + FOOTER + "".join(lists)

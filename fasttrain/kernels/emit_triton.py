@@ -17,14 +17,21 @@ def kernel(rule: Rule) -> str:
 
     The table is that of `fasttrain.kernels.table`; the storages of p, g and the states are compile-time constants.
     """
-    return "\n".join(_element(rule, trace(rule))) + "\n\n\n" + "\n".join(_step(rule, trace(rule))) + "\n"
+    return "\n".join(element(rule)) + "\n\n\n" + "\n".join(_step(rule, trace(rule))) + "\n"
+
+
+def coefficient_names(graph: Graph) -> list[str]:
+    """What the coefficients are called."""
+    return [f"k_{name}" for name in graph.coefficients]
 
 
 def _names(rule: Rule, graph: Graph) -> tuple[list[str], list[str]]:
-    return ["p", "g", *rule.state], [f"k_{name}" for name in graph.coefficients]
+    return ["p", "g", *rule.state], coefficient_names(graph)
 
 
-def _element(rule: Rule, graph: Graph) -> Iterable[str]:
+def element(rule: Rule) -> Iterable[str]:
+    """The lines of `element`."""
+    graph = trace(rule)
     inputs, coefficients = _names(rule, graph)
     named, names = statements(graph)
     yield "@jit"

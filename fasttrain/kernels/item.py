@@ -2,30 +2,55 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fasttrain.precision.codecs import STOCHASTIC, codec
 from fasttrain.rule import Rule
 
 STORAGES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # as `Storage` in csrc/common.h
+
+
+class Tail(NamedTuple):
+    """What a row says beyond scale and coefficients.
+
+    Attributes:
+        clip: the largest magnitude of an element of the scaled gradient; infinite: any.
+        keep, add: new EMA = keep * EMA + add * new parameter.
+    """
+
+    clip: float = math.inf
+    keep: float = 1.0
+    add: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
 class Item:
     """One parameter in one step.
 
+    A plain item is what torch's optimizers keep: tensors of one shape, each its own storage. One that is not plain
+    names the codec of every operand, and its row ends with the numbers of `Tail`.
+
     Attributes:
         name: how errors call it.
         rule: its equation.
-        tensors: p, g and the rule's states; real, of one shape and one device, p and the states are written.
-        row: the gradient's scale, then the coefficients in the order of the traced rule.
+        tensors: p, g, the rule's states, and the EMA if there is one: of each the first array. Real, on one device;
+            those of other than block codecs are of one shape. All but g are written.
+        row: the gradient's scale, then the coefficients in the order of the traced rule, then the tail.
         counter: the step count that the step increments, one element, or None.
+        codecs: numbers of `fasttrain.precision.codecs`, one for each of `tensors`; empty if the item is plain.
+        extras: the second arrays, one or None for each of `tensors`; empty if the item is plain.
+        zero: zero the gradient once it is read.
+        key: of the parameter in this step (`fasttrain.precision.draws`), for stochastic codecs.
+        place: where the local elements lie in the full parameter (`fasttrain.precision.draws.full_index`).
     """
 
     name: str
@@ -33,6 +58,25 @@ class Item:
     tensors: tuple[Tensor, ...]
     row: Sequence[float]
     counter: Tensor | None
+    codecs: tuple[int, ...] = ()
+    extras: tuple[Tensor | None, ...] = ()
+    zero: bool = False
+    key: int = 0
+    place: tuple[int, int, int] = (0, 0, 0)
+
+    @property
+    def plain(self) -> bool:
+        return not self.codecs
+
+    @property
+    def averaged(self) -> bool:
+        """Whether the last of `tensors` is an EMA of the parameter."""
+        return len(self.tensors) == 3 + len(self.rule.state)
+
+    @property
+    def tail(self) -> Tail:
+        """The end of the row of an item that is not plain."""
+        return Tail(*self.row[-3:])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -41,7 +85,9 @@ class Item:
 
     @property
     def written(self) -> list[Tensor]:
-        return [self.tensors[0], *self.tensors[2:], *([] if self.counter is None else [self.counter])]
+        """Every tensor that the step writes."""
+        own = [self.tensors[0], *self.tensors[1 if self.zero else 2:], *self.extras, self.counter]
+        return [tensor for tensor in own if tensor is not None]
 
 
 def order(tensor: Tensor) -> tuple[tuple[int, int], ...] | None:
@@ -73,6 +119,16 @@ def walks_alike(tensors: Sequence[Tensor]) -> bool:
     return first is not None and all(order(tensor) == first for tensor in tensors[1:])
 
 
+def flat(item: Item) -> bool:
+    """Whether one flat loop can walk an item: its operands are of one order, and row-major where places count."""
+    if item.plain:
+        return walks_alike(item.tensors)
+    arrays = [array for number, *pair in zip(item.codecs, item.tensors, item.extras, strict=True)
+              if not codec(number).block for array in pair if array is not None]
+    places_count = any(codec(number).block or number & STOCHASTIC for number in item.codecs)
+    return walks_alike(arrays) and (arrays[0].is_contiguous() or not places_count)
+
+
 def apart(items: Sequence[Item]) -> bool:
     """Whether no two tensors that are written lie over each other in memory (or in between each other)."""
     spans = []
@@ -99,16 +155,21 @@ def dense(items: Sequence[Item]) -> Iterator[list[Item]]:
     copied = []
     walkable = []
     for item in items:
-        if not walks_alike(item.tensors):
-            copies = tuple(tensor.clone(memory_format=torch.contiguous_format) for tensor in item.tensors)
-            copied.append((item, copies))
-            item = replace(item, tensors=copies)
+        if not flat(item):
+            original = item
+            item = replace(item, tensors=tuple(_contiguous(tensor) for tensor in item.tensors),
+                           extras=tuple(extra if extra is None else _contiguous(extra) for extra in item.extras))
+            copied.append((original, item))
         walkable.append(item)
     yield walkable
-    for item, copies in copied:
-        for index, (tensor, copy) in enumerate(zip(item.tensors, copies, strict=True)):
-            if index != 1:
-                tensor.copy_(copy)
+    for original, copy in copied:
+        for tensor, new in zip(original.written, copy.written, strict=True):
+            if new is not tensor:
+                tensor.copy_(new)
+
+
+def _contiguous(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def table_of_rows(rows: Sequence[Sequence[float]]) -> np.ndarray:

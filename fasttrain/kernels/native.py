@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from fasttrain.kernels import jit
 from fasttrain.kernels.emit_cpp import digest
 from fasttrain.kernels.item import Item, dense, table_of_rows
 from fasttrain.rule import Rule
@@ -60,34 +61,46 @@ def reader() -> Any:
 
 
 @cache
-def compiled_rules() -> dict[tuple[str, int], int]:
-    """The number of each compiled rule, by name and digest of its equation."""
+def built_rules() -> dict[tuple[str, int], int]:
+    """The number of each rule that was compiled with the module, by name and digest of its equation."""
     return {key: number for number, key in enumerate(module().rules())}
 
 
+def is_built(rule: Rule) -> bool:
+    """Whether that very equation was compiled with the module."""
+    return (rule.name, digest(rule)) in built_rules()
+
+
 @cache
+def find(rule: Rule) -> tuple[int | None, str]:
+    """The number of a rule in the compiled module, to which it is added if it is not there; or None and why not."""
+    return (built_rules()[rule.name, digest(rule)], "") if is_built(rule) else jit.load(rule, module(), build_info())
+
+
 def number_of(rule: Rule) -> int | None:
-    """The number of a rule in the compiled module; None if that very equation is not in it."""
-    return compiled_rules().get((rule.name, digest(rule)))
+    """The number of a rule in the compiled module; None if it has to run on the reference backend."""
+    return find(rule)[0]
 
 
 def step(items: Sequence[Item]) -> None:
-    """Step every item, whatever its layout, in one walk. A rule that is not compiled runs on the reference backend."""
+    """Step every item, whatever its layout, in one walk. A rule that has no number runs on the reference backend."""
     from fasttrain.kernels import reference
 
     known = [item for item in items if number_of(item.rule) is not None]
     with dense(known) as walkable:
-        work = [(number_of(item.rule), item.dtype == torch.float64, item.tensors, item.counter) for item in walkable]
+        work = [(number_of(item.rule), item.dtype == torch.float64, item.tensors, item.counter,
+                 None if item.plain else (item.codecs, item.extras, item.zero, item.key, item.place))
+                for item in walkable]
         module().step_once(reader(), work, table_of_rows([item.row for item in known]), torch.get_num_threads())
         torch.autograd.graph.increment_version([tensor for item in walkable for tensor in item.written])
     unknown = [item for item in items if number_of(item.rule) is None]
-    for name in {item.rule.name for item in unknown}:
-        say_not_compiled(name)
+    for rule in {item.rule: None for item in unknown}:
+        say_not_compiled(rule.name, find(rule)[1])
     reference.step(unknown)
 
 
 @cache
-def say_not_compiled(name: str) -> None:
+def say_not_compiled(name: str, reason: str) -> None:
     """Say once that a rule is slow here."""
-    warnings.warn(f"rule {name} is not in the compiled module (`make rules` and a build would add it): it runs on the "
-                  "slow reference backend", RuntimeWarning, stacklevel=6)
+    warnings.warn(f"rule {name} is not in the compiled module and could not be compiled: it runs on the slow reference "
+                  f"backend. The reason: {reason}", RuntimeWarning, stacklevel=6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from fasttrain.kernels.item import Item
 from fasttrain.kernels.trace import trace
+from fasttrain.precision.codecs import STOCHASTIC, codec, decode, encode
+from fasttrain.precision.draws import full_index, operand_key, random_bits
 from fasttrain.rule import Operand, Rule
 
 SMALLEST_NORMAL = {torch.float32: 2.0**-126, torch.float64: 2.0**-1022}
@@ -83,12 +86,15 @@ def evaluate(rule: Rule, tensors: Sequence[Tensor], scale: Any, scalars: Mapping
 def step(items: Sequence[Item]) -> None:
     """Step every item."""
     for item in items:
-        scalars = dict(zip(trace(item.rule).coefficients, item.row[1:], strict=True))
+        names = trace(item.rule).coefficients
+        scalars = dict(zip(names, item.row[1 : 1 + len(names)], strict=True))
         write(item, item.row[0], scalars)
 
 
 def write(item: Item, scale: Any, scalars: Mapping[str, Any]) -> None:
     """Step one item with coefficients by name; recorded by autograd where gradients are enabled."""
+    if not item.plain:
+        return write_kept(item, scale, scalars)
     # Copies where autograd records: it keeps inputs for the backward pass, and they are overwritten below.
     inputs = [tensor.to(item.dtype, copy=torch.is_grad_enabled()) for tensor in item.tensors]
     new = evaluate(item.rule, inputs, scale, scalars)
@@ -97,3 +103,36 @@ def write(item: Item, scale: Any, scalars: Mapping[str, Any]) -> None:
         tensor.copy_(value)
     if item.counter is not None:
         item.counter.add_(1)
+
+
+def write_kept(item: Item, scale: Any, scalars: Mapping[str, Any]) -> None:
+    """Step one item that is not plain: every operand is decoded, and those that are written are encoded."""
+    shape = item.tensors[0].shape
+    kept = list(zip(item.codecs, item.tensors, item.extras, strict=True))
+    values = [decode(number, main, extra, shape.numel()).reshape(shape).to(item.dtype) for number, main, extra in kept]
+    p, g, *states = values[: 2 + len(item.rule.state)]
+    tail = item.tail
+    g = clipped(g * torch.full((), scale, dtype=g.dtype, device=g.device), tail.clip)
+    new = evaluate(item.rule, [p, g, *states], 1.0, scalars)
+    if item.averaged:
+        keep, add = (torch.full((), value, dtype=g.dtype, device=g.device) for value in (tail.keep, tail.add))
+        new.append(values[-1] * keep + new[0] * add)
+    index = full_index(item.place, shape.numel(), p.device).view(shape)
+    for operand, value in zip((0, *range(2, len(kept))), new, strict=True):
+        number, main, extra = kept[operand]
+        draws = random_bits(operand_key(item.key, operand), index) if number & STOCHASTIC else None
+        if codec(number).block:
+            value, draws = value.reshape(-1), None if draws is None else draws.view(-1)
+        encode(number, value, main, extra, draws)
+    if item.zero:
+        item.tensors[1].zero_()
+    if item.counter is not None:
+        item.counter.add_(1)
+
+
+def clipped(g: Tensor, largest: float) -> Tensor:
+    """A scaled gradient whose elements are between -largest and largest; NaN stays NaN."""
+    if largest == math.inf:
+        return g
+    bound = torch.full((), largest, dtype=g.dtype, device=g.device)
+    return torch.where(g > bound, bound, torch.where(g < -bound, -bound, g))

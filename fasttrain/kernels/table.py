@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,15 +24,22 @@ from fasttrain.rule import Rule
 
 ALIGNED = 16  # bytes: the widest access of one GPU thread
 
-Key = tuple[Rule, tuple[torch.dtype, ...], torch.device]
+
+class Kind(NamedTuple):
+    """What items have in common that one launch can step together."""
+
+    rule: Rule
+    dtypes: tuple[torch.dtype, ...]
+    device: torch.device
+    codecs: tuple[int, ...] = ()  # empty: plain items
 
 
-def grouped(items: Sequence[Item]) -> dict[Key, list[Item]]:
+def grouped(items: Sequence[Item]) -> dict[Kind, list[Item]]:
     """The items that one launch can step together: those of one rule, the same storages and one device."""
-    groups: dict[Key, list[Item]] = {}
+    groups: dict[Kind, list[Item]] = {}
     for item in items:
         dtypes = tuple(tensor.dtype for tensor in item.tensors)
-        groups.setdefault((item.rule, dtypes, item.tensors[0].device), []).append(item)
+        groups.setdefault(Kind(item.rule, dtypes, item.tensors[0].device, item.codecs), []).append(item)
     return groups
 
 

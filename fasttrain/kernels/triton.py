@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import linecache
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cache
@@ -11,9 +12,18 @@ from types import FunctionType
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from fasttrain.kernels import table, triton_codecs
-from fasttrain.kernels.emit_triton import kernel
+from fasttrain.kernels import (
+    emit_triton,
+    emit_triton_kept,
+    kept_table,
+    table,
+    triton_blocks,
+    triton_codecs,
+    triton_kept,
+)
+from fasttrain.kernels.emit_cpp import digest
 from fasttrain.kernels.item import STORAGES, Item, dense
 from fasttrain.rule import Rule
 
@@ -38,21 +48,25 @@ def why_not(device: torch.device) -> str | None:
 
 
 @cache
-def compile_rule(rule: Rule, interpreted: bool) -> Any:
-    """The kernel of a rule, for the compiler or for the interpreter."""
+def compile_rule(rule: Rule, interpreted: bool, codecs: tuple[int, ...] = ()) -> Any:
+    """The kernel of a rule, for the compiler or for the interpreter; of items that are not plain by their codecs."""
     import triton
     import triton.language as tl
     from triton.runtime.interpreter import InterpretedFunction
 
     jit = InterpretedFunction if interpreted else triton.jit
     space: dict[str, Any] = {"tl": tl, "jit": jit, "__name__": f"fasttrain.generated.{rule.name}"}
-    for function in triton_codecs.FUNCTIONS:
+    functions = triton_codecs.FUNCTIONS
+    if codecs:
+        functions += triton_kept.FUNCTIONS + triton_blocks.FUNCTIONS
+    for function in functions:
         # The wrapped copy looks its names up in this space, where Triton's language and the other copies are.
         copy = FunctionType(function.__code__, space, function.__name__)
         copy.__annotations__ = function.__annotations__
         space[function.__name__] = jit(copy)
-    source = kernel(rule)
-    file = f"<fasttrain rule {rule.name}>"
+    source = emit_triton_kept.kernel(rule, codecs) if codecs else emit_triton.kernel(rule)
+    # A user may give one name to two equations.
+    file = f"<fasttrain rule {rule.name} {digest(rule):08X}{''.join(f' {number}' for number in codecs)}>"
     # Triton reads a function's source through linecache; an entry without a modification time is never dropped.
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
     exec(compile(source, file, "exec"), space)
@@ -62,24 +76,52 @@ def compile_rule(rule: Rule, interpreted: bool) -> Any:
 def step(items: Sequence[Item]) -> None:
     """Step every item: one launch for each (rule, storages, device)."""
     with dense(items) as walkable:
-        for (rule, dtypes, device), group in table.grouped(walkable).items():
-            launch(rule, tuple(STORAGES[dtype] for dtype in dtypes), device, group)
+        for kind, group in table.grouped(walkable).items():
+            if kind.codecs:
+                launch_kept(kind.rule, kind.codecs, kind.device, group)
+            else:
+                launch(kind.rule, tuple(STORAGES[dtype] for dtype in kind.dtypes), kind.device, group)
         torch.autograd.graph.increment_version([tensor for item in walkable for tensor in item.written])
 
 
 def launch(rule: Rule, kept: tuple[int, ...], device: torch.device, items: Sequence[Item]) -> None:
-    """One launch over the chunks of all items."""
-    interpreted = device.type == "cpu"
-    wide = items[0].dtype == torch.float64
-    block = BLOCK_INTERPRETED if interpreted else BLOCK[wide]
+    """One launch over the chunks of all items, which are plain."""
+    block = block_of(items, device)
     chunks = torch.from_numpy(table.build(items, block))
     rows = torch.tensor(table.coefficient_rows(items)[0], dtype=items[0].dtype)
+    start(compile_rule(rule, device.type == "cpu"), device, chunks, rows, kept, block=block,
+          wide=items[0].dtype == torch.float64)
+    count_up(items)
+
+
+def launch_kept(rule: Rule, codecs: tuple[int, ...], device: torch.device, items: Sequence[Item]) -> None:
+    """One launch over the chunks of all items, which are not plain."""
+    block = block_of(items, device)
+    rows, row_of = kept_table.rows(items)
+    chunks = kept_table.build(items, block, kept_table.describe(items, row_of))
+    start(compile_rule(rule, device.type == "cpu", codecs), device, torch.from_numpy(chunks), torch.from_numpy(rows),
+          block=block, wide=items[0].dtype == torch.float64, clip=any(item.tail.clip != math.inf for item in items))
+    count_up(items)
+
+
+def block_of(items: Sequence[Item], device: torch.device) -> int:
+    """Elements of a chunk."""
+    return BLOCK_INTERPRETED if device.type == "cpu" else BLOCK[items[0].dtype == torch.float64]
+
+
+def start(kernel: Any, device: torch.device, chunks: Tensor, rows: Tensor, kept: tuple[int, ...] = (),
+          **constants: Any) -> None:
+    """One program for each chunk."""
+    interpreted = device.type == "cpu"
     if len(chunks):
-        arguments = (chunks.to(device), rows.to(device), rows.shape[1], *kept)
         options: dict[str, Any] = {} if interpreted else OPTIONS
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            compile_rule(rule, interpreted)[(len(chunks),)](
-                *arguments, wide=wide, block=block, interpreted=interpreted, **options)
+            kernel[(len(chunks),)](chunks.to(device), rows.to(device), rows.shape[1], *kept, **constants,
+                                   interpreted=interpreted, **options)
+
+
+def count_up(items: Sequence[Item]) -> None:
+    """Add one to every step count."""
     for item in items:
         if item.counter is not None:
             item.counter.add_(1)
@@ -93,14 +135,23 @@ def compile_ahead(rule: Rule, kept: tuple[int, ...], wide: bool, arch: int) -> A
         wide: compute in float64.
         arch: 80, 90, 100, ...
     """
+    function = compile_rule(rule, interpreted=False)
+    stated = [name for name in function.arg_names if name.endswith("_storage")]
+    return _compile_ahead(function, arch, {**dict(zip(stated, kept, strict=True)), "wide": wide})
+
+
+def compile_kept_ahead(rule: Rule, codecs: tuple[int, ...], clip: bool, arch: int) -> Any:
+    """The same for items that are not plain, computed in float32, with or without clipping by value."""
+    return _compile_ahead(compile_rule(rule, False, codecs), arch, {"wide": False, "clip": clip})
+
+
+def _compile_ahead(function: Any, arch: int, values: dict[str, Any]) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    function = compile_rule(rule, interpreted=False)
-    names = function.arg_names
-    stated = [name for name in names if name.endswith("_storage")]
-    values = {**dict(zip(stated, kept, strict=True)), "wide": wide, "block": BLOCK[wide], "interpreted": False}
+    names, wide = function.arg_names, values["wide"]
+    values = {**values, "block": BLOCK[wide], "interpreted": False}
     signature = dict.fromkeys(names, "constexpr")
     signature |= {"table": "*i64", "rows": "*fp64" if wide else "*fp32", "width": "i32"}
     aligned: Any = [["tt.divisibility", 16]]  # as for every tensor of torch that is passed as an argument

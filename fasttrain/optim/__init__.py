@@ -3,19 +3,43 @@
 To add one: write its page (a small file beside `lion.py`) and name its class in `OPTIMIZERS`.
 """
 
+from fasttrain.optim.adadelta import Adadelta
 from fasttrain.optim.adafactor import Adafactor
+from fasttrain.optim.adagrad import Adagrad
+from fasttrain.optim.adamax import Adamax
 from fasttrain.optim.adamw import Adam, AdamW
+from fasttrain.optim.adan import Adan
+from fasttrain.optim.ademamix import AdEMAMix
+from fasttrain.optim.asgd import ASGD
+from fasttrain.optim.clip import clip_grad_norm
 from fasttrain.optim.lion import Lion
 from fasttrain.optim.muon import Muon
+from fasttrain.optim.nadam import NAdam
 from fasttrain.optim.optimizer import Optimizer
+from fasttrain.optim.radam import RAdam
+from fasttrain.optim.rmsprop import RMSprop
+from fasttrain.optim.rprop import Rprop
+from fasttrain.optim.schedule_free import ScheduleFreeAdamW, ScheduleFreeSGD
 from fasttrain.optim.sgd import SGD
+from fasttrain.optim.statedict import convert
 from fasttrain.rule import Rule
 
-__all__ = ["Adafactor", "Adam", "AdamW", "Lion", "Muon", "Optimizer", "SGD"]
+__all__ = ["ASGD", "AdEMAMix", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "Adan", "Lion", "Muon",
+           "NAdam", "Optimizer", "RAdam", "RMSprop", "Rprop", "SGD", "ScheduleFreeAdamW", "ScheduleFreeSGD",
+           "clip_grad_norm", "convert"]
 
-OPTIMIZERS: tuple[type[Optimizer], ...] = (AdamW, SGD, Lion)
+# Compiled for GPUs ahead of time in every usual combination of storages; the others in float32 and in float64.
+COMMON: tuple[type[Optimizer], ...] = (AdamW, SGD, Lion)
+OPTIMIZERS: tuple[type[Optimizer], ...] = (
+    *COMMON, Adadelta, Adagrad, Adamax, Adan, AdEMAMix, ASGD, NAdam, RAdam, RMSprop, Rprop, ScheduleFreeAdamW,
+    ScheduleFreeSGD)
 COMPOSED: tuple[type[Optimizer], ...] = (Muon, Adafactor)  # not elementwise
 
+
+def rules_of(optimizers: tuple[type[Optimizer], ...]) -> tuple[Rule, ...]:
+    return tuple(dict.fromkeys(rule for optimizer in optimizers for rule in optimizer.rules))
+
+
 # Every rule once, in the order of `csrc/rules.h`.
-RULES: tuple[Rule, ...] = tuple(
-    dict.fromkeys(rule for optimizer in (*OPTIMIZERS, *COMPOSED) for rule in optimizer.rules))
+RULES: tuple[Rule, ...] = rules_of((*OPTIMIZERS, *COMPOSED))
+COMMON_RULES: tuple[Rule, ...] = rules_of(COMMON)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -66,6 +67,11 @@ class Adafactor(Itemwise, torch.optim.Adafactor):
         torch.optim.Adafactor.__init__(self, params, lr, beta2_decay, eps, d, weight_decay, foreach=foreach,
                                        maximize=maximize)
 
+    def loaded_shapes(self, p, group):
+        if p.dim() < 2:
+            return {"step": None, "variance": tuple(p.shape)}
+        return {"step": None, "row_var": (*p.shape[:-1], 1), "col_var": (*p.shape[:-2], 1, p.shape[-1])}
+
     def rule_of(self, group):
         return None  # it is none: see fasttrain.kernels.factored
 
@@ -95,10 +101,13 @@ class Adafactor(Itemwise, torch.optim.Adafactor):
                                    "delete optimizer.state[p] to start it afresh")
         return tuple(wanted)
 
-    def _runs(self, items, scale):
+    def _runs(self, examined, scale, report):
         """One run for each backend in use."""
-        chosen, rows = {}, {}
-        for item, step, group in items:
+        chosen: dict[Any, Any] = {}
+        rows: dict[Any, Any] = {}
+        for one in examined:
+            item, step, group = one.item, one.step, one.group
+            report.count(item)
             dtype, device = item.tensors[0].dtype, item.tensors[0].device
             key = id(group), step, dtype
             if key not in rows:
@@ -106,6 +115,7 @@ class Adafactor(Itemwise, torch.optim.Adafactor):
             if device not in chosen:
                 chosen[device] = dispatch.choose(device, self.backend), []
             chosen[device][1].append((item, rows[key]))
+        report.launches += len(chosen)
         return [partial(factored.step_native if backend == "cpu" else factored.step_reference, work)
                 for backend, work in chosen.values()]
 

@@ -24,18 +24,27 @@ def number(value: Any) -> Any:
     return tuple(map(number, value)) if isinstance(value, (tuple, list)) else value
 
 
-def check_hyperparameters(**values: Any) -> None:
-    """Raise torch's own errors for learning rates, betas and weight decay that are out of range."""
-    lr = values["lr"]
+def check_hyperparameters(count: int = 2, **values: Any) -> None:
+    """Raise torch's own errors for hyperparameters that are out of range: `lr`, `eps`, `betas` (as many as `count`),
+    and others, which must not be negative.
+    """
+    lr = values.pop("lr")
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError("Tensor lr must be 1-element")
     if not 0.0 <= lr:
         raise ValueError(f"Invalid learning rate: {lr}")
-    for index, beta in enumerate(values["betas"]):
+    eps = values.pop("eps", 0.0)
+    if not 0.0 <= eps:
+        raise ValueError(f"Invalid epsilon value: {eps}")
+    betas = values.pop("betas", None)
+    if betas is not None and len(betas) != count:
+        raise ValueError(f"betas has {len(betas)} numbers, not {count}: {betas}")
+    for index, beta in enumerate(betas or ()):
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
-    if not 0.0 <= values["weight_decay"]:
-        raise ValueError(f"Invalid weight_decay value: {values['weight_decay']}")
+    for name, value in values.items():
+        if not 0.0 <= value:
+            raise ValueError(f"Invalid {name} value: {value}")
 
 
 def check_memory(what: str, tensor: Tensor) -> None:
@@ -59,15 +68,21 @@ def check_counter(name: str, counter: Any) -> None:
                         f"{', '.join(str(dtype).removeprefix('torch.') for dtype in COUNTERS)}")
 
 
+def check_running(name: str, key: str, state: Mapping[str, Any]) -> None:
+    """Raise if a state that is one number for the whole parameter is not."""
+    kept = state.get(key)
+    if not isinstance(kept, Tensor) or kept.numel() != 1 or not kept.is_floating_point():
+        found = f"is {kept.dtype} of shape {tuple(kept.shape)}" if isinstance(kept, Tensor) else f"is {kept!r}"
+        raise TypeError(f"{name}: its state {key!r} {found}; it must be one floating-point number in a tensor")
+
+
 def plain(tensor: Tensor) -> Tensor:
     """The same tensor without its Python subclass."""
     return tensor if type(tensor) in (Tensor, torch.nn.Parameter) else tensor.as_subclass(Tensor)
 
 
-def check_gradient(name: str, p: Tensor) -> None:
+def check_gradient(name: str, p: Tensor, grad: Tensor) -> None:
     """Raise if the gradient of a parameter does not fit it, or if one of them has no elements in memory."""
-    grad = p.grad
-    assert grad is not None
     if p.device != grad.device or p.shape != grad.shape:
         raise RuntimeError(f"{name}: its gradient has shape {tuple(grad.shape)} on {grad.device}, the parameter "
                            f"{tuple(p.shape)} on {p.device}; they must agree")
@@ -78,10 +93,9 @@ def check_gradient(name: str, p: Tensor) -> None:
                         "or none")
 
 
-def reals(name: str, p: Tensor, keys: Sequence[str], state: Mapping[str, Any]) -> tuple[Tensor, ...]:
+def reals(name: str, p: Tensor, grad: Tensor, keys: Sequence[str], state: Mapping[str, Any]) -> tuple[Tensor, ...]:
     """The parameter, its gradient and the states named by `keys` as plain real tensors that a step can take."""
-    assert p.grad is not None
-    tensors = [p, p.grad.resolve_conj().resolve_neg()]
+    tensors = [p, grad.resolve_conj().resolve_neg()]
     for key in keys:
         kept = state.get(key)
         if not isinstance(kept, Tensor):

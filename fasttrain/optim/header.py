@@ -6,13 +6,13 @@ import sys
 from pathlib import Path
 
 from fasttrain.kernels.emit_cpp import header
-from fasttrain.optim import RULES
+from fasttrain.optim import COMMON_RULES, RULES
 
 
 def main(arguments: list[str]) -> None:
     if len(arguments) != 1:
         raise SystemExit("usage: python -m fasttrain.optim.header PATH")
-    Path(arguments[0]).write_text(header(RULES))
+    Path(arguments[0]).write_text(header(RULES, COMMON_RULES))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fasttrain.kernels.item import Item
 from fasttrain.optim.checks import check_counter, check_gradient, plain, reals
-from fasttrain.optim.optimizer import Group, Optimizer
+from fasttrain.optim.optimizer import Examined, Group, Optimizer
+from fasttrain.optim.report import StepReport
 from fasttrain.rule import Rule
 
 
@@ -23,7 +24,8 @@ class Itemwise(Optimizer):
 
     def _states(self, name: str, p: Tensor, rule: Rule) -> tuple[str, ...]:
         """The names of the states in the order of the item's tensors, each checked to fit the parameter."""
-        reals(name, p, rule.state, self.state[p])
+        assert p.grad is not None
+        reals(name, p, p.grad, rule.state, self.state[p])
         return rule.state
 
     def _counts(self, rule: Rule) -> bool:
@@ -33,8 +35,11 @@ class Itemwise(Optimizer):
     def _refuse(self, p: Tensor) -> None:
         """Raise if the optimizer cannot take a parameter."""
 
-    def _examine(self, where: tuple[int, int], rule: Rule) -> tuple[Item, float, bool]:
-        p = self._param(where)
+    def takes_storage(self, group: Group) -> bool:
+        return False
+
+    def _examine(self, where: tuple[int, int], rule: Rule, report: StepReport) -> Examined:
+        p, group = self._param(where), self.param_groups[where[0]]
         grad = p.grad
         assert grad is not None
         memo = self._memo = self._memo if self._memo is not None else {}
@@ -45,16 +50,20 @@ class Itemwise(Optimizer):
                 all(state.get(key) is kept for key, kept in known[1]):
             _, kept, name, param, states, counter = known
             step = counter.item() + 1 if counter is not None else 2
-            return Item(name, rule, (param, grad, *states), (), counter), step, False
-        return self._examine_in_full(where, rule, memo, signature)
+            return Examined(where, group, Item(name, rule, (param, grad, *states), (), counter), step, False, None)
+        known_states = len(self.state.get(p, ()))
+        one = self._examine_in_full(where, rule, memo, signature)
+        report.allocations += len(self.state[p]) - known_states
+        return one
 
     def _examine_in_full(self, where: tuple[int, int], rule: Rule, memo: dict[Tensor, tuple[Any, ...]],
-                         signature: tuple[Any, ...]) -> tuple[Item, float, bool]:
+                         signature: tuple[Any, ...]) -> Examined:
         group, p, name = self.param_groups[where[0]], self._param(where), self._name(where)
+        assert p.grad is not None
         memo.pop(p, None)
-        check_gradient(name, p)
+        check_gradient(name, p, p.grad)
         self._refuse(p)
-        tensors = reals(name, p, (), {})
+        tensors = reals(name, p, p.grad, (), {})
         fresh = self.init_state(p, group, rule)
         state = self.state[p]
         keys = self._states(name, p, rule)
@@ -67,9 +76,9 @@ class Itemwise(Optimizer):
             kept = [(key, state[key]) for key in (*keys, *(("step",) if counter is not None else ()))]
             memo[p] = signature, kept, name, tensors[0], states, counter
         step = counter.item() + 1 if counter is not None else 1 if fresh else 2
-        return Item(name, rule, (*tensors, *states), (), counter), step, fresh
+        return Examined(where, group, Item(name, rule, (*tensors, *states), (), counter), step, fresh, None)
 
-    def _describe(self, index: int, item: Item, fresh: bool) -> bool:
+    def _describe(self, index: int, one: Examined) -> bool:
         return False
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from fasttrain.kernels.item import Item, in_turns
 from fasttrain.optim.adamw import DECOUPLED
 from fasttrain.optim.itemwise import Itemwise
 from fasttrain.optim.newton_schulz import orthogonalize
-from fasttrain.optim.optimizer import Group, Optimizer
+from fasttrain.optim.optimizer import Examined, Group, Optimizer
 from fasttrain.optim.workspace import Workspace
 from fasttrain.rule import Rule
 
@@ -185,6 +185,9 @@ class Muon(Itemwise, torch.optim.Muon):
             state["step"] = torch.zeros((), dtype=torch.get_default_dtype())
         return super().init_state(p, group, rule) or made
 
+    def takes_storage(self, group):
+        return not group["use_muon"]
+
     def step_sparse(self, p, grad, group):
         raise RuntimeError("Muon does not support sparse gradients")
 
@@ -197,14 +200,14 @@ class Muon(Itemwise, torch.optim.Muon):
         if p.is_complex():
             raise RuntimeError("Muon does not support complex parameters")
 
-    def _examine(self, where, rule):
+    def _examine(self, where, rule, report):
         if rule is DECOUPLED or self._param(where).dim() < 2:
-            return Optimizer._examine(self, where, DECOUPLED)
-        return super()._examine(where, rule)
+            return Optimizer._examine(self, where, DECOUPLED, report)
+        return super()._examine(where, rule, report)
 
-    def _describe(self, index, item, fresh):
+    def _describe(self, index, one):
         group = self.param_groups[self._places[index][0]]
-        return not group["use_muon"] and Optimizer._describe(self, index, item, fresh)
+        return not group["use_muon"] and Optimizer._describe(self, index, one)
 
     def _row(self, rule, group, step, scale):
         if rule is DECOUPLED:
@@ -214,14 +217,15 @@ class Muon(Itemwise, torch.optim.Muon):
                      "weight_decay": group["weight_decay"] if decay is None else decay}
         return super()._row(rule, group, step, scale)
 
-    def _runs(self, items, scale):
+    def _runs(self, examined, scale, report):
         """AdamW's items, and one run for each batch of matrices of one shape and the same options."""
         batches: dict[Any, list[list[tuple[Item, Group]]]] = {}
-        plain: list[tuple[Item, float, Group]] = []
-        for item, step, group in items:
+        plain: list[Examined] = []
+        for one in examined:
+            item, group = one.item, one.group
             p = item.tensors[0]
             if item.rule is DECOUPLED:
-                plain.append((item, step, group))
+                plain.append(one)
             elif p.numel():
                 key = (matrices(p, group)[1:], item.dtype, p.device, tuple(map(float, group["ns_coefficients"])),
                        group["ns_steps"], group["eps"])
@@ -229,7 +233,7 @@ class Muon(Itemwise, torch.optim.Muon):
                 if together[-1] and sum(i.tensors[0].numel() for i, _ in together[-1]) + p.numel() > BATCH:
                     together.append([])
                 together[-1].append((item, group))
-        return [*super()._runs(plain, scale),
+        return [*super()._runs(plain, scale, report),
                 *(self._batch(key, batch, scale) for key, together in batches.items() for batch in together)]
 
     def _batch(self, key, batch, scale):

@@ -30,7 +30,7 @@ class TrainConfig:
     """Where to write; a new or empty directory. Without it: runs/OPTIMIZER-NUMBER."""
 
     optimizer: str = "AdamW"
-    """AdamW, Adam, SGD, Lion: ours. torch.AdamW, torch.SGD, ...: stock torch.optim."""
+    """AdamW, SGD, Lion, ...: fasttrain.optim's. torch.AdamW, torch.SGD, ...: stock torch.optim."""
     lr: float | None = None
     """Highest learning rate. Without it: one that suits the optimizer."""
     weight_decay: float | None = None

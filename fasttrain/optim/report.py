@@ -1,0 +1,41 @@
+"""What one step did, in numbers that do not depend on the machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fasttrain.kernels.item import Item
+from fasttrain.precision.codecs import codec
+
+
+@dataclass
+class StepReport:
+    """Counts of one step; `optimizer.last_step`.
+
+    Attributes:
+        parameters: parameters that were stepped.
+        launches: kernels launched, or walks of the CPU: one for each (rule, storage combination, device) on a GPU, one
+            for everything that one walk can take on the CPU. A norm is one more.
+        bytes_read, bytes_written: of parameters, gradients, states and what else is kept with them.
+        allocations: tensors that the step made: states at a parameter's first step, copies of strided tensors.
+        host_syncs: how often the host waited for a device.
+        skipped: whether a gradient scaler had found something not finite.
+    """
+
+    parameters: int = 0
+    launches: int = 0
+    bytes_read: int = 0
+    bytes_written: int = 0
+    allocations: int = 0
+    host_syncs: int = 0
+    skipped: bool = False
+
+    def count(self, item: Item) -> None:
+        """Add the traffic of an item."""
+        self.parameters += 1
+        extras = item.extras or (None,) * len(item.tensors)
+        for operand, (main, extra) in enumerate(zip(item.tensors, extras, strict=True)):
+            size = main.nbytes + (0 if extra is None else extra.nbytes)
+            copied = item.codecs and operand == 0 and codec(item.codecs[0]).name.startswith("master")
+            self.bytes_read += extra.nbytes if copied and extra is not None else size  # the rounded copy is not read
+            self.bytes_written += size if operand != 1 or item.zero else 0

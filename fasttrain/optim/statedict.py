@@ -1,0 +1,165 @@
+"""States that go out and come back: what is refused before anything changes, and conversion between storages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fasttrain.optim import kept
+from fasttrain.optim.checks import number, plain
+from fasttrain.precision.codecs import NUMBER, POSITIVE, array_shapes, code_dtype, codec
+from fasttrain.precision.storage import DEFAULTS, describe, is_plain
+
+if TYPE_CHECKING:
+    from fasttrain.optim.optimizer import Optimizer
+
+KEPT = ("master", "state_dtype")  # options that decide which arrays there are
+
+
+def with_own_options(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The state dict with the optimizer's own storage options where a group of it has none (torch's have none)."""
+    groups = state_dict["param_groups"]
+    if len(groups) != len(optimizer.param_groups):
+        return state_dict  # torch will say so
+    own = [{name: group[name] for name in DEFAULTS if name in group} for group in optimizer.param_groups]
+    return {**state_dict, "param_groups": [{**mine, **saved} for mine, saved in zip(own, groups, strict=True)]}
+
+
+def check(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
+    """Refuse a state dict that does not fit. What torch checks itself (numbers of groups and parameters) is left to it.
+
+    Raises:
+        ValueError: names the parameter or the group, and the remedy.
+    """
+    groups = optimizer.param_groups
+    if len(groups) != len(state_dict["param_groups"]):
+        return
+    for index, (group, saved) in enumerate(zip(groups, state_dict["param_groups"], strict=True)):
+        if len(group["params"]) != len(saved["params"]):
+            return
+        for option in KEPT:
+            same = saved.get(option, DEFAULTS[option]) == group.get(option, DEFAULTS[option])
+            if not same and any(state_dict["state"].get(n) for n in saved["params"]):
+                raise ValueError(f"group {index} of the state dict was kept with {describe(saved)}, the optimizer's "
+                                 f"with {describe(group)}: convert it first, "
+                                 "optimizer.load_state_dict(fasttrain.optim.convert(state_dict, optimizer))")
+        for place, saved_at in enumerate(saved["params"]):
+            state = state_dict["state"].get(saved_at)
+            if state:
+                optimizer.check_loaded((index, place), {**group, **saved, "params": group["params"]}, state)
+
+
+def check_state(name: str, shapes: Mapping[str, tuple[int, ...] | None], optional: set[str],
+                state: Mapping[str, Any]) -> None:
+    """Refuse entries that are missing, unknown or of another shape.
+
+    Arguments:
+        shapes: of what the optimizer keeps for the parameter, by name; None: of any shape.
+        optional: names that are made anew if they are missing, or may be None.
+
+    Raises:
+        ValueError: names the parameter and the entry.
+    """
+    remedy = "is this the state dict of another optimizer, or of another model?"
+    if missing := [key for key in shapes if state.get(key) is None and key not in optional]:
+        raise ValueError(f"{name}: the state dict has no {', '.join(map(repr, missing))} for it (it has "
+                         f"{', '.join(map(repr, state))}): {remedy}")
+    if unknown := [key for key in state if key not in shapes]:
+        raise ValueError(f"{name}: the state dict has {', '.join(map(repr, unknown))} for it, which the optimizer does "
+                         f"not keep (it keeps {', '.join(map(repr, shapes))}): {remedy}")
+    for key, value in state.items():
+        shape = shapes[key]
+        if shape is not None and isinstance(value, Tensor) and tuple(value.shape) != shape:
+            raise ValueError(f"{name}: its state {key!r} has shape {tuple(value.shape)} in the state dict; it must be "
+                             f"{shape}: {remedy}")
+
+
+# --- Conversion -------------------------------------------------------------------------------------------------------
+
+def convert(state_dict: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """A state dict of the same optimizer under other storage options, as `optimizer` keeps its states.
+
+    Arguments:
+        state_dict: of an optimizer of this package or of torch, with the same parameters in the same order.
+        optimizer: where it is to be loaded: of this package with any storage options, or torch's. Its parameters must
+            have the weights that belong to the state (load the model first).
+
+    Returns:
+        A new state dict; `state_dict` is unchanged. Masters and remainders are exact; states lose what the new codec
+        loses. For torch, states are fp32 and everything that torch does not keep is left out.
+
+    Raises:
+        ValueError: the parameters are not as many as those of the state dict.
+
+    Example:
+        >>> from fasttrain.optim import AdamW, convert
+        >>> weight = torch.nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
+        >>> old, new = AdamW([weight]), AdamW([weight], master="split", state_dtype="bf16")
+        >>> weight.grad = torch.ones(8, dtype=torch.bfloat16)
+        >>> old.step()
+        >>> new.load_state_dict(convert(old.state_dict(), new))
+    """
+    from fasttrain.optim.optimizer import Optimizer
+
+    groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
+    if [len(group["params"]) for group in groups] != [len(saved["params"]) for saved in saved_groups]:
+        raise ValueError("the state dict has groups of "
+                         f"{', '.join(str(len(saved['params'])) for saved in saved_groups)} parameters, the optimizer "
+                         f"of {', '.join(str(len(group['params'])) for group in groups)}")
+    ours = isinstance(optimizer, Optimizer)
+    new_state, new_groups = {}, []
+    for group, saved in zip(groups, saved_groups, strict=True):
+        own = {name: group[name] for name in DEFAULTS if name in group} if ours else {}
+        options = {**{name: value for name, value in saved.items() if name not in DEFAULTS}, **own}
+        new_groups.append(options)
+        for p, at in zip(group["params"], saved["params"], strict=True):
+            if state := state_dict["state"].get(at):
+                exact = dict(_exact(p, state))
+                new_state[at] = _kept(optimizer, p, {**group, **options, "params": [p]}, exact) if ours else {
+                    key: value for key, value in exact.items() if key not in ("master", kept.EMA)}
+    return {**state_dict, "state": new_state, "param_groups": new_groups}
+
+
+def _exact(p: Tensor, state: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The entries of a state in full precision: no codes, and a master instead of a remainder or compensation."""
+    from fasttrain.optim import RULES
+
+    positive = {name for rule in RULES for name in rule.positive}
+    for key, value in state.items():
+        if f"{key}_scale" in state:
+            count = p.numel()
+            base = next(codec(n) for n in range(NUMBER["int8"], NUMBER["int4"] + 1)
+                        if (value.dtype in (code_dtype(n), code_dtype(n | POSITIVE))
+                        and tuple(value.shape) == array_shapes(n, p.shape)[0]) or n == NUMBER["int4"])
+            flag = POSITIVE if key in positive or (base.name == "int8" and value.dtype == torch.uint8) else 0
+            scale = state[f"{key}_scale"].to(p.device)
+            yield key, kept.values(base.number | flag, value.to(p.device), scale, p.shape) if count else value.float()
+        elif key in ("remainder", "compensation"):
+            number_of = {torch.int16: "split16", torch.int8: "split8"}.get(value.dtype)
+            name = number_of or ("kahan_bf16" if p.dtype == torch.bfloat16 else "kahan_f16")
+            yield "master", kept.values(NUMBER[name], plain(p.detach()), value.to(p.device), p.shape)
+        elif not key.endswith("_scale"):
+            yield key, value.clone() if isinstance(value, Tensor) else value
+
+
+def _kept(optimizer: Any, p: Tensor, group: dict[str, Any], exact: dict[str, Any]) -> dict[str, Any]:
+    """The entries as the group's options keep them."""
+    master = exact.pop("master", None)
+    rule = optimizer.rule_of(group)
+    if is_plain(group):
+        return {key: value for key, value in exact.items() if key != kept.EMA}
+    numbers = {key: number(group[key]) for key in rule.hyperparameters}
+    scalars = rule.scalars(1000, numbers) if rule.retain else {}
+    layout = kept.layout("a parameter", p, p.dtype, group, rule, scalars)
+    new = {key: value for key, value in exact.items() if key not in rule.state and key != kept.EMA}
+    if layout.extras[0] is not None:
+        new[layout.extras[0]] = kept.arrays(layout.codecs[0], p, p.detach() if master is None else master)[1]
+    for number_, key, extra in list(zip(layout.codecs, layout.keys, layout.extras, strict=True))[2:]:
+        if key in exact:
+            new[key], second = kept.arrays(number_, p, exact[key].to(p.device))
+            if extra is not None:
+                new[extra] = second
+    return new

@@ -1,0 +1,1 @@
+"""How a tensor is kept: the codecs, and the policy that chooses them."""
