@@ -97,36 +97,31 @@ void apply(const Stream& p, const Stream& g, const Tile& tile, const void* rows,
 }
 
 template <class T>
-void lerp(T* v, const T* from, const T* __restrict g, i64 n, T scale, T keep, T weight) {
-#pragma GCC ivdep
+void lerp(T* __restrict to, const T* __restrict v, const T* __restrict g, i64 n, T scale, T keep, T weight) {
   for (i64 i = 0; i < n; ++i) {
     const T x = g[i] * scale;
-    v[i] = without_denormal(keep * from[i] + weight * x * x);
+    to[i] = without_denormal(keep * v[i] + weight * x * x);
   }
 }
 
 template <class T>
-const void* moment(const Stream& v, const Stream& g, i64 begin, i64 n, double scale, double weight, void* buffer) {
-  alignas(64) T staged[kPiece];
+void moment(const Stream& v, const Stream& g, i64 begin, i64 n, double scale, double weight, void* to, bool store) {
+  alignas(64) T staged[kPiece], old[kPiece];
   for (i64 from = 0; from < n; from += kPiece) {
     const i64 some = n - from < kPiece ? n - from : kPiece;
-    T* part = static_cast<T*>(buffer) + from;
-    T* to = place(v, begin + from, part);
-    lerp(to, read(v, begin + from, some, part), read(g, begin + from, some, staged), some, static_cast<T>(scale),
+    T* part = static_cast<T*>(to) + from;
+    lerp(part, read(v, begin + from, some, old), read(g, begin + from, some, staged), some, static_cast<T>(scale),
          static_cast<T>(1 - weight), static_cast<T>(weight));
-    write(v, begin + from, some, to);
+    if (!store) continue;
+    write(v, begin + from, some, part);
+    T* in_place = place(v, begin + from, part);
+    for (i64 i = 0; in_place != part && i < some; ++i) in_place[i] = part[i];
   }
-  return v.storage == storage_as<T>() ? reinterpret_cast<const T*>(v.at) + begin : static_cast<const T*>(buffer);
-}
-
-template <class T>
-const void* elements(const Stream& v, i64 begin, i64 n, void* buffer) {
-  return read(v, begin, n, static_cast<T*>(buffer));
 }
 
 template <class T>
 constexpr FactoredKernels kernels_of() {
-  return {sums<T>, update_squares<T>, apply<T>, moment<T>, elements<T>};
+  return {sums<T>, update_squares<T>, apply<T>, moment<T>};
 }
 
 }  // namespace

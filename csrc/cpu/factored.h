@@ -27,10 +27,8 @@ struct FactoredKernels {
   // p = keep * p - rate * update.
   void (*apply)(const Stream& p, const Stream& g, const Tile& tile, const void* rows, const void* columns,
                 const FactoredScalars& k);
-  // Where the second moment is kept whole: v += weight * ((scale * g)^2 - v), and its elements as the kernel's type.
-  const void* (*moment)(const Stream& v, const Stream& g, i64 begin, i64 n, double scale, double weight, void* buffer);
-  // Those elements alone.
-  const void* (*elements)(const Stream& v, i64 begin, i64 n, void* buffer);
+  // Where the second moment is kept whole: v + weight * ((scale * g)^2 - v), as the kernel's type; stored in v or not.
+  void (*moment)(const Stream& v, const Stream& g, i64 begin, i64 n, double scale, double weight, void* to, bool store);
 };
 
 struct FactoredIsa {

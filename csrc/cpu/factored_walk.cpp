@@ -56,6 +56,10 @@ struct Passing {
     return work->wide ? static_cast<const void*>(wide_columns.data() + i) : narrow_columns.data() + i;
   }
 
+  void moment(const Tile& tile, double* to, bool store) const {
+    kernels->moment(work->variance, work->g, tile.at, tile.columns, work->scale, work->weight, to, store);
+  }
+
   void prepare(const Factored& next);
   void square_params(i64 chunk);
   void sum(i64 t);
@@ -89,13 +93,13 @@ void Passing::square_params(i64 chunk) {
   param_squares[chunk] = FT_CHOSEN(squares)(work->p, begin, end, &nonfinite);
 }
 
-// Pass 1: sums of squares of the gradient's rows and columns, or the whole second moment and the update's squares.
+// Pass 1: sums of squares of the gradient's rows and columns, or, with the whole second moment, the update's squares.
 void Passing::sum(i64 t) {
   const At a = at(t);
   if (work->whole) {
     alignas(64) double buffer[kTileColumns];
-    const void* v = kernels->moment(work->variance, work->g, a.tile.at, a.tile.columns, work->scale, work->weight, buffer);
-    update_squares[t] = kernels->update_squares(work->g, a.tile, row_factors(0), v, scalars);
+    moment(a.tile, buffer, false);
+    update_squares[t] = kernels->update_squares(work->g, a.tile, row_factors(0), buffer, scalars);
     return;
   }
   kernels->sums(work->g, a.tile, row_sums.data() + (a.matrix * work->rows + a.row) * column_tiles + a.column / kTileColumns,
@@ -166,8 +170,8 @@ void Passing::apply(i64 t) const {
   const At a = at(t);
   if (work->whole) {
     alignas(64) double buffer[kTileColumns];
-    const void* v = kernels->elements(work->variance, a.tile.at, a.tile.columns, buffer);
-    kernels->apply(work->p, work->g, a.tile, row_factors(0), v, scalars);
+    moment(a.tile, buffer, true);  // only now, so that it is rounded once, and used as it was before
+    kernels->apply(work->p, work->g, a.tile, row_factors(0), buffer, scalars);
     return;
   }
   kernels->apply(work->p, work->g, a.tile, row_factors(a.matrix * work->rows + a.row),
