@@ -29,7 +29,13 @@ void walk(const i64* table, i64 chunks, const void* rows, u32 thread, u32 thread
    Step<Rule<T>, T, k##P, k##G, k##S>::columns, 1 + Rule<T>::coefficients,          \
    walk<Step<Rule<T>, T, k##P, k##G, k##S>, T>},
 #define FT_HOST_KERNELS(Rule) FASTTRAIN_COMBINATIONS(FT_HOST_KERNEL, Rule)
-const HostKernel host_kernels[] = {FASTTRAIN_RULES(FT_HOST_KERNELS)};
+#define FT_HOST_KEPT(Name, Rule, ...)                                                                        \
+  {#Name, false, KeptStep<Rule<float>, __VA_ARGS__>::O::columns, KeptStep<Rule<float>, __VA_ARGS__>::width,   \
+   walk<KeptStep<Rule<float>, __VA_ARGS__>, float>},
+#define FT_HOST_KEPT_1(Rule, P, G, S) FT_HOST_KEPT(kept_##Rule##_##P##_##G##_##S, Rule, P, G, S)
+#define FT_HOST_KEPT_2(Rule, P, G, S, Z) FT_HOST_KEPT(kept_##Rule##_##P##_##G##_##S##_##Z, Rule, P, G, S, Z)
+using namespace codes;
+const HostKernel host_kernels[] = {FASTTRAIN_RULES(FT_HOST_KERNELS) FASTTRAIN_KEPT(FT_HOST_KEPT_1, FT_HOST_KEPT_2)};
 const int host_kernel_count = static_cast<int>(sizeof(host_kernels) / sizeof(host_kernels[0]));
 
 }  // namespace fasttrain

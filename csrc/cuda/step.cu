@@ -175,3 +175,5 @@ struct Step {
 #define FT_KERNELS(Rule) FASTTRAIN_COMBINATIONS(FT_KERNEL, Rule)
 FASTTRAIN_RULES(FT_KERNELS)
 #endif
+
+#include "cuda/kept.cuh"
