@@ -31,7 +31,8 @@ def test_docstrings(name: str) -> None:
     assert result.failed == 0, f"{result.failed} of {result.attempted} examples of {name} failed (printed above)"
 
 
-@pytest.mark.parametrize("name", sorted(set(fasttrain.optim.__all__) - {"Optimizer"}))
+@pytest.mark.parametrize("name", [name for name in sorted(fasttrain.optim.__all__)
+                                  if inspect.isclass(getattr(fasttrain.optim, name)) and name != "Optimizer"])
 def test_every_optimizer_has_an_example(name: str) -> None:
     parts = ("Arguments:", "State:", "Raises:", "Example:", "Reference:", ".. math::", ">>> optimizer.step()")
     text = getattr(fasttrain.optim, name).__doc__

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fasttrain.optim import kept
 from fasttrain.optim.checks import number, plain
-from fasttrain.precision.codecs import NUMBER, POSITIVE, array_shapes, code_dtype, codec
+from fasttrain.precision.codecs import NUMBER, POSITIVE, array_shapes, code_dtype
 from fasttrain.precision.storage import DEFAULTS, describe, is_plain
 
 if TYPE_CHECKING:
@@ -125,18 +125,12 @@ def convert(state_dict: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> 
 
 def _exact(p: Tensor, state: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """The entries of a state in full precision: no codes, and a master instead of a remainder or compensation."""
-    from fasttrain.optim import RULES
-
-    positive = {name for rule in RULES for name in rule.positive}
     for key, value in state.items():
         if f"{key}_scale" in state:
-            count = p.numel()
-            base = next(codec(n) for n in range(NUMBER["int8"], NUMBER["int4"] + 1)
-                        if (value.dtype in (code_dtype(n), code_dtype(n | POSITIVE))
-                        and tuple(value.shape) == array_shapes(n, p.shape)[0]) or n == NUMBER["int4"])
-            flag = POSITIVE if key in positive or (base.name == "int8" and value.dtype == torch.uint8) else 0
-            scale = state[f"{key}_scale"].to(p.device)
-            yield key, kept.values(base.number | flag, value.to(p.device), scale, p.shape) if count else value.float()
+            number_ = next(n | flag for n in range(NUMBER["int8"], NUMBER["int4"] + 1) for flag in (0, POSITIVE)
+                           if value.dtype == code_dtype(n | flag)
+                           and tuple(value.shape) == array_shapes(n, p.shape)[0])
+            yield key, kept.values(number_, value.to(p.device), state[f"{key}_scale"].to(p.device), p.shape)
         elif key in ("remainder", "compensation"):
             number_of = {torch.int16: "split16", torch.int8: "split8"}.get(value.dtype)
             name = number_of or ("kahan_bf16" if p.dtype == torch.bfloat16 else "kahan_f16")
