@@ -131,9 +131,8 @@ def test_accesses(combination):
     blocks = sum(kept.codec(one).block > 0 for one in codecs)
     codes = 1024 // 8 * sum(n for size, n in times if size == 1)
     assert small == codes + blocks * (1024 // 8 + 1024 // 256)  # every lane reads its unit, one writes it
-    ragged = case.random(1023, generator(8))
-    wide_of_fewer, _ = step([ragged], "ragged", chunk=1024)
-    assert wide_of_fewer == wide * 3 // 4
+    ragged = case.random(767, generator(8))
+    assert step([ragged], "ragged", chunk=1024, warps=1)[0] == wide // 2
 
 
 @pytest.mark.parametrize("offsets", [(1,), (0, 1, 0, 0), (8,), (3, 0, 5, 1)])
@@ -177,5 +176,5 @@ def test_memory_beside_is_not_written():
 
 def test_wrong_arguments_are_refused():
     run = native.module().cuda_host_walk
-    with pytest.raises(ValueError, match="int64 array of 9 columns"):
+    with pytest.raises(ValueError, match="int64 array of 8 columns"):
         run("kept_Lion_SPLIT16_BF16_INT8", np.zeros((1, 5), np.int64), np.ones((1, 9), np.float32), 1, 1, [0])
