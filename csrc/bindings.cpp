@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "cpu/bandwidth.h"
+#include "cpu/convert.h"
 #include "cpu/plan.h"
 #include "cpu/threads.h"
 #include "cuda/bind.h"
@@ -31,14 +32,16 @@ PYBIND11_MODULE(_native, m) {
   py::class_<Plan>(m, "Plan")
       .def(py::init<Reader, const std::vector<py::list>&>())
       .def("scan", &Plan::scan)
-      .def("set", &Plan::set)
-      .def("rows", &Plan::rows)
+      .def("set", &Plan::set, py::arg("index"), py::arg("rule"), py::arg("wide"), py::arg("state"), py::arg("keys"),
+           py::arg("counted"), py::arg("fresh"), py::arg("kept") = py::none())
+      .def("rows", &Plan::rows, py::arg("each") = false)
       .def("run", &Plan::run)
       .def("release", &Plan::release)
-      .def_property_readonly("parameters", [](const Plan& plan) { return plan.division().parameters; })
-      .def_property_readonly("elements", [](const Plan& plan) { return plan.division().elements; })
-      .def_property_readonly("bytes", [](const Plan& plan) { return plan.division().bytes; });
+      .def_property_readonly("last", &Plan::last);
   m.def("update_streams", &update_streams, py::call_guard<py::gil_scoped_release>(), "The ceiling of a CPU step.");
   m.def("step_once", &step_once, "Step tensors that are given one by one.");
+  m.def("encode", &encode, "Write fp32 values into the arrays of one codec.");
+  m.def("decode", &decode, "Read the arrays of one codec into fp32 values.");
+  m.def("count_broken_splits", &count_broken_splits, "Sweep the fp32 numbers that are split and put together again.");
   bind_cuda(m);
 }

@@ -3,6 +3,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpu/kept.h"
 #include "step.h"
 
 namespace fasttrain {
@@ -46,6 +47,16 @@ const IsaKernels& choose() {
 const IsaKernels& chosen_kernels() {
   static const IsaKernels& chosen = choose();
   return chosen;
+}
+
+const KeptKernels& kept_kernels() {
+#if defined(FT_X86)
+  static const KeptKernels& chosen = &chosen_kernels() == &avx512::kernels ? avx512::kept
+                                     : &chosen_kernels() == &avx2::kernels ? avx2::kept : baseline::kept;
+  return chosen;
+#else
+  return portable::kept;
+#endif
 }
 
 }  // namespace fasttrain

@@ -4,13 +4,14 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpu/take.h"
+#include "draws.h"
+
 namespace fasttrain {
 namespace {
 
 constexpr size_t kDistance = 4;  // entries between two stages of fetching ahead
 constexpr size_t kBlock = 16;    // parameters whose versions are incremented together
-
-char* address(const dlpack::Tensor& tensor) { return static_cast<char*>(tensor.data) + tensor.byte_offset; }
 
 PyObject* look_up(py::handle dict, py::handle key) {
   PyObject* value = PyDict_GetItemWithError(dict.ptr(), key.ptr());
@@ -46,6 +47,7 @@ bool take(Work& work, int stream, const dlpack::Tensor& tensor, const Layout& la
 
 void prepare(Work& work, const RuleKernels& rule, bool wide, const Layout& layout, const Kind& param) {
   work.rule = &rule;
+  work.kept = nullptr;
   work.kernel = wide ? rule.wide : rule.narrow;
   work.elements = layout.elements() * (param.complex() ? 2 : 1);  // a complex number is two reals
 }
@@ -130,6 +132,17 @@ bool Layout::dense() const {
   return true;
 }
 
+bool Layout::contiguous() const {
+  i64 expected = 1;
+  bool same = true;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    if (sizes[i] == 0) return true;
+    same &= sizes[i] == 1 || strides[i] == expected;
+    expected *= sizes[i];
+  }
+  return same;
+}
+
 i64 Layout::elements() const {
   i64 count = 1;
   for (i64 size : sizes) count *= size;
@@ -173,9 +186,10 @@ bool Plan::patch(Entry& entry, py::handle grad, py::handle state) {
   if (!reader_.read_gradient(grad, &now) || !entry.kinds[1].matches(now) || !alike(param, now)) return false;
   placed_ &= work.streams[0].at == address(param);
   work.streams[0].at = address(param);
+  if (entry.arrays != nullptr && entry.arrays->kept.zero) placed_ &= work.streams[1].at == address(now);
   work.streams[1].at = address(now);
-  if (entry.kept == 0) return true;
-  if (state.ptr() != entry.state.ptr()) return false;
+  if (state.ptr() != entry.state.ptr() && (entry.kept != 0 || entry.arrays != nullptr)) return false;
+  if (entry.arrays != nullptr) return patch_arrays(entry);
   for (int i = 0; i < entry.kept; ++i) {
     PyObject* tensor = look_up(entry.state, entry.keys[i]);
     if (tensor != entry.tensors[i].ptr() || !reader_.read(tensor, &now) || !entry.kinds[2 + i].matches(now)) return false;
@@ -191,8 +205,26 @@ bool Plan::patch(Entry& entry, py::handle grad, py::handle state) {
   return true;
 }
 
-// Three stages, each for an entry nearer to its turn: what the entry points to, then what that points to.
+bool Plan::patch_arrays(Entry& entry) {
+  Arrays& arrays = *entry.arrays;
+  arrays.kept.operands[0].main = entry.work.streams[0].at;
+  arrays.kept.operands[1].main = entry.work.streams[1].at;
+  dlpack::Tensor now;
+  for (Arrays::Array& array : arrays.all) {
+    PyObject* tensor = look_up(entry.state, array.key);
+    if (tensor != array.tensor.ptr() || !reader_.read(tensor, &now) || !array.kind.matches(now) ||
+        !array.layout.matches(now))
+      return false;
+    placed_ &= *array.at == address(now);
+    *array.at = address(now);
+  }
+  return !arrays.watched || version_of(entry.param) == arrays.version;
+}
+
+// Three stages, each for an entry nearer to its turn: what the entry points to, then what that points to. Arrays lie one
+// pointer further away.
 void Plan::fetch_ahead(size_t index) const {
+  if (any_arrays_) fetch_arrays_ahead(index);
   if (index + 3 * kDistance < entries_.size()) {
     const Entry& entry = entries_[index + 3 * kDistance];
     ahead_.object(entry.param);
@@ -215,6 +247,29 @@ void Plan::fetch_ahead(size_t index) const {
   }
 }
 
+void Plan::fetch_arrays_ahead(size_t index) const {
+  const auto each = [&](size_t distance, const auto& fetch) {
+    if (index + distance < entries_.size() && entries_[index + distance].arrays != nullptr)
+      fetch(*entries_[index + distance].arrays);
+  };
+  each(5 * kDistance, [&](const Arrays& arrays) { Ahead::lines(reinterpret_cast<const char*>(&arrays), 4); });
+  each(4 * kDistance, [&](const Arrays& arrays) {
+    Ahead::lines(reinterpret_cast<const char*>(arrays.all.data()), static_cast<int>(2 * arrays.all.size()));
+  });
+  each(3 * kDistance, [&](const Arrays& arrays) {
+    for (const Arrays::Array& array : arrays.all) {
+      ahead_.object(array.tensor);
+      array.layout.fetch();
+    }
+  });
+  each(2 * kDistance, [&](const Arrays& arrays) {
+    for (const Arrays::Array& array : arrays.all) ahead_.tensor(array.tensor);
+  });
+  each(kDistance, [&](const Arrays& arrays) {
+    for (const Arrays::Array& array : arrays.all) ahead_.inside(array.tensor);
+  });
+}
+
 py::object Plan::scan(py::dict state, const std::vector<py::list>& groups) {
   release();
   if (groups.size() != group_sizes_.size()) return py::none();
@@ -235,10 +290,11 @@ py::object Plan::scan(py::dict state, const std::vector<py::list>& groups) {
       auto grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(param.ptr(), name));
       if (!grad) throw py::error_already_set();
       PyObject* found = nullptr;
-      if (e.kept != 0 && more && next == param.ptr()) {
+      const bool stateful = e.kept != 0 || e.arrays != nullptr;
+      if (stateful && more && next == param.ptr()) {
         found = next_state;
         more = PyDict_Next(state.ptr(), &position, &next, &next_state) != 0;
-      } else if (e.kept != 0) {
+      } else if (stateful) {
         found = look_up(state, param);
       }
       const bool active = !grad.is_none() && patch(e, grad, found);
@@ -247,7 +303,7 @@ py::object Plan::scan(py::dict state, const std::vector<py::list>& groups) {
       e.active = active;
       if (active) {
         e.last_grad = ahead_.place(grad);
-        grads_.push_back(std::move(grad));
+        hold(e, std::move(grad));
       }
       ++i;
     }
@@ -255,11 +311,31 @@ py::object Plan::scan(py::dict state, const std::vector<py::list>& groups) {
   return attention;
 }
 
-void Plan::release() { grads_.clear(); }
+void Plan::release() {
+  grads_.clear();
+  if (!zeroed_.empty()) zeroed_ = py::list();
+}
 
-bool Plan::set(int index, int rule, bool wide, py::dict state, const py::tuple& keys, bool counted, bool fresh) {
+void Plan::hold(Entry& entry, py::object grad) {
+  if (entry.arrays != nullptr && entry.arrays->kept.zero) zeroed_.append(grad);
+  grads_.push_back(std::move(grad));
+}
+
+bool Plan::set(int index, int rule, bool wide, py::dict state, const py::tuple& keys, bool counted, bool fresh,
+               const py::object& kept) {
   Entry& entry = entries_.at(static_cast<size_t>(index));
   const RuleKernels& kernels = rule_at(rule);
+  entry.arrays = nullptr;
+  if (!kept.is_none()) {
+    entry.ready = entry.active = divided_ = placed_ = false;
+    entry.kept = 0;
+    if (!set_arrays(entry, kernels, wide, state, keys, counted, kept.cast<py::tuple>())) return false;
+    entry.fresh = fresh;
+    any_fresh_ |= fresh;
+    entry.ready = entry.active = any_arrays_ = true;
+    hold(entry, entry.param.attr("grad"));
+    return true;
+  }
   if (static_cast<int>(keys.size()) != kernels.states + (counted ? 1 : 0))
     throw std::invalid_argument(std::string(kernels.name) + " has " + std::to_string(kernels.states) + " states");
   entry.ready = entry.active = divided_ = placed_ = false;
@@ -295,12 +371,78 @@ bool Plan::set(int index, int rule, bool wide, py::dict state, const py::tuple& 
   return true;
 }
 
-std::vector<std::pair<int, double>> Plan::rows() {
+// False if its tensors cannot be walked; then the entry is not ready, and what was set of it does not matter.
+bool Plan::set_arrays(Entry& entry, const RuleKernels& rule, bool wide, py::dict state, const py::tuple& keys,
+                      bool counted, const py::tuple& kept) {
+  const auto codecs = kept[0].cast<std::vector<int>>();
+  const auto extra_keys = kept[1].cast<py::tuple>();
+  const bool averaged = kept[2].cast<bool>();
+  const size_t own = static_cast<size_t>(rule.states) + (averaged ? 1 : 0);
+  if (keys.size() != own + (counted ? 1 : 0) || extra_keys.size() != 2 + own)
+    throw std::invalid_argument(std::string(rule.name) + " has " + std::to_string(rule.states) +
+                                " states: a key for each, for the EMA and for the step count, a second for each codec");
+  auto arrays = std::make_unique<Arrays>();
+  describe(&arrays->kept, rule, wide, codecs, kept[3].cast<bool>(), kept[5].cast<std::tuple<i64, i64, i64>>());
+  arrays->identity = kept[4].cast<u64>();
+  arrays->watched = kept[6].cast<bool>();
+  arrays->random = std::any_of(codecs.begin(), codecs.end(), [](int codec) { return (codec & kStochastic) != 0; });
+
+  entry.state = state;
+  entry.work.counter = Counter();
+  Work& work = entry.work;
+  Kept& to = arrays->kept;
+  dlpack::Tensor now;
+  if (!reader_.read(entry.param, &now)) return false;
+  entry.kinds[0] = Kind(now);
+  entry.layout = Layout(now);
+  if (!walkable(to, entry.layout) || !take_main(to, 0, now, entry.layout)) return false;
+  work.streams[0].at = to.operands[0].main;
+  const py::object grad = entry.param.attr("grad");
+  if (!reader_.read_gradient(grad, &now) || !take_main(to, 1, now, entry.layout)) return false;
+  entry.kinds[1] = Kind(now);
+  work.streams[1].at = to.operands[1].main;
+  const auto add = [&](const py::object& key, char** at) {
+    arrays->all.push_back({key, state[key], Kind(), Layout(), at});
+    Arrays::Array& array = arrays->all.back();
+    if (!reader_.read(array.tensor, &now)) return false;
+    array.kind = Kind(now);
+    array.layout = Layout(now);
+    return true;
+  };
+  for (int o = 0; o < to.count; ++o) {
+    Operand& operand = to.operands[o];
+    const py::object extra = extra_keys[static_cast<size_t>(o)];
+    if (extra.is_none() != (extra_size(operand.codec) == 0))
+      throw std::invalid_argument("operand " + std::to_string(o) + " of codec " + std::to_string(operand.codec) +
+                                  (extra.is_none() ? " has a second array: give its key" : " has no second array"));
+    if (o >= 2 && (!add(keys[static_cast<size_t>(o - 2)], &operand.main) || !take_main(to, o, now, entry.layout)))
+      return false;
+    if (!extra.is_none() && (!add(extra, &operand.extra) || !take_extra(to, o, now, entry.layout))) return false;
+  }
+  if (counted) {
+    if (!add(keys[own], &work.counter.at)) return false;
+    work.counter = {counter_type(now), address(now)};
+    if (work.counter.type == Counter::kNone || now.ndim != 0) return false;
+  }
+  if (arrays->watched) arrays->version = version_of(entry.param);
+  prepare(work, rule, wide, entry.layout, entry.kinds[0]);
+  work.kept_kernel = wide ? kept_kernels().wide : kept_kernels().narrow;
+  entry.arrays = std::move(arrays);
+  work.kept = &entry.arrays->kept;
+  return true;
+}
+
+std::vector<std::pair<int, double>> Plan::rows(bool each) {
   rows_.clear();
   std::vector<int> last(group_sizes_.size(), -1);  // the row of the group's previous parameter, most often the right one
   for (Entry& entry : entries_) {
     if (!entry.active) continue;
     const double step = entry.work.counter.type != Counter::kNone ? entry.work.counter.read() + 1 : entry.fresh ? 1 : 2;
+    if (each) {
+      entry.work.row = static_cast<int>(rows_.size());
+      rows_.emplace_back(entry.group, step);
+      continue;
+    }
     int& row = last[static_cast<size_t>(entry.group)];
     if (row < 0 || rows_[static_cast<size_t>(row)].second != step) {
       const auto found = std::find(rows_.begin(), rows_.end(), std::make_pair(entry.group, step));
@@ -317,24 +459,37 @@ void Plan::arrange() {
   division_.clear();
   written_.clear();
   widest_ = 0;
+  any_random_ = false;
   i64 listed = 0;
   for (const Entry& entry : entries_) {
     if (!entry.active) continue;
     division_.add(entry.work);
-    widest_ = std::max(widest_, entry.work.rule->coefficients);
+    widest_ = std::max(widest_, 1 + entry.work.rule->coefficients + (entry.arrays != nullptr ? kTail : 0));
     if (listed++ % kBlock == 0) written_.emplace_back();
     written_.back().append(entry.param);
     for (int i = 0; i < entry.kept; ++i) written_.back().append(entry.tensors[i]);
+    if (entry.arrays == nullptr) continue;
+    for (const Arrays::Array& array : entry.arrays->all) written_.back().append(array.tensor);
+    any_random_ |= entry.arrays->random;
   }
   division_.close();
   divided_ = true;
 }
 
-void Plan::run(const py::array_t<double, py::array::c_style>& rows, int threads, const py::function& increment) {
+void Plan::run(const py::array_t<double, py::array::c_style>& rows, const py::object& keys, int threads,
+               const py::function& increment) {
   if (rows.ndim() != 2 || rows.shape(0) != static_cast<py::ssize_t>(rows_.size()))
     throw std::invalid_argument("one row of coefficients for each of rows() is needed");
   if (!divided_) arrange();
-  if (rows.shape(1) < 1 + widest_) throw std::invalid_argument("a rule has more coefficients than a row");
+  if (rows.shape(1) < widest_) throw std::invalid_argument("a rule has more coefficients than a row");
+  if (any_random_) {
+    const auto step_keys = py::array_t<u64, py::array::c_style>::ensure(keys);
+    if (keys.is_none() || !step_keys || step_keys.ndim() != 1 || step_keys.shape(0) != rows.shape(0))
+      throw std::invalid_argument("a codec is stochastic: one 64-bit key for each row is needed");
+    for (Entry& entry : entries_)
+      if (entry.active && entry.arrays != nullptr)
+        entry.arrays->kept.key = parameter_key(step_keys.data()[entry.work.row], entry.arrays->identity);
+  }
   if (!placed_) {
     std::vector<const Work*> works;
     for (const Entry& entry : entries_)
@@ -350,6 +505,14 @@ void Plan::run(const py::array_t<double, py::array::c_style>& rows, int threads,
   if (any_fresh_)
     for (Entry& entry : entries_) entry.fresh = entry.fresh && !entry.active;
   any_fresh_ = false;
+  last_ = {division_.parameters != 0 ? 1 : 0, division_.bytes_read, division_.bytes_written, division_.parameters,
+           division_.elements};
+}
+
+py::dict Plan::last() const {
+  return py::dict(py::arg("launches") = last_.launches, py::arg("bytes_read") = last_.bytes_read,
+                  py::arg("bytes_written") = last_.bytes_written, py::arg("parameters") = last_.parameters,
+                  py::arg("elements") = last_.elements);
 }
 
 void Plan::increment_versions(const py::function& increment) const {
@@ -364,6 +527,11 @@ void Plan::increment_versions(const py::function& increment) const {
     each(1, [&](py::handle tensor) { ahead_.inside(tensor); });
     increment(written_[block]);
   }
+  if (!zeroed_.empty()) increment(zeroed_);
+  if (any_arrays_)
+    for (const Entry& entry : entries_)
+      if (entry.active && entry.arrays != nullptr && entry.arrays->watched)
+        entry.arrays->version = version_of(entry.param);
 }
 
 void step_once(const Reader& reader, const py::list& items, const py::array_t<double, py::array::c_style>& rows,
@@ -371,27 +539,49 @@ void step_once(const Reader& reader, const py::list& items, const py::array_t<do
   if (rows.ndim() != 2 || rows.shape(0) != static_cast<py::ssize_t>(items.size()))
     throw std::invalid_argument("one row of coefficients for each item is needed");
   std::vector<Work> works(items.size());
+  std::vector<Kept> keeps(items.size());
   for (size_t i = 0; i < works.size(); ++i) {
     const auto item = items[i].cast<py::tuple>();
     const RuleKernels& rule = rule_at(item[0].cast<int>());
-    if (rows.shape(1) < 1 + rule.coefficients)
+    const bool wide = item[1].cast<bool>(), plain = item[4].is_none();
+    if (rows.shape(1) < 1 + rule.coefficients + (plain ? 0 : kTail))
       throw std::invalid_argument(std::string(rule.name) + " has more coefficients than a row");
     const auto tensors = item[2].cast<py::tuple>();
-    if (static_cast<int>(tensors.size()) != 2 + rule.states)
-      throw std::invalid_argument(std::string(rule.name) + " has " + std::to_string(rule.states) + " states");
+    const auto extras = plain ? py::tuple() : item[4].cast<py::tuple>()[1].cast<py::tuple>();
+    if (plain) {
+      if (static_cast<int>(tensors.size()) != 2 + rule.states)
+        throw std::invalid_argument(std::string(rule.name) + " has " + std::to_string(rule.states) + " states");
+    } else {
+      const auto kept = item[4].cast<py::tuple>();
+      const auto codecs = kept[0].cast<std::vector<int>>();
+      describe(&keeps[i], rule, wide, codecs, kept[2].cast<bool>(), kept[4].cast<std::tuple<i64, i64, i64>>());
+      keeps[i].key = kept[3].cast<u64>();
+      if (tensors.size() != codecs.size() || extras.size() != codecs.size())
+        throw std::invalid_argument("as many tensors, second arrays (or Nones) and codecs are needed");
+    }
     dlpack::Tensor now;
     Layout layout;
     Kind param;
-    for (int s = 0; s < 2 + rule.states; ++s) {
+    for (int s = 0; s < static_cast<int>(tensors.size()); ++s) {
       if (!reader.read(tensors[static_cast<size_t>(s)], &now)) throw std::invalid_argument("not a plain tensor");
       if (s == 0) {
         layout = Layout(now);
         param = Kind(now);
       }
-      if (!layout.dense() || !take(works[i], s, now, layout, param))
+      if (plain ? !layout.dense() || !take(works[i], s, now, layout, param)
+                : !walkable(keeps[i], layout) || !take_main(keeps[i], s, now, layout))
         throw std::invalid_argument("tensors must be p, g and the rule's states, dense, in CPU memory, of one order");
+      if (plain) continue;
+      const py::object extra = extras[static_cast<size_t>(s)];
+      if (extra.is_none() != (extra_size(keeps[i].operands[s].codec) == 0) ||
+          (!extra.is_none() && (!reader.read(extra, &now) || !take_extra(keeps[i], s, now, layout))))
+        throw std::invalid_argument("operand " + std::to_string(s) + "'s second array is not that of its codec");
     }
-    prepare(works[i], rule, item[1].cast<bool>(), layout, param);
+    prepare(works[i], rule, wide, layout, param);
+    if (!plain) {
+      works[i].kept = &keeps[i];
+      works[i].kept_kernel = wide ? kept_kernels().wide : kept_kernels().narrow;
+    }
     if (!item[3].is_none()) {
       if (!reader.read(item[3], &now)) throw std::invalid_argument("the step count is not a plain tensor");
       works[i].counter = {counter_type(now), address(now)};

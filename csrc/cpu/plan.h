@@ -4,6 +4,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <memory>
 #include <utility>
 #include <vector>
 
@@ -52,6 +53,7 @@ struct Layout {
   explicit Layout(const dlpack::Tensor& tensor);
   bool matches(const dlpack::Tensor& tensor) const;  // strides of dimensions of size 1 are free
   bool dense() const;                                // fills one stretch of memory, in some order of its dimensions
+  bool contiguous() const;                           // in row-major order
   i64 elements() const;
   void fetch() const;  // into the cache
 };
@@ -66,22 +68,46 @@ class Plan {
 
   // Describes parameter `index`: `keys` are its states in `state`, the last of them its step count if `counted`.
   // False, and the parameter is left out, if its tensors are not dense, in CPU memory, of one order.
-  bool set(int index, int rule, bool wide, py::dict state, const py::tuple& keys, bool counted, bool fresh);
+  //
+  // If it is not plain, `kept` is a tuple (codecs, extra_keys, averaged, zero, identity, place, watched): the codecs of
+  // p, g, the states and, if `averaged`, an EMA, whose key comes after those of the states; for each of these the key of
+  // its second array, or None; whether the gradient is zeroed; what names the parameter in draws.h; its place there; and
+  // whether `scan` reports it when somebody else wrote it. Bad codecs and keys raise.
+  bool set(int index, int rule, bool wide, py::dict state, const py::tuple& keys, bool counted, bool fresh,
+           const py::object& kept);
 
   // The distinct (group, step) of the active parameters, in order of first use; step is the count of the step to come.
-  std::vector<std::pair<int, double>> rows();
+  // With `each`, one for every active parameter, in their order.
+  std::vector<std::pair<int, double>> rows(bool each);
 
-  // Steps every active parameter, with one row of doubles for each of `rows()`: the gradient's scale, then coefficients.
-  // `increment` (torch.autograd.graph.increment_version) is called with the tensors that are going to be written, list
-  // by list: before the walk, which evicts them from the cache.
-  void run(const py::array_t<double, py::array::c_style>& rows, int threads, const py::function& increment);
+  // Steps every active parameter, with one row of doubles for each of `rows()`: the gradient's scale, then coefficients,
+  // then, for parameters that are not plain, clip, keep and add. `keys` has the step's key for each row, or is None if
+  // no codec is stochastic. `increment` (torch.autograd.graph.increment_version) is called with the tensors that are
+  // going to be written, list by list: before the walk, which evicts them from the cache.
+  void run(const py::array_t<double, py::array::c_style>& rows, const py::object& keys, int threads,
+           const py::function& increment);
 
   // Lets go of the gradients that `scan` found, so that another thread could not free them during the walk.
   void release();
 
-  const Division& division() const { return division_; }
+  // What the last run did.
+  py::dict last() const;
 
  private:
+  // What an entry that is not plain has instead of `keys`, `tensors` and `kinds`.
+  struct Arrays {
+    struct Array {
+      py::object key, tensor;
+      Kind kind;
+      Layout layout;
+      char** at;  // in `kept`, or the counter's
+    };
+    std::vector<Array> all;  // all but p and g themselves
+    Kept kept;
+    u64 identity = 0;
+    bool random = false, watched = false;
+    i64 version = 0;  // of the parameter, after the last own write
+  };
   // Everything that a scan compares with lies in the entry itself: with 10,000 parameters its cost is cache misses.
   struct Entry {
     py::object param;
@@ -96,9 +122,15 @@ class Plan {
     Kind kinds[kMaxStreams + 1];                               // of p, g, then `tensors`
     Layout layout;
     Work work;
+    std::unique_ptr<Arrays> arrays;  // if it is not plain
   };
   bool patch(Entry& entry, py::handle grad, py::handle state);
+  bool patch_arrays(Entry& entry);
+  bool set_arrays(Entry& entry, const RuleKernels& rule, bool wide, py::dict state, const py::tuple& keys, bool counted,
+                  const py::tuple& kept);
+  void hold(Entry& entry, py::object grad);
   void fetch_ahead(size_t index) const;
+  void fetch_arrays_ahead(size_t index) const;
   void arrange();
   void increment_versions(const py::function& increment) const;
 
@@ -106,16 +138,21 @@ class Plan {
   Ahead ahead_;
   std::vector<Entry> entries_;
   std::vector<py::object> grads_;  // kept alive from `scan` to `release`
+  py::list zeroed_;                // those of them that are zeroed
   std::vector<size_t> group_sizes_;
   std::vector<std::pair<int, double>> rows_;
   Division division_;
   std::vector<py::list> written_;  // the tensors that the active entries write, in blocks
-  int widest_ = 0;                 // coefficients of the active entries at most
-  bool divided_ = false, any_fresh_ = false;
+  int widest_ = 0;                 // doubles in a row of the active entries at most
+  bool divided_ = false, any_fresh_ = false, any_arrays_ = false, any_random_ = false;
   bool placed_ = false, one_by_one_ = false;  // whether it is known, and whether parameters share memory
+  struct Last {
+    i64 launches = 0, bytes_read = 0, bytes_written = 0, parameters = 0, elements = 0;
+  } last_;
 };
 
-// Steps tensors that are given one by one: tuples (rule, wide, tensors, counter or None), one row of doubles for each.
+// Steps tensors that are given one by one: tuples (rule, wide, tensors, counter or None, kept or None), one row of
+// doubles for each; kept is (codecs, second arrays or Nones, zero, key, place) of an item that is not plain.
 // What `Plan` keeps from step to step is done anew. Raises if a tensor cannot be taken.
 void step_once(const Reader& reader, const py::list& items, const py::array_t<double, py::array::c_style>& rows,
                int threads);

@@ -10,9 +10,27 @@ namespace fasttrain {
 namespace {
 
 constexpr i64 kChunk = 1 << 16;  // elements of one unit: long enough for prefetchers, short enough to share
+static_assert(kChunk % kPiece == 0, "a unit begins with a block of every codec");
 constexpr i64 kBatch = 1 << 14;  // elements that a thread takes at once; small tensors are taken together
 constexpr i64 kTensor = 256;     // what a tensor costs beyond its elements, in elements
 constexpr i64 kAlone = 1 << 13;  // elements below which waking a second thread costs more than it brings
+
+// Calls visit(stretch of memory, bytes, whether it is read, whether it is written) for every array of a parameter.
+template <class Visit>
+void each_array(const Work& work, const Visit& visit) {
+  const i64 n = work.elements;
+  if (work.kept == nullptr) {
+    for (int s = 0; s < 2 + work.rule->states; ++s)
+      visit(work.streams[s].at, n * storage_bytes(work.streams[s].storage), true, s != 1);
+    return;
+  }
+  for (int o = 0; o < work.kept->count; ++o) {
+    const Operand& operand = work.kept->operands[o];
+    const bool copy = base_of(operand.codec) == kMasterBF16 || base_of(operand.codec) == kMasterF16;  // only written
+    visit(operand.main, main_bytes(operand.codec, n), !copy, o != 1 || work.kept->zero);
+    if (operand.extra != nullptr) visit(operand.extra, extra_bytes(operand.codec, n), true, true);
+  }
+}
 
 }  // namespace
 
@@ -39,11 +57,9 @@ void Counter::increment() const {
 bool share_memory(const std::vector<const Work*>& works) {
   std::vector<std::pair<const char*, const char*>> spans;
   for (const Work* work : works) {
-    for (int s = 0; s < 2 + work->rule->states; ++s) {
-      const Stream& stream = work->streams[s];
-      if (s != 1 && work->elements != 0)
-        spans.emplace_back(stream.at, stream.at + work->elements * storage_bytes(stream.storage));
-    }
+    each_array(*work, [&](const char* at, i64 bytes, bool, bool written) {
+      if (written && bytes != 0) spans.emplace_back(at, at + bytes);
+    });
     if (work->counter.type != Counter::kNone) spans.emplace_back(work->counter.at, work->counter.at + sizeof(float));
   }
   std::sort(spans.begin(), spans.end());
@@ -58,14 +74,16 @@ bool share_memory(const std::vector<const Work*>& works) {
 void Division::clear() {
   units_.clear();
   starts_.assign(1, 0);
-  parameters = elements = bytes = taken_ = 0;
+  parameters = elements = bytes_read = bytes_written = taken_ = 0;
 }
 
 void Division::add(const Work& work) {
   ++parameters;
   elements += work.elements;
-  for (int s = 0; s < 2 + work.rule->states; ++s)
-    bytes += work.elements * storage_bytes(work.streams[s].storage) * (s == 1 ? 1 : 2);
+  each_array(work, [&](const char*, i64 bytes, bool read, bool written) {
+    bytes_read += read ? bytes : 0;
+    bytes_written += written ? bytes : 0;
+  });
   i64 begin = 0;
   do {  // an empty tensor is one unit: its step count still advances
     const i64 end = std::min(begin + kChunk, work.elements);
@@ -112,8 +130,11 @@ void Division::walk(const double* rows, i64 width, int threads) const {
         for (i64 u = division.starts_[batch]; u < division.starts_[batch + 1]; ++u) {
           const Unit& unit = division.units_[u];
           const Work& work = *unit.work;
-          if (unit.begin < unit.end)
-            work.kernel(work.streams, unit.begin, unit.end, job.rows + work.row * job.width);
+          const double* row = job.rows + work.row * job.width;
+          if (unit.begin < unit.end && work.kept == nullptr)
+            work.kernel(work.streams, unit.begin, unit.end, row);
+          else if (unit.begin < unit.end)
+            work.kept_kernel(*work.rule, *work.kept, unit.begin, unit.end, row);
           if (unit.begin == 0) work.counter.increment();
         }
       }

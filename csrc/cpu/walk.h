@@ -2,6 +2,7 @@
 #pragma once
 #include <vector>
 
+#include "cpu/kept.h"
 #include "step.h"
 
 namespace fasttrain {
@@ -18,8 +19,10 @@ struct Counter {
 // One parameter to be stepped.
 struct Work {
   Stream streams[kMaxStreams] = {};
+  const Kept* kept = nullptr;  // what it is if it is not plain; then `streams` is not used
   const RuleKernels* rule = nullptr;
   StepKernel kernel = nullptr;
+  KeptKernels::Step kept_kernel = nullptr;
   i64 elements = 0;
   int row = 0;  // of the table of coefficients
   Counter counter;
@@ -38,7 +41,7 @@ class Division {
   // Does the work; `rows` has `width` doubles for each row. The interpreter lock is not needed.
   void walk(const double* rows, i64 width, int threads) const;
 
-  i64 parameters = 0, elements = 0, bytes = 0;
+  i64 parameters = 0, elements = 0, bytes_read = 0, bytes_written = 0;  // step counts excepted
   i64 batches() const { return static_cast<i64>(starts_.size()) - 1; }
 
  private:

@@ -77,7 +77,9 @@ def step(items: Sequence[Item]) -> None:
 
     known = [item for item in items if number_of(item.rule) is not None]
     with dense(known) as walkable:
-        work = [(number_of(item.rule), item.dtype == torch.float64, item.tensors, item.counter) for item in walkable]
+        work = [(number_of(item.rule), item.dtype == torch.float64, item.tensors, item.counter,
+                 None if item.plain else (item.codecs, item.extras, item.zero, item.key, item.place))
+                for item in walkable]
         module().step_once(reader(), work, table_of_rows([item.row for item in known]), torch.get_num_threads())
         torch.autograd.graph.increment_version([tensor for item in walkable for tensor in item.written])
     unknown = [item for item in items if number_of(item.rule) is None]

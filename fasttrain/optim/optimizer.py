@@ -130,7 +130,8 @@ class Optimizer(torch.optim.Optimizer):
             for p, grad, group in sparse:  # first: torch's function may refuse them
                 self.step_sparse(p, grad, group)
             if keys:
-                self._plan.run(table_of_rows(rows), torch.get_num_threads(), torch.autograd.graph.increment_version)
+                self._plan.run(table_of_rows(rows), None, torch.get_num_threads(),
+                               torch.autograd.graph.increment_version)
         except BaseException:
             self._restore_states(before)
             raise
