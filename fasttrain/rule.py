@@ -167,6 +167,8 @@ class Rule:
             sign, and one that is not zero must not become zero.
         retain: for each state that is a running average or sum, the coefficient that multiplies its old value. Kept in
             few bits, a state that retains nearly everything must be rounded stochastically, or it never decays.
+        sums: None, but for a stage of an optimizer with reductions (`fasttrain.optim.two_stage`): the names of the sums
+            over all elements that the walk makes; `element` returns their terms after the states.
 
     Example:
         >>> from fasttrain.rule import Rule
@@ -181,6 +183,7 @@ class Rule:
     element: Callable[..., Any]
     positive: tuple[str, ...] = ()
     retain: Mapping[str, str] = field(default_factory=dict)
+    sums: tuple[str, ...] | None = None
 
     @classmethod
     def of(cls, page: type) -> Rule:
