@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import LAYOUTS, Made, generator, make, needs_native, normal, python, specials
-from kept import ADAM, CASES, F32, F64, NAMES, SIZES, Case, assert_same_item, copy, item_of, mixed, steps
+from kept_items import ADAM, CASES, F32, F64, NAMES, SIZES, Case, assert_same_item, copy, item_of, mixed, steps
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -118,7 +118,7 @@ def test_threads(threads: int) -> None:
 
 
 PROCESS = """
-import kept, test_native_codecs, test_storage
+import kept_items, test_native_codecs, test_storage
 from fasttrain.kernels import native
 for part in (0, 3):
     test_storage.test_steps(part)

@@ -48,7 +48,7 @@ class Itemwise(Optimizer):
         known, state = memo.get(p), self.state.get(p)
         if known is not None and known[0] == signature and state is not None and \
                 all(state.get(key) is kept for key, kept in known[1]):
-            _, kept, name, param, states, counter = known
+            _, _, name, param, states, counter = known
             step = counter.item() + 1 if counter is not None else 2
             return Examined(where, group, Item(name, rule, (param, grad, *states), (), counter), step, False, None)
         known_states = len(self.state.get(p, ()))

@@ -170,6 +170,11 @@ class Muon(Itemwise, torch.optim.Muon):
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
 
+    def loaded_shapes(self, p, group):
+        if p.dim() < 2 or not group["use_muon"]:
+            return {"step": None, "exp_avg": tuple(p.shape), "exp_avg_sq": tuple(p.shape)}
+        return {"momentum_buffer": tuple(p.shape)}
+
     def rule_of(self, group):
         return DECOUPLED if not group["use_muon"] else NESTEROV if group["nesterov"] else MOMENTUM
 
