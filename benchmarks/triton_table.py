@@ -24,15 +24,30 @@ KEPT = {"f32, f32, f32": (0, 0, 0), "bf16, bf16, bf16": (2, 2, 2), "f16, f16, f1
 CASES = [(rule, name, ARCHITECTURES[(i + j) % 3]) for i, rule in enumerate(RULES) for j, name in enumerate(KEPT)]
 
 # Codecs of p, g, the states and the EMA, in the same order of architectures; + P: positive, + S: at random.
-STORAGES = ("AdamW: split16, bf16, int8, int8+P", "AdamW: split8, bf16, e4m3, e5m2+P", "AdamW: bf16+S, bf16, int8+S, int8+P+S",
-            "AdamW: split16, bf16, bf16+S, bf16+S", "AdamW: split16, bf16, f32, f32", "AdamW: split16, f32, int4, int4+P",
-            "AdamW: master_bf16, bf16, f32, f32", "AdamW: master_f16, f16, int8, int8+P, f16+S",
-            "AdamW: kahan_bf16, bf16, int4+S, int4+P+S, bf16+S", "AdamW: f16+S, f16, e4m3+S, e5m2+P+S, f32",
-            "AdamW: kahan_f16, f16, e5m2, e4m3+P", "AdamW: f32, f32, f32, f32, f32",
-            "AdamWAmsgrad: split8, f32, f32, e5m2+P+S, int8+S, f16+S", "AdamWAmsgrad: split16, bf16, int8, int8+P, int8+P",
-            "AdamWAmsgrad: kahan_bf16, bf16, int8, int8+P, int8+P, f32", "AdamL2: bf16, bf16, int8, int8+P, bf16+S",
-            "Lion: split16, bf16, int8", "Lion: bf16+S, bf16, e4m3+S", "SGDMomentum: split8, bf16, int8+S, f32",
-            "SGDNesterov: split16, bf16, bf16+S", "SGD: split16, bf16", "SGD: bf16+S, bf16, bf16+S")
+STORAGES = (
+    "AdamW: split16, bf16, int8, int8+P",
+    "AdamW: split8, bf16, e4m3, e5m2+P",
+    "AdamW: bf16+S, bf16, int8+S, int8+P+S",
+    "AdamW: split16, bf16, bf16+S, bf16+S",
+    "AdamW: split16, bf16, f32, f32",
+    "AdamW: split16, f32, int4, int4+P",
+    "AdamW: master_bf16, bf16, f32, f32",
+    "AdamW: master_f16, f16, int8, int8+P, f16+S",
+    "AdamW: kahan_bf16, bf16, int4+S, int4+P+S, bf16+S",
+    "AdamW: f16+S, f16, e4m3+S, e5m2+P+S, f32",
+    "AdamW: kahan_f16, f16, e5m2, e4m3+P",
+    "AdamW: f32, f32, f32, f32, f32",
+    "AdamWAmsgrad: split8, f32, f32, e5m2+P+S, int8+S, f16+S",
+    "AdamWAmsgrad: split16, bf16, int8, int8+P, int8+P",
+    "AdamWAmsgrad: kahan_bf16, bf16, int8, int8+P, int8+P, f32",
+    "AdamL2: bf16, bf16, int8, int8+P, bf16+S",
+    "Lion: split16, bf16, int8",
+    "Lion: bf16+S, bf16, e4m3+S",
+    "SGDMomentum: split8, bf16, int8+S, f32",
+    "SGDNesterov: split16, bf16, bf16+S",
+    "SGD: split16, bf16",
+    "SGD: bf16+S, bf16, bf16+S",
+)
 KEPT_CASES = [(text, clip, ARCHITECTURES[(i + j) % 3]) for i, text in enumerate(STORAGES)
               for j, clip in enumerate((False, True))]
 
@@ -108,7 +123,7 @@ def wide_accesses(text: str) -> dict[str, dict[int, int]]:
     A thread has eight elements of every array: 16 bytes or more, 8 of codes, 4 of pairs of codes.
     """
     counts = {"loads": {16: 0, 8: 0, 4: 0}, "stores": {16: 0, 8: 0, 4: 0}}
-    for operand, number in enumerate(codecs_of(text)[1]):
+    for number in codecs_of(text)[1]:
         kept, nibbles = codec(number), number & 15 == NUMBER["int4"]
         sizes = [(0.5 if nibbles else float(kept.main.itemsize), not kept.name.startswith("master"))]
         if kept.extra is not None and not kept.block:
