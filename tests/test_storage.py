@@ -123,7 +123,7 @@ from fasttrain.kernels import native
 for part in (0, 3):
     test_storage.test_steps(part)
 test_storage.test_steps_of_special_values(0)
-for number in (*kept.ALONE, *kept.BLOCKS):
+for number in (*kept_items.ALONE, *kept_items.BLOCKS):
     test_native_codecs.test_codecs(number)
 test_storage.test_threads(2)
 print("isa", native.module().isa())
