@@ -149,9 +149,9 @@ def embedding_of_torch(rows: int, width: int) -> tuple[Callable[[], Any], Callab
 
 
 WORK = (
-    Work("clip + AdamW + zero, fp32", "clip_grad_norm_, torch fused, zero_grad", clip_and_zero, 2.0, 36),
+    Work("clip + AdamW + zero", "clip_grad_norm_, torch fused, zero_grad", clip_and_zero, 2.0, 36),
     Work("unscale + inf check + clip + AdamW", "GradScaler, clip_grad_norm_, torch fused", scaled, 1.8, 32),
-    Work("AdamW, bf16 with exact fp32 master (split)", "fp32 masters, torch fused, copy to bf16", split_master, 1.3, 26),
+    Work("AdamW, bf16 with exact fp32 master (split)", "fp32 masters, torch fused, copy", split_master, 1.3, 26),
     Work("AdamW, split master, int8 states", "torch fused, fp32", coded, 1.6, 14.06),
     Work("AdamW, split master, int8 states, beta2 0.99", "torch fused, fp32", coded_nearest, 1.6, 14.06),
     Work("AdamW + EMA, fp32", "torch fused, _foreach_lerp_", with_ema, 1.4, 36),
