@@ -167,6 +167,7 @@ class Rule:
             sign, and one that is not zero must not become zero.
         retain: for each state that is a running average or sum, the coefficient that multiplies its old value. Kept in
             few bits, a state that retains nearly everything must be rounded stochastically, or it never decays.
+        exact: states that hold weights and not moments, which are never kept in fewer bits than fp32.
         sums: None, but for a stage of an optimizer with reductions (`fasttrain.optim.two_stage`): the names of the sums
             over all elements that the walk makes; `element` returns their terms after the states.
 
@@ -183,13 +184,15 @@ class Rule:
     element: Callable[..., Any]
     positive: tuple[str, ...] = ()
     retain: Mapping[str, str] = field(default_factory=dict)
+    exact: tuple[str, ...] = ()
     sums: tuple[str, ...] | None = None
 
     @classmethod
     def of(cls, page: type) -> Rule:
         """The rule of a class that holds `state`, `coefficients`, `element` and, where it has them, the rest."""
         return cls(page.__name__, tuple(page.state), page.coefficients, page.element,  # type: ignore[attr-defined]
-                   tuple(getattr(page, "positive", ())), dict(getattr(page, "retain", {})))
+                   tuple(getattr(page, "positive", ())), dict(getattr(page, "retain", {})),
+                   tuple(getattr(page, "exact", ())))
 
     @cached_property
     def hyperparameters(self) -> tuple[str, ...]:

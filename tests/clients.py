@@ -77,9 +77,9 @@ def follow(optimizer: torch.optim.Optimizer, make: Make, bound: float = 4.0) -> 
     def keep(*_: Any) -> None:
         before.clear()
         for p in (p for group in optimizer.param_groups for p in group["params"]):
-            states = {key: value.clone() if key == "step" else value.double()
+            states = {key: value.clone() if key == "step" else value.to(F64, copy=True)
                       for key, value in optimizer.state.get(p, {}).items()}
-            before.append((p, nn.Parameter(p.detach().double()), states))
+            before.append((p, nn.Parameter(p.detach().to(F64, copy=True)), states))
 
     def check(*_: Any) -> None:
         stepped = [row for row in before if row[0].grad is not None]  # a closure computes gradients within the step

@@ -22,6 +22,15 @@ if importlib.util.find_spec("hypothesis"):  # absent on a bare GPU machine
     hypothesis.settings.load_profile("fasttrain")
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For many small operations: on a machine with other work, torch's threads wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def version_of(package: str) -> str:
     try:
         return importlib.metadata.version(package)

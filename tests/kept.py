@@ -14,8 +14,7 @@ from fasttrain.kernels import reference
 from fasttrain.kernels.item import Item
 from fasttrain.kernels.trace import trace
 from fasttrain.optim import RULES
-from fasttrain.precision.codecs import NUMBER, POSITIVE, STOCHASTIC, array_shapes, code_dtype, codec, decode, encode
-from fasttrain.rule import Rule
+from fasttrain.precision.codecs import NUMBER, POSITIVE, STOCHASTIC, array_shapes, code_dtype, codec, encode
 
 BY_NAME = {rule.name: rule for rule in RULES}
 OPTIONS = dict(lr=0.03, betas=(0.83, 0.97), eps=1e-6, weight_decay=0.04, momentum=0.8, dampening=0.3)
@@ -134,13 +133,79 @@ def new_gradients(items: Sequence[Item], numbers: torch.Generator) -> None:
         g.copy_(normal(g.shape, torch.float64, numbers))
 
 
-def state_values(item: Item) -> list[Tensor]:
-    """What the states hold."""
-    count = item.tensors[0].numel()
-    return [decode(one, main, extra, count) for one, main, extra in
-            zip(item.codecs[2:], item.tensors[2:], item.extras[2:], strict=True)]
+# --- Lists of cases ---------------------------------------------------------------------------------------------------
+
+PARAMS = ("f32", "bf16", "f16", "bf16+S", "f16+S", "split16", "split8", "master_bf16", "master_f16", "kahan_bf16",
+          "kahan_f16")
+GRADS = ("f32", "bf16", "f16")
+BLOCKS = [base + flags for base in ("int8", "e4m3", "e5m2", "int4") for flags in ("", "+P", "+S", "+P+S")]
+STATES = ("f32", "f64", "bf16", "bf16+S", "f16", "f16+S", *BLOCKS)
+AVERAGES = ("", "f32", "bf16+S", "f16+S")
 
 
-def rules_with(states: int) -> list[Rule]:
-    """The rules of so many states."""
-    return [rule for rule in RULES if len(rule.state) == states]
+def some_cases() -> list[Case]:
+    """Every codec in every place, with everything else of an item in turn; and items computed in float64."""
+    cases = []
+    for i in range(len(STATES)):
+        second, average = STATES[(7 * i + 3) % len(STATES)], AVERAGES[i // 2 % 4]
+        codecs = [PARAMS[i % len(PARAMS)], GRADS[i % 3], STATES[i], second, average]
+        cases.append(Case("AdamW", " ".join(codecs).strip(), zero=i % 3 == 0, clip=0.4 if i % 4 < 2 else math.inf,
+                          place=SHARD if i % 5 < 2 else (0, 0, 0)))
+    return [*cases, Case("SGD", "split16 bf16"), Case("SGD", "f32 f16 f32", zero=True),
+            Case("SGDNesterov", "split8 f16 int4+S", clip=0.1), Case("Lion", "bf16+S bf16 int8"),
+            Case("AdamWAmsgrad", "kahan_bf16 bf16 int8 int8+P int8+P"),
+            Case("AdamW", "f64 f64 f64 f64 f64", zero=True, clip=0.3), Case("AdamW", "f64 f32 f32 bf16")]
+
+
+def all_pairs() -> list[Case]:
+    """Every way to keep a parameter with every way to keep a state."""
+    return [Case("AdamW", f"{p} {GRADS[(i + j) % 3]} {s} {STATES[-1 - j]}", clip=1.0, place=SHARD)
+            for i, p in enumerate(PARAMS) for j, s in enumerate(STATES)]
+
+
+def difficult() -> Tensor:
+    """fp32 values by their bits: in blocks of 256, such as have one exponent, few exponents, denormals, zeros of both
+    signs, one outlier, ties of 16-bit formats, infinities and NaN.
+    """
+    numbers = torch.Generator().manual_seed(5)
+
+    def patterns(low: int, high: int, count: int = 256) -> Tensor:
+        sign = torch.randint(0, 2, (count,), generator=numbers) << 31
+        bits = sign | torch.randint(low, high, (count,), generator=numbers)
+        return torch.where(bits >= 1 << 31, bits - (1 << 32), bits).to(torch.int32).view(torch.float32)
+
+    inf, one = 0x7F800000, 0x3F800000
+    outlier, mixed = patterns(one, one + (1 << 23)) * 2.0**-20, patterns(0, inf)
+    outlier[17] = 3e38
+    broken = patterns(0, inf)
+    broken[3] = math.inf
+    ties = (patterns(0, inf).view(torch.int32) & ~0xFFFF | 0x8000).view(torch.float32)
+    halves = (patterns(one - (20 << 23), one).view(torch.int32) & ~0x1FFF | 0x1000).view(torch.float32)
+    levels = torch.arange(-127, 129).clamp(max=127)
+    squares = (levels * levels.abs()).float()  # every code exactly, and the midpoints of codes
+    midpoints = (levels.abs() - 0.5).square() * levels.sign()
+    midpoints[0] = 127.0**2
+    ramp = torch.arange(256) / 255
+    parts = [patterns(0, 1 << 31, 2048), mixed, patterns(1, 1 << 23), patterns(0, 1), outlier, broken, ties, halves,
+             patterns(one, one + 1), patterns(one - (16 << 23), one + (1 << 23)), squares, midpoints,
+             midpoints * 2.0**60, ramp * 2.0 ** (-torch.arange(256) // 8), patterns(inf - (1 << 23), inf),
+             patterns(1 << 23, 3 << 23), patterns(inf + 1, inf + (1 << 23))[:100], patterns(0, inf)[:77]]
+    return torch.cat(parts)
+
+
+def difficult_parameter(p: str, average: str = "") -> Item:
+    """An item whose new parameter is `difficult()`: p - lr * g, with p = -0.0 and lr = -1. The EMA becomes it too."""
+    values = difficult()
+    zeros = torch.full(values.shape, -0.0)
+    case = Case("SGD", f"{p} f32 {average}".strip())
+    made = case.item([zeros, values] + [zeros] * bool(average), key=77)
+    return replace(made, row=[1.0, -1.0, math.inf, 0.0, 1.0], place=(1 << 33, 0, 0))
+
+
+def difficult_state(state: str) -> Item:
+    """An item whose new state is `difficult()`: keep * state + add * g, with state = 0."""
+    assert trace(BY_NAME["SGDMomentum"]).coefficients == ["keep", "add", "lr"]
+    new = difficult()
+    values = [torch.ones_like(new), new, torch.zeros_like(new)]
+    made = Case("SGDMomentum", f"f32 f32 {state}").item(values, key=78)
+    return replace(made, row=[1.0, 1.0, 1.0, 0.5, math.inf, 1.0, 0.0])

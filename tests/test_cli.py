@@ -44,7 +44,7 @@ def elsewhere(tmp_path, monkeypatch):
     ("train --processes 4096 --batch 4096", "use at most"),
     ("train --threads 4096", "--threads 4096 on"),
     ("train --optimizer Nonesuch", "--optimizer Nonesuch: unknown"),
-    ("train --optimizer torch.Adagrad", "give one with --lr"),
+    ("train --optimizer torch.ASGD", "give one with --lr"),
     ("train --text nowhere", "nowhere: No such file"),
     ("train --text empty", "no text in empty"),
     ("train --text words --sequence 100000", "--sequence 100000 is too long for words"),

@@ -13,6 +13,7 @@ from clients import F64, OURS, PAIRS, Make, assert_close_run, batches, model_of,
 from helpers import assert_same_run
 from torch import Tensor
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = 4
 
 

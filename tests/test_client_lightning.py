@@ -16,9 +16,10 @@ with warnings.catch_warnings():
     from lightning.pytorch import LightningModule, Trainer
     from lightning.pytorch.callbacks import ModelCheckpoint
 
-# Not ours: no logger, few batches, few workers.
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::DeprecationWarning",
-                                        "ignore::FutureWarning")
+pytestmark = [pytest.mark.usefixtures("one_thread"),
+              # Lightning's advice: a logger, more workers; and its own deprecations.
+              *map(pytest.mark.filterwarnings, ("ignore::UserWarning:lightning", "ignore::DeprecationWarning",
+                                                "ignore::FutureWarning"))]
 STEPS = 6
 
 

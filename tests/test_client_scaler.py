@@ -7,6 +7,7 @@ import torch
 from clients import F32, F64, PAIRS, assert_close_run, batches, follow, model_of, named, squared_error
 from helpers import assert_same_run
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = 10
 SPOILT = {3: float("inf"), 6: float("nan")}  # steps at which the loss is not finite
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, update_bn
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = 12
 
 SCHEDULES: dict[str, Callable[[Any], Any]] = {

@@ -13,6 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate (pip install fasttrain[clients])")
 transformers = pytest.importorskip("transformers", reason="needs transformers (pip install fasttrain[clients])")
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = 6
 
 

@@ -30,14 +30,13 @@ from helpers import (
 )
 from torch.nn import Parameter
 
-from fasttrain.kernels import cache, jit, native
+from fasttrain.kernels import cache, jit, native, triton
 from fasttrain.kernels.emit_cpp import digest
 from fasttrain.optim import RULES, AdamW, Optimizer
 from fasttrain.rule import Rule, maximum, sqrt, where
 
 GXX = shutil.which("g++") or shutil.which("clang++")
-pytestmark = [needs_native, pytest.mark.skipif(GXX is None, reason="neither g++ nor clang++ is on PATH"),
-              pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")]
+pytestmark = [needs_native, pytest.mark.skipif(GXX is None, reason="neither g++ nor clang++ is on PATH")]
 
 
 class Own(Optimizer):
@@ -75,9 +74,9 @@ def page(rule: Rule) -> type[Optimizer]:
     return Page
 
 
-def step(rule: Rule, steps: int = 1) -> list[float]:
+def step(rule: Rule, steps: int = 1, backend: str | None = None) -> list[float]:
     p = Parameter(torch.zeros(3))
-    optimizer = page(rule)([p])
+    optimizer = page(rule)([p], backend=backend)
     for _ in range(steps):
         p.grad = torch.ones(3)
         optimizer.step()
@@ -332,6 +331,17 @@ def test_one_name_and_two_equations(compiler: Compiler) -> None:
     assert compiler.count == 2
 
 
+def test_one_name_and_two_equations_in_triton() -> None:
+    """Triton reads a kernel's source by the name of its file, and reads it late."""
+    if reason := helpers.usable("triton"):
+        pytest.skip(reason)
+    rules = [Rule("Descent", (), lambda step, lr: {"lr": lr}, element)
+             for element in (lambda p, g, k: p + k.lr * g, lambda p, g, k: p - k.lr * g)]
+    for rule in rules:
+        triton.compile_rule(rule, True)  # cached, as the step asks for it
+    assert [step(rule, backend="triton") for rule in rules] == [[0.5] * 3, [-0.5] * 3]
+
+
 def test_the_name_of_a_compiled_rule(compiler: Compiler) -> None:
     """A rule of the package's name with another equation does not get the package's kernel."""
     rule = replace(AdamW.rules[0], element=lambda p, g, m, v, k: (p - k.rate * g, m, v))
@@ -453,6 +463,7 @@ def test_a_compiler_that_is_not_there(forget: Forget, monkeypatch: pytest.Monkey
 def test_a_broken_compiler_is_tried_once(compiler: Compiler, what: str, reason: str) -> None:
     compiler.does(what)
     falls_back(reason)
+    assert load(descent())[0] is None  # another object of the same text
     assert compiler.count == 1
 
 

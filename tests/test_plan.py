@@ -12,7 +12,7 @@ from helpers import assert_same_bits, generator, needs_native, normal, usable
 from torch import Tensor
 from torch.nn import Parameter
 
-from fasttrain.optim import SGD, Adam, AdamW, Lion, Optimizer
+from fasttrain.optim import SGD, Adam, AdamW, Lion, NAdam, Optimizer, ScheduleFreeAdamW
 
 BACKENDS = ["cpu", "reference"]
 
@@ -115,7 +115,7 @@ def new_state(optimizer: Optimizer, params: list[Parameter]) -> None:
 
 
 def new_exp_avg(optimizer: Optimizer, params: list[Parameter]) -> None:
-    key = next(key for key in optimizer.state[params[0]] if key != "step")
+    key = next(key for key in optimizer.state[params[0]] if key not in ("step", *optimizer.running))
     optimizer.state[params[0]][key] = torch.full_like(params[0].detach(), 0.5)
 
 
@@ -189,6 +189,8 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "AdamW": lambda params, **kw: AdamW(params, lr=0.1, **kw),
     "SGD": lambda params, **kw: SGD(params, lr=0.1, momentum=0.9, dampening=0.5, **kw),
     "Lion": lambda params, **kw: Lion(params, lr=0.1, **kw),
+    "NAdam": lambda params, **kw: NAdam(params, lr=0.1, **kw),  # never in the plan
+    "ScheduleFreeAdamW": lambda params, **kw: ScheduleFreeAdamW(params, lr=0.1, **kw),
 }
 
 

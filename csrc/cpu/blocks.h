@@ -42,22 +42,25 @@ void measure_blocks(const Operand& o, i64 from, i64 n, const float* __restrict v
 
 // --- Squares: unit * c * |c| ---------------------------------------------------------------------------------------------
 
-// The code of a magnitude, without its sign: the largest c with (c - 1/2)^2 <= magnitude; at random, one of the two c
-// around its root. Products of such small numbers are exact.
+// At most the root of a number up to 2^14, and less than half below it.
+HOST_DEVICE float low_root(float x) { return square_root(x) * 0.99999f; }
+
+// The code of a magnitude, without its sign: the largest c with (c - 1/2)^2 <= magnitude, or 0; at random, one of the two
+// c around its root. A low root gives that c or the one before it; products of such small numbers are exact, and tell.
 template <bool Random>
 HOST_DEVICE int square_code(float magnitude, [[maybe_unused]] u32 draw, [[maybe_unused]] int top) {
-  const float root = square_root(magnitude);
+  const float root = low_root(magnitude);
   if constexpr (Random) {
-    const float near = static_cast<float>(static_cast<int>(root));  // the root was rounded, perhaps up to it
-    const float lower = near * near > magnitude ? near - 1.0f : near;
+    const float near = static_cast<float>(static_cast<int>(root)), next = near + 1.0f;
+    const float lower = next * next <= magnitude ? next : near;
     const float part = magnitude - lower * lower;
     const float up = drawn_fraction(draw) * (2.0f * lower + 1.0f) < part * 0x1p24f ? 1.0f : 0.0f;
     const int code = static_cast<int>(lower + up);
     return code < top ? code : top;
   } else {
     const float near = static_cast<float>(static_cast<int>(root + 0.5f));
-    const float below = near - 0.5f;
-    return static_cast<int>(below * below > magnitude ? near - 1.0f : near);
+    const float between = near + 0.5f;
+    return static_cast<int>(between * between <= magnitude ? near + 1.0f : near);
   }
 }
 

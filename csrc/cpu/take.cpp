@@ -13,10 +13,9 @@ Type main_type(u8 codec) {
     case kF32: return {dlpack::kFloat, 32};
     case kF64: return {dlpack::kFloat, 64};
     case kF16: case kMasterF16: case kKahanF16: return {dlpack::kFloat, 16};
-    case kInt8: return {(codec & kPositive) != 0 ? dlpack::kUInt : dlpack::kInt, 8};
+    case kInt8: case kInt4: return {(codec & kPositive) != 0 ? dlpack::kUInt : dlpack::kInt, 8};
     case kE4M3: return {dlpack::kFloat8E4M3, 8};
     case kE5M2: return {dlpack::kFloat8E5M2, 8};
-    case kInt4: return {dlpack::kUInt, 8};
     default: return {dlpack::kBfloat, 16};
   }
 }

@@ -15,20 +15,22 @@ constexpr i64 kBatch = 1 << 14;  // elements that a thread takes at once; small 
 constexpr i64 kTensor = 256;     // what a tensor costs beyond its elements, in elements
 constexpr i64 kAlone = 1 << 13;  // elements below which waking a second thread costs more than it brings
 
-// Calls visit(stretch of memory, bytes, whether it is written) for every array of a parameter.
+// Calls visit(stretch of memory, bytes, whether it is read, whether it is written) for every array of a parameter.
 template <class Visit>
 void each_array(const Work& work, const Visit& visit) {
   const i64 n = work.elements;
   if (work.kept == nullptr) {
     for (int s = 0; s < 2 + work.rule->states; ++s)
-      visit(work.streams[s].at, n * storage_bytes(work.streams[s].storage), s != 1);
+      visit(work.streams[s].at, n * storage_bytes(work.streams[s].storage), true, s != 1);
     return;
   }
   for (int o = 0; o < work.kept->count; ++o) {
     const Operand& operand = work.kept->operands[o];
     const bool written = o != 1 || work.kept->zero;
-    visit(operand.main, main_bytes(operand.codec, n), written);
-    if (operand.extra != nullptr) visit(operand.extra, extra_bytes(operand.codec, n), written);
+    const u8 base = base_of(operand.codec);
+    const bool copy = base == kMasterBF16 || base == kMasterF16;  // of the master, which alone is read
+    visit(operand.main, main_bytes(operand.codec, n), !copy, written);
+    if (operand.extra != nullptr) visit(operand.extra, extra_bytes(operand.codec, n), true, written);
   }
 }
 
@@ -57,7 +59,7 @@ void Counter::increment() const {
 bool share_memory(const std::vector<const Work*>& works) {
   std::vector<std::pair<const char*, const char*>> spans;
   for (const Work* work : works) {
-    each_array(*work, [&](const char* at, i64 bytes, bool written) {
+    each_array(*work, [&](const char* at, i64 bytes, bool, bool written) {
       if (written && bytes != 0) spans.emplace_back(at, at + bytes);
     });
     if (work->counter.type != Counter::kNone) spans.emplace_back(work->counter.at, work->counter.at + sizeof(float));
@@ -80,8 +82,8 @@ void Division::clear() {
 void Division::add(const Work& work) {
   ++parameters;
   elements += work.elements;
-  each_array(work, [&](const char*, i64 bytes, bool written) {
-    bytes_read += bytes;
+  each_array(work, [&](const char*, i64 bytes, bool read, bool written) {
+    bytes_read += read ? bytes : 0;
     bytes_written += written ? bytes : 0;
   });
   i64 begin = 0;

@@ -30,7 +30,14 @@ void walk(const i64* table, i64 chunks, const void* rows, u32 thread, u32 thread
    walk<Step<Rule<T>, T, k##P, k##G, k##S>, T>},
 #define FT_PLAIN_HOST_KERNELS(Rule) FASTTRAIN_PLAIN(FT_HOST_KERNEL, Rule)
 #define FT_ALL_HOST_KERNELS(Rule) FASTTRAIN_PLAIN(FT_HOST_KERNEL, Rule) FASTTRAIN_MIXED(FT_HOST_KERNEL, Rule)
-const HostKernel host_kernels[] = {FASTTRAIN_COMMON_RULES(FT_ALL_HOST_KERNELS) FASTTRAIN_OTHER_RULES(FT_PLAIN_HOST_KERNELS)};
+#define FT_HOST_KEPT(Name, Rule, ...)                                                                        \
+  {#Name, false, KeptStep<Rule<float>, __VA_ARGS__>::O::columns, KeptStep<Rule<float>, __VA_ARGS__>::width,   \
+   walk<KeptStep<Rule<float>, __VA_ARGS__>, float>},
+#define FT_HOST_KEPT_1(Rule, P, G, S) FT_HOST_KEPT(kept_##Rule##_##P##_##G##_##S, Rule, P, G, S)
+#define FT_HOST_KEPT_2(Rule, P, G, S, Z) FT_HOST_KEPT(kept_##Rule##_##P##_##G##_##S##_##Z, Rule, P, G, S, Z)
+using namespace codes;
+const HostKernel host_kernels[] = {FASTTRAIN_COMMON_RULES(FT_ALL_HOST_KERNELS) FASTTRAIN_OTHER_RULES(FT_PLAIN_HOST_KERNELS)
+                                   FASTTRAIN_KEPT(FT_HOST_KEPT_1, FT_HOST_KEPT_2)};
 const int host_kernel_count = static_cast<int>(sizeof(host_kernels) / sizeof(host_kernels[0]));
 
 }  // namespace fasttrain

@@ -178,3 +178,5 @@ struct Step {
 FASTTRAIN_COMMON_RULES(FT_ALL_KERNELS)
 FASTTRAIN_OTHER_RULES(FT_PLAIN_KERNELS)
 #endif
+
+#include "cuda/kept.cuh"

@@ -34,6 +34,7 @@ template <int N, int... I> struct Upto : Upto<N - 1, N - 1, I...> {};
 template <int... I> struct Upto<0, I...> { using type = Indices<I...>; };
 
 template <int Bytes> struct BitsOf;
+template <> struct BitsOf<1> { using type = u8; };
 template <> struct BitsOf<2> { using type = u16; };
 template <> struct BitsOf<4> { using type = u32; };
 template <> struct BitsOf<8> { using type = u64; };
@@ -53,6 +54,14 @@ __device__ __forceinline__ Words load_words(const char* at) {
 __device__ __forceinline__ void store_words(char* at, const Words& w) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
                :: "l"(at), "r"(w.word[0]), "r"(w.word[1]), "r"(w.word[2]), "r"(w.word[3]) : "memory");
+}
+__device__ __forceinline__ void load_bits(const char* at, u8& bits) {
+  u16 wider;
+  asm volatile("ld.global.u8 %0, [%1];" : "=h"(wider) : "l"(at));
+  bits = static_cast<u8>(wider);
+}
+__device__ __forceinline__ void store_bits(char* at, u8 bits) {
+  asm volatile("st.global.u8 [%0], %1;" :: "l"(at), "h"(static_cast<u16>(bits)) : "memory");
 }
 __device__ __forceinline__ void load_bits(const char* at, u16& bits) {
   asm volatile("ld.global.u16 %0, [%1];" : "=h"(bits) : "l"(at));

@@ -2,6 +2,10 @@
 
 One launch for each (rule, storage combination, device), whatever the number of parameters, and one copy from pinned
 memory to the device for all of them: coefficient rows, and those chunk tables that changed since an earlier step.
+
+What is compiled: every built-in rule with the plain storages of `FASTTRAIN_COMBINATIONS` (csrc/cuda/step.cu), and the
+usual storages of AdamW, Lion and SGD with momentum in `FASTTRAIN_KEPT` (csrc/cuda/kept.cuh), with or without clipping
+by value and zeroing of gradients. The rest, and every item with an EMA, runs in Triton, to the same bits.
 """
 
 from __future__ import annotations
@@ -20,8 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fasttrain.kernels import native, table
+from fasttrain.kernels import kept_table, native, table
 from fasttrain.kernels.item import Item, dense
+from fasttrain.precision.codecs import POSITIVE, STOCHASTIC, codec
 from fasttrain.rule import Rule
 
 LIBRARY = "libcuda.so.1"
@@ -83,13 +88,27 @@ def compiled() -> frozenset[str]:
 
 
 @cache
-def kernel_name(rule: Rule, dtypes: tuple[torch.dtype, ...]) -> str | None:
-    """The kernel for a rule whose p, g and states have these dtypes, or None if it is not compiled ahead of time."""
+def kernel_name(rule: Rule, dtypes: tuple[torch.dtype, ...], codecs: tuple[int, ...] = ()) -> str | None:
+    """The kernel for a rule whose p, g and states have these dtypes, or None if it is not compiled ahead of time.
+
+    Arguments:
+        codecs: of items that are not plain: of p, g, the states, and the EMA if there is one.
+    """
+    if codecs:
+        kept = "_".join(codec_name(number) for number in codecs)
+        known = native.number_of(rule) is not None and f"kept_{rule.name}_{kept}" in compiled()
+        return f"kept_{rule.name}_{kept}" if known else None
     p, g, *states = dtypes
     if not native.is_built(rule) or any(dtype != states[0] for dtype in states):
         return None
     name = f"step_{rule.name}_{NAMES[p]}_{NAMES[g]}_{NAMES[states[0] if states else p]}"
     return name if name in compiled() else None
+
+
+def codec_name(number: int) -> str:
+    """A codec in a kernel's name."""
+    flags = "P" * bool(number & POSITIVE) + "S" * bool(number & STOCHASTIC)
+    return codec(number).name.upper().replace("_", "") + flags
 
 
 # --- Torch's side of a device -----------------------------------------------------------------------------------------
@@ -128,15 +147,15 @@ def step(items: Sequence[Item]) -> None:
     known: list[Item] = []
     others: list[Item] = []
     for item in items:
-        name = kernel_name(item.rule, tuple(tensor.dtype for tensor in item.tensors))
+        name = kernel_name(item.rule, tuple(tensor.dtype for tensor in item.tensors), item.codecs)
         (others if name is None else known).append(item)
     with dense(known) as walkable:
         groups = table.grouped(walkable)
-        for device in {device: None for _, _, device in groups}:
-            launch(device, [(kernel_name(rule, dtypes), group) for (rule, dtypes, on), group in groups.items()
-                            if on == device])
+        for device in {kind.device: None for kind in groups}:
+            launch(device, [(kernel_name(kind.rule, kind.dtypes, kind.codecs), group) for kind, group in groups.items()
+                            if kind.device == device])
         torch.autograd.graph.increment_version(
-            [tensor for item in walkable for tensor in (item.tensors[0], *item.tensors[2:])])
+            [tensor for item in walkable for tensor in item.written if tensor is not item.counter])
     counters: dict[torch.device, list[Tensor]] = {}
     for item in known:
         if item.counter is not None:
@@ -210,13 +229,15 @@ def launch(device: torch.device, groups: Sequence[tuple[Any, list[Item]]]) -> No
         stream = place.stream()
         parcel, plans = Parcel(), []
         for name, items in groups:
-            rows, row_of = table.coefficient_rows(items)
-            rows_at = parcel.add(rows.astype(np.float64 if items[0].dtype == torch.float64 else np.float32))
-            described = table.describe(items, row_of)
+            kind: Any = table if items[0].plain else kept_table
+            rows, row_of = kind.rows(items)
+            rows_at = parcel.add(rows)
+            described = kind.describe(items, row_of)
             key = (name, device, stream, described.tobytes())
             known, chunks, chunks_at = tables.get(key), 0, 0
             if known is None:
-                built = table.build(items, chunk_size(int(described[:, -2].sum()), processors), described)
+                elements = sum(item.tensors[0].numel() for item in items)
+                built = kind.build(items, chunk_size(elements, processors), described)
                 chunks, chunks_at = len(built), parcel.add(built)
             plans.append((name, key, known, chunks, chunks_at, rows_at))
         buffer = place.upload(parcel.data())
@@ -245,13 +266,15 @@ def step_elsewhere(items: Sequence[Item]) -> None:
         reason = dispatch.load("triton").why_not(device) if device.type == "cuda" else f"it is on {device.type}"
         by_backend.setdefault("reference" if reason else "triton", []).append(item)
         if reason:
-            say_not_compiled(item.rule.name, tuple(tensor.dtype for tensor in item.tensors), reason)
+            kept: tuple[Any, ...] = item.codecs or tuple(tensor.dtype for tensor in item.tensors)
+            say_not_compiled(item.rule.name, kept, reason)
     for backend, group in by_backend.items():
         dispatch.load(backend).step(group)
 
 
 @cache
-def say_not_compiled(rule: str, dtypes: tuple[torch.dtype, ...], reason: str) -> None:
-    kept = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+def say_not_compiled(rule: str, storages: tuple[Any, ...], reason: str) -> None:
+    kept = ", ".join(codec_name(one).lower() if isinstance(one, int) else str(one).removeprefix("torch.")
+                     for one in storages)
     warnings.warn(f"rule {rule} with {kept} has no CUDA kernel in this build, and Triton cannot take it ({reason}): it "
                   "runs on the slow reference backend", RuntimeWarning, stacklevel=6)

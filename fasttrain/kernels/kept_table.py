@@ -24,8 +24,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from fasttrain.kernels import table
 from fasttrain.kernels.item import Item
-from fasttrain.kernels.table import ALIGNED, coefficient_rows
+from fasttrain.kernels.table import ALIGNED
 from fasttrain.precision.codecs import NUMBER, PLAIN, STOCHASTIC, codec
 from fasttrain.precision.draws import WORD, operand_key
 
@@ -64,13 +65,12 @@ def rows(items: Sequence[Item]) -> tuple[np.ndarray, list[int]]:
         >>> made.shape, row_of
         ((2, 7), [0, 1, 0])
     """
-    scalars, row_of = coefficient_rows(items)
+    made, row_of = table.rows(items)
     if items[0].dtype == torch.float64:
         if not all(number in PLAIN.values() for number in items[0].codecs):
             raise ValueError(f"{items[0].name} is float64 and computed so, but an operand of it is kept with codec "
                              f"{max(items[0].codecs)}, which holds no float64: keep its states and EMA unrounded")
-        return scalars, row_of
-    made = scalars.astype(np.float32)
+        return made, row_of
     random = random_operands(items[0].codecs)
     if not random:
         return made, row_of
@@ -123,15 +123,15 @@ def build(items: Sequence[Item], chunk: int, described: np.ndarray) -> np.ndarra
     chunks = -(-elements // chunk)
     item_of = np.repeat(np.arange(len(items)), chunks)
     begin = (np.arange(len(item_of)) - (np.cumsum(chunks) - chunks)[item_of]) * chunk
-    table = np.empty((len(item_of), columns(codecs)), np.int64)
-    table[:, :count] = described[item_of, :count] + begin[:, None] // shared * sizes
-    table[:, count] = np.minimum(elements[item_of] - begin, chunk)
-    table[:, count + 1] = row[item_of]
+    built = np.empty((len(item_of), columns(codecs)), np.int64)
+    built[:, :count] = described[item_of, :count] + begin[:, None] // shared * sizes
+    built[:, count] = np.minimum(elements[item_of] - begin, chunk)
+    built[:, count + 1] = row[item_of]
     wide = [index for index in range(count) if shared[index] <= 2]
-    table[:, count + 2] = (table[:, wide] % ALIGNED == 0).all(axis=1) + 2 * zero[item_of]
+    built[:, count + 2] = (built[:, wide] % ALIGNED == 0).all(axis=1) + 2 * zero[item_of]
     if random_operands(codecs):
-        table[:, count + 3 :] = np.stack(_places(begin, first[item_of], run[item_of], pitch[item_of]), 1)
-    return table
+        built[:, count + 3 :] = np.stack(places(begin, first[item_of], run[item_of], pitch[item_of]), 1)
+    return built
 
 
 def _stretch(number: int, first: bool) -> tuple[int, int]:
@@ -143,7 +143,7 @@ def _stretch(number: int, first: bool) -> tuple[int, int]:
     return kept.extra.itemsize, max(kept.block, 1)
 
 
-def _places(begin: np.ndarray, first: np.ndarray, run: np.ndarray, pitch: np.ndarray) -> tuple[np.ndarray, ...]:
+def places(begin: np.ndarray, first: np.ndarray, run: np.ndarray, pitch: np.ndarray) -> tuple[np.ndarray, ...]:
     """origin, lead, run and gap of chunks; run and lead below 2^31, whatever the run of the shard is."""
     endless = run == 0
     past = np.where(endless, 0, begin % np.maximum(run, 1))

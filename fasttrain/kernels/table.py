@@ -61,6 +61,12 @@ def coefficient_rows(items: Sequence[Item]) -> tuple[np.ndarray, list[int]]:
     return np.frombuffer(b"".join(known)).reshape(len(known), -1), row_of
 
 
+def rows(items: Sequence[Item]) -> tuple[np.ndarray, list[int]]:
+    """The distinct rows in the type that they are computed in, and the index of each item's row."""
+    doubles, row_of = coefficient_rows(items)
+    return doubles.astype(np.float64 if items[0].dtype == torch.float64 else np.float32), row_of
+
+
 def describe(items: Sequence[Item], row_of: Sequence[int] | None = None) -> np.ndarray:
     """What the table is made from, one row for each item: addresses, elements, coefficient row. The table of two lists
     of items is the same if this and the storages are.

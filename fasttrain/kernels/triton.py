@@ -11,8 +11,8 @@ from functools import cache
 from types import FunctionType
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from fasttrain.kernels import (
     emit_triton,
@@ -31,6 +31,7 @@ from fasttrain.rule import Rule
 # ptxas spills a register or two of the rules with three states to reach 80 or 128.
 BLOCK = {False: 1024, True: 512}
 OPTIONS = {"num_warps": 4, "maxnreg": 168, "enable_fp_fusion": False}
+KEPT_OPTIONS = {**OPTIONS, "maxnreg": 255}  # those of items that are not plain take up to 220, and spill below that
 BLOCK_INTERPRETED = 1 << 16  # the interpreter costs about 6 ms per program, whatever its size
 OLDEST = (3, 6)
 
@@ -56,9 +57,9 @@ def compile_rule(rule: Rule, interpreted: bool, codecs: tuple[int, ...] = ()) ->
 
     jit = InterpretedFunction if interpreted else triton.jit
     space: dict[str, Any] = {"tl": tl, "jit": jit, "__name__": f"fasttrain.generated.{rule.name}"}
-    functions = triton_codecs.FUNCTIONS
+    functions = [*triton_codecs.FUNCTIONS]
     if codecs:
-        functions += triton_kept.FUNCTIONS + triton_blocks.FUNCTIONS
+        functions += [*triton_kept.FUNCTIONS, *triton_blocks.FUNCTIONS]
     for function in functions:
         # The wrapped copy looks its names up in this space, where Triton's language and the other copies are.
         copy = FunctionType(function.__code__, space, function.__name__)
@@ -87,9 +88,8 @@ def step(items: Sequence[Item]) -> None:
 def launch(rule: Rule, kept: tuple[int, ...], device: torch.device, items: Sequence[Item]) -> None:
     """One launch over the chunks of all items, which are plain."""
     block = block_of(items, device)
-    chunks = torch.from_numpy(table.build(items, block))
-    rows = torch.tensor(table.coefficient_rows(items)[0], dtype=items[0].dtype)
-    start(compile_rule(rule, device.type == "cpu"), device, chunks, rows, kept, block=block,
+    rows, _ = table.rows(items)
+    start(compile_rule(rule, device.type == "cpu"), device, OPTIONS, table.build(items, block), rows, kept, block=block,
           wide=items[0].dtype == torch.float64)
     count_up(items)
 
@@ -99,8 +99,8 @@ def launch_kept(rule: Rule, codecs: tuple[int, ...], device: torch.device, items
     block = block_of(items, device)
     rows, row_of = kept_table.rows(items)
     chunks = kept_table.build(items, block, kept_table.describe(items, row_of))
-    start(compile_rule(rule, device.type == "cpu", codecs), device, torch.from_numpy(chunks), torch.from_numpy(rows),
-          block=block, wide=items[0].dtype == torch.float64, clip=any(item.tail.clip != math.inf for item in items))
+    start(compile_rule(rule, device.type == "cpu", codecs), device, KEPT_OPTIONS, chunks, rows, block=block,
+          wide=items[0].dtype == torch.float64, clip=any(item.tail.clip != math.inf for item in items))
     count_up(items)
 
 
@@ -109,15 +109,15 @@ def block_of(items: Sequence[Item], device: torch.device) -> int:
     return BLOCK_INTERPRETED if device.type == "cpu" else BLOCK[items[0].dtype == torch.float64]
 
 
-def start(kernel: Any, device: torch.device, chunks: Tensor, rows: Tensor, kept: tuple[int, ...] = (),
-          **constants: Any) -> None:
+def start(kernel: Any, device: torch.device, options: dict[str, Any], chunks: np.ndarray, rows: np.ndarray,
+          kept: tuple[int, ...] = (), **constants: Any) -> None:
     """One program for each chunk."""
     interpreted = device.type == "cpu"
     if len(chunks):
-        options: dict[str, Any] = {} if interpreted else OPTIONS
+        options = {} if interpreted else options
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            kernel[(len(chunks),)](chunks.to(device), rows.to(device), rows.shape[1], *kept, **constants,
-                                   interpreted=interpreted, **options)
+            arrays = (torch.from_numpy(array).to(device) for array in (chunks, rows))
+            kernel[(len(chunks),)](*arrays, rows.shape[1], *kept, **constants, interpreted=interpreted, **options)
 
 
 def count_up(items: Sequence[Item]) -> None:
@@ -137,15 +137,15 @@ def compile_ahead(rule: Rule, kept: tuple[int, ...], wide: bool, arch: int) -> A
     """
     function = compile_rule(rule, interpreted=False)
     stated = [name for name in function.arg_names if name.endswith("_storage")]
-    return _compile_ahead(function, arch, {**dict(zip(stated, kept, strict=True)), "wide": wide})
+    return _compile_ahead(function, arch, OPTIONS, {**dict(zip(stated, kept, strict=True)), "wide": wide})
 
 
 def compile_kept_ahead(rule: Rule, codecs: tuple[int, ...], clip: bool, arch: int) -> Any:
     """The same for items that are not plain, computed in float32, with or without clipping by value."""
-    return _compile_ahead(compile_rule(rule, False, codecs), arch, {"wide": False, "clip": clip})
+    return _compile_ahead(compile_rule(rule, False, codecs), arch, KEPT_OPTIONS, {"wide": False, "clip": clip})
 
 
-def _compile_ahead(function: Any, arch: int, values: dict[str, Any]) -> Any:
+def _compile_ahead(function: Any, arch: int, options: dict[str, Any], values: dict[str, Any]) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -157,4 +157,4 @@ def _compile_ahead(function: Any, arch: int, values: dict[str, Any]) -> Any:
     aligned: Any = [["tt.divisibility", 16]]  # as for every tensor of torch that is passed as an argument
     source = ASTSource(function, signature, {(names.index(name),): value for name, value in values.items()},
                        {(names.index(name),): aligned for name in ("table", "rows")})
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=OPTIONS)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)

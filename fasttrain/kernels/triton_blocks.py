@@ -196,4 +196,5 @@ def float_codes(magnitude, draws, codec: tl.constexpr):
     return tl.minimum(tl.where(below, denormal, normal), 0x7E if e4m3 else 0x7B)
 
 
-FUNCTIONS = (fetch_blocks, load_units, spread, decoded, put_blocks, row_maxima, unit_of, codes_of, squares, octaves, float_codes)
+FUNCTIONS = (fetch_blocks, load_units, spread, decoded, put_blocks, row_maxima, unit_of, codes_of, squares, octaves,
+             float_codes)

@@ -17,7 +17,7 @@ def element(p, g, ax, k):
     return p, where(k.old > 0.0, k.old * ax + k.mu * p, p)  # before the averaging starts, a copy
 
 
-RULE = Rule("ASGD", ("ax",), coefficients, element, retain={"ax": "old"})
+RULE = Rule("ASGD", ("ax",), coefficients, element, retain={"ax": "old"}, exact=("ax",))
 
 
 class ASGD(MadeByTorch, torch.optim.ASGD):

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fasttrain.kernels import norm
 from fasttrain.optim.local import local, shares, statistics_of_shards
-
-if TYPE_CHECKING:
-    from fasttrain.optim.optimizer import Optimizer
 
 
 def coefficient(total: float, largest: float | None) -> float:
@@ -36,14 +33,14 @@ def coefficient_of_one(grad: Tensor | None, scale: float, largest: float | None)
     return coefficient(scale * math.sqrt(square.item()), largest)
 
 
-def gradients(optimizers: Iterable[Optimizer]) -> list[Tensor]:
+def gradients(optimizers: Iterable[Any]) -> list[Tensor]:
     """The gradients of all parameters of the optimizers, each parameter once."""
     return list({id(p): p.grad for optimizer in optimizers for group in optimizer.param_groups
                  for p in group["params"] if p.grad is not None}.values())
 
 
 @torch.no_grad()
-def statistics(optimizers: Iterable[Optimizer]) -> tuple[Tensor, Tensor]:
+def statistics(optimizers: Iterable[Any]) -> tuple[Tensor, Tensor]:
     """The sum of squares of all gradients, float64, and whether any element is infinite or NaN; both of shape ().
 
     Gradients that are shards (DTensor) are added over the processes, copies are counted once.
@@ -67,7 +64,7 @@ def statistics(optimizers: Iterable[Optimizer]) -> tuple[Tensor, Tensor]:
     return norm.total(torch.stack(sums)), torch.stack(found).any()
 
 
-def grad_norm(optimizers: Iterable[Optimizer], norm_type: float = 2.0) -> Tensor:
+def grad_norm(optimizers: Iterable[Any], norm_type: float = 2.0) -> Tensor:
     """The norm of all gradients of the optimizers' parameters together, each parameter counted once.
 
     Returns:
@@ -78,7 +75,7 @@ def grad_norm(optimizers: Iterable[Optimizer], norm_type: float = 2.0) -> Tensor
     return torch.nn.utils.get_total_norm(gradients(optimizers), norm_type)
 
 
-def clip_grad_norm(optimizers: Iterable[Optimizer], max_norm: float, norm_type: float = 2.0,
+def clip_grad_norm(optimizers: Iterable[Any], max_norm: float, norm_type: float = 2.0,
                    error_if_nonfinite: bool = False) -> Tensor:
     """Scale the gradients of the next step of each optimizer so that their total norm is at most `max_norm`.
 

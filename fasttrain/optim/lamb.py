@@ -46,7 +46,7 @@ def apply(p, exp_avg, exp_avg_sq, k):
 
 
 MEASURE = Rule("LAMBMeasure", ("exp_avg", "exp_avg_sq"), coefficients, measure, ("exp_avg_sq",),
-               {"exp_avg": "b1", "exp_avg_sq": "b2"}, ("p_sq", "update_sq"))
+               {"exp_avg": "b1", "exp_avg_sq": "b2"}, sums=("p_sq", "update_sq"))
 APPLY = Rule("LAMBApply", ("exp_avg_sq",), trust, apply, ("exp_avg_sq",), sums=())
 
 

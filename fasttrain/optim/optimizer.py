@@ -114,7 +114,7 @@ class Optimizer(torch.optim.Optimizer):
     def __init_subclass__(cls, **keywords: Any) -> None:
         """Make the rule of a page that gives an equation. Steps are counted where its `coefficients` read them."""
         super().__init_subclass__(**keywords)
-        own = {"state", "coefficients", "element", "positive", "retain"} & vars(cls).keys()
+        own = {"state", "coefficients", "element", "positive", "retain", "exact"} & vars(cls).keys()
         if "rules" in vars(cls) or not own or not hasattr(cls, "element"):
             return
         for part in ("state", "coefficients"):

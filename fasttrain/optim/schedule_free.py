@@ -55,6 +55,7 @@ class ScheduleFree(Optimizer):
             self.state[p]["z"] = p.detach().clone(memory_format=torch.preserve_format)
         return super().init_state(p, group, rule) or fresh
 
+    @torch._disable_dynamo
     def _step(self):
         for index, group in enumerate(self.param_groups):
             if not group["train_mode"]:
@@ -134,6 +135,7 @@ class ScheduleFreeSGD(ScheduleFree):
 
     state = ("z",)  # type: ignore[assignment]
     retain = {"z": "one"}  # noqa: RUF012
+    exact = ("z",)
 
     @staticmethod
     def coefficients(step, k, weight_sum, lr_max, lr, warmup_steps, r, weight_lr_power, momentum, weight_decay):
@@ -204,6 +206,7 @@ class ScheduleFreeAdamW(ScheduleFree):
     state = ("z", "exp_avg_sq")  # type: ignore[assignment]
     positive = ("exp_avg_sq",)
     retain = {"z": "one", "exp_avg_sq": "b2"}  # noqa: RUF012
+    exact = ("z",)
 
     @staticmethod
     def coefficients(step, k, weight_sum, lr_max, lr, warmup_steps, r, weight_lr_power, betas, eps, weight_decay):

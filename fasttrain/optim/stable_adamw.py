@@ -32,7 +32,7 @@ def apply(p, exp_avg, exp_avg_sq, k):
 
 
 MEASURE = Rule("StableAdamWMeasure", ("exp_avg", "exp_avg_sq"), coefficients, measure, ("exp_avg_sq",),
-               {"exp_avg": "b1", "exp_avg_sq": "b2"}, ("ratio_sq",))
+               {"exp_avg": "b1", "exp_avg_sq": "b2"}, sums=("ratio_sq",))
 APPLY = Rule("StableAdamWApply", ("exp_avg_sq",), clipped, apply, ("exp_avg_sq",), sums=())
 
 

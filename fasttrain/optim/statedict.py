@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fasttrain.optim import kept
 from fasttrain.optim.checks import number, plain
-from fasttrain.precision.codecs import NUMBER, POSITIVE, array_shapes, code_dtype, codec
+from fasttrain.precision.codecs import NUMBER, POSITIVE, array_shapes, code_dtype
 from fasttrain.precision.storage import DEFAULTS, describe, is_plain
-
-if TYPE_CHECKING:
-    from fasttrain.optim.optimizer import Optimizer
 
 KEPT = ("master", "state_dtype")  # options that decide which arrays there are
 
 
-def with_own_options(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+def with_own_options(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
     """The state dict with the optimizer's own storage options where a group of it has none (torch's have none)."""
     groups = state_dict["param_groups"]
     if len(groups) != len(optimizer.param_groups):
@@ -28,7 +25,7 @@ def with_own_options(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[s
     return {**state_dict, "param_groups": [{**mine, **saved} for mine, saved in zip(own, groups, strict=True)]}
 
 
-def check(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
+def check(optimizer: Any, state_dict: Mapping[str, Any]) -> None:
     """Refuse a state dict that does not fit. What torch checks itself (numbers of groups and parameters) is left to it.
 
     Raises:
@@ -102,14 +99,12 @@ def convert(state_dict: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> 
         >>> old.step()
         >>> new.load_state_dict(convert(old.state_dict(), new))
     """
-    from fasttrain.optim.optimizer import Optimizer
-
     groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
     if [len(group["params"]) for group in groups] != [len(saved["params"]) for saved in saved_groups]:
         raise ValueError("the state dict has groups of "
                          f"{', '.join(str(len(saved['params'])) for saved in saved_groups)} parameters, the optimizer "
                          f"of {', '.join(str(len(group['params'])) for group in groups)}")
-    ours = isinstance(optimizer, Optimizer)
+    ours = hasattr(optimizer, "takes_storage")  # torch's has not
     new_state, new_groups = {}, []
     for group, saved in zip(groups, saved_groups, strict=True):
         own = {name: group[name] for name in DEFAULTS if name in group} if ours else {}
@@ -125,18 +120,12 @@ def convert(state_dict: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> 
 
 def _exact(p: Tensor, state: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """The entries of a state in full precision: no codes, and a master instead of a remainder or compensation."""
-    from fasttrain.optim import RULES
-
-    positive = {name for rule in RULES for name in rule.positive}
     for key, value in state.items():
         if f"{key}_scale" in state:
-            count = p.numel()
-            base = next(codec(n) for n in range(NUMBER["int8"], NUMBER["int4"] + 1)
-                        if (value.dtype in (code_dtype(n), code_dtype(n | POSITIVE))
-                        and tuple(value.shape) == array_shapes(n, p.shape)[0]) or n == NUMBER["int4"])
-            flag = POSITIVE if key in positive or (base.name == "int8" and value.dtype == torch.uint8) else 0
-            scale = state[f"{key}_scale"].to(p.device)
-            yield key, kept.values(base.number | flag, value.to(p.device), scale, p.shape) if count else value.float()
+            number_ = next(n | flag for n in range(NUMBER["int8"], NUMBER["int4"] + 1) for flag in (0, POSITIVE)
+                           if value.dtype == code_dtype(n | flag)
+                           and tuple(value.shape) == array_shapes(n, p.shape)[0])
+            yield key, kept.values(number_, value.to(p.device), state[f"{key}_scale"].to(p.device), p.shape)
         elif key in ("remainder", "compensation"):
             number_of = {torch.int16: "split16", torch.int8: "split8"}.get(value.dtype)
             name = number_of or ("kahan_bf16" if p.dtype == torch.bfloat16 else "kahan_f16")

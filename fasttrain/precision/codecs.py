@@ -14,7 +14,8 @@ master_*   bf16 or fp16, fp32          the fp32 number; the first array is a rou
 kahan_*    bf16 or fp16, the same      the sum of both: what the first array's rounding lost is in the second
 int8       codes, fp32 unit per block  unit * c * abs(c), c from -127 to 127; if positive, unit * 2^((c - 255) / 8), the
                                        power linear between octaves, c from 1 to 255, and 0 for c = 0
-int4       codes, fp32 unit per block  as int8, c from -7 to 7; if positive, unit * 2^(c - 15), c from 1 to 15, and 0
+int4       codes, fp32 unit per block  as int8, c from -7 to 7; if positive, unit * 2^(c - 15), c from 1 to 15, and 0;
+                                       two codes in a byte, the first in its lower half
 e4m3 e5m2  codes, fp32 unit per block  unit * the 8-bit float (OCP; e4m3 without infinities)
 =========  ==========================  =================================================================================
 
@@ -60,7 +61,7 @@ CODECS = (
     Codec("master_bf16", 6, torch.bfloat16, torch.float32), Codec("master_f16", 7, torch.float16, torch.float32),
     Codec("kahan_bf16", 8, torch.bfloat16, torch.bfloat16), Codec("kahan_f16", 9, torch.float16, torch.float16),
     Codec("int8", 10, torch.int8, torch.float32, 256), Codec("e4m3", 11, torch.float8_e4m3fn, torch.float32, 256),
-    Codec("e5m2", 12, torch.float8_e5m2, torch.float32, 256), Codec("int4", 13, torch.uint8, torch.float32, 128),
+    Codec("e5m2", 12, torch.float8_e5m2, torch.float32, 256), Codec("int4", 13, torch.int8, torch.float32, 128),
 )
 NUMBER = {codec.name: codec.number for codec in CODECS}
 PLAIN = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -73,7 +74,7 @@ def codec(number: int) -> Codec:
 
 def code_dtype(number: int) -> torch.dtype:
     """The dtype of the first array."""
-    return torch.uint8 if number & 15 == NUMBER["int8"] and number & POSITIVE else codec(number).main
+    return torch.uint8 if codec(number).main == torch.int8 and number & POSITIVE else codec(number).main
 
 
 def array_shapes(number: int, shape: torch.Size) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
@@ -181,7 +182,7 @@ def _encode_blocks(number: int, values: Tensor, main: Tensor, units: Tensor, dra
     codes = torch.where(nonzero | usable.repeat_interleave(kept.block)[:count], codes, 0)
     if kept.name == "int4":
         nibbles = torch.nn.functional.pad(codes & 15, (0, count % 2)).view(-1, 2)
-        main.copy_((nibbles[:, 0] | nibbles[:, 1] << 4).to(torch.uint8))
+        main.view(torch.uint8).copy_((nibbles[:, 0] | nibbles[:, 1] << 4).to(torch.uint8))
     else:
         main.view(torch.uint8).copy_((codes & 255).to(torch.uint8).view(main.shape))
 

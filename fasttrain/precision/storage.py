@@ -179,7 +179,9 @@ def state_codec(name: str, state: str, dtype: torch.dtype, count: int, group: Ma
     if dtype == torch.float64:
         raise ValueError(f"{name} is {dtype}, whose states are float64: put it into a group with state_dtype=None")
     number = NUMBER[BASES[wanted]]
-    if codec(number).block and count < group.get("min_size", DEFAULTS["min_size"]):
+    if state in rule.exact:
+        return PLAIN[torch.float32]
+    if codec(number).block and count < max(2, group.get("min_size", DEFAULTS["min_size"])):
         return PLAIN[torch.float32]
     if codec(number).block and state in rule.positive:
         number |= POSITIVE

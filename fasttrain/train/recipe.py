@@ -13,6 +13,14 @@ RECIPES: dict[str, dict[str, Any]] = {
     "Adam": dict(lr=6e-3, betas=(0.9, 0.95), weight_decay=0.0),
     "Lion": dict(lr=3e-3, betas=(0.9, 0.98), weight_decay=0.1),
     "SGD": dict(lr=1.0, momentum=0.9, weight_decay=0.0, nesterov=True),
+    "Adadelta": dict(lr=10.0, weight_decay=0.0),
+    "Adagrad": dict(lr=3e-2, weight_decay=0.0),
+    "Adamax": dict(lr=1.2e-2, betas=(0.9, 0.95), weight_decay=0.0),
+    "Adan": dict(lr=3e-2, weight_decay=0.02),
+    "AdEMAMix": dict(lr=6e-3, betas=(0.9, 0.95, 0.999), weight_decay=0.1),
+    "NAdam": dict(lr=6e-3, betas=(0.9, 0.95), weight_decay=0.1, decoupled_weight_decay=True),
+    "RAdam": dict(lr=6e-3, betas=(0.9, 0.95), weight_decay=0.1, decoupled_weight_decay=True),
+    "RMSprop": dict(lr=3e-3, alpha=0.95, weight_decay=0.0),
 }
 
 
