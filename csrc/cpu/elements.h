@@ -14,6 +14,12 @@ HOST_DEVICE u32 canonical(float x) {
   const u32 bits = bit_cast<u32>(x);
   return (bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC00000u : bits;
 }
+// a if the condition holds, else b: by a mask, where GCC would make two choices on one condition a branch, and the loop
+// would not be vectorised.
+HOST_DEVICE u32 pick(bool condition, u32 a, u32 b) {
+  const u32 mask = 0u - static_cast<u32>(condition);
+  return (a & mask) | (b & ~mask);
+}
 HOST_DEVICE bool finite(u32 bits) { return (bits & 0x7FFFFFFFu) < 0x7F800000u; }
 
 // A whole number below 2^24 drawn at random, to be compared with a fraction times 2^24.
@@ -32,8 +38,9 @@ HOST_DEVICE u16 random_f16(float x, u32 draw) {
   const float steps = float_of(magnitude < smallest ? magnitude : smallest) * 0x1p24f;
   const int lower = static_cast<int>(steps);
   const int up = drawn_fraction(draw) < (steps - static_cast<float>(lower)) * 0x1p24f ? 1 : 0;
-  const u32 sign = (bits >> 16) & 0x8000u;
-  return static_cast<u16>(magnitude < smallest ? sign | static_cast<u32>(lower + up) : f32_to_f16(float_of(normal)));
+  const u32 rounded = normal & 0x7FFFFFFFu;  // a number of fp16, but perhaps too large
+  const u32 large = pick(rounded > 0x7F800000u, 0x7E00u, pick(rounded >= 0x47800000u, 0x7C00u, (rounded - 0x38000000u) >> 13));
+  return static_cast<u16>(pick(magnitude < smallest, static_cast<u32>(lower + up), large) | ((bits >> 16) & 0x8000u));
 }
 
 template <u8 Base>
@@ -113,8 +120,7 @@ void store_kahan(const Operand& o, i64 from, i64 n, const float* __restrict valu
   for (i64 i = 0; i < n; ++i) main[i] = to_half<Half>(values[i]);
   for (i64 i = 0; i < n; ++i) {
     const float kept = from_half<Half>(main[i]);
-    const u32 finite_only = finite(bit_cast<u32>(kept)) ? ~0u : 0u;
-    lost[i] = to_half<Half>(float_of(bit_cast<u32>(values[i] - kept) & finite_only));
+    lost[i] = to_half<Half>(float_of(pick(finite(bit_cast<u32>(kept)), bit_cast<u32>(values[i] - kept), 0u)));
   }
 }
 
