@@ -128,9 +128,9 @@ class SOAP(Itemwise):
         >>> from fasttrain.optim import SOAP
         >>> weight = torch.nn.Parameter(torch.ones(2, 2))
         >>> optimizer = SOAP([weight], lr=0.1, weight_decay=0.0)
-        >>> for _ in range(2):
-        ...     weight.grad = torch.diag(torch.tensor([3.0, -0.5]))
-        ...     optimizer.step()
+        >>> weight.grad = torch.diag(torch.tensor([3.0, -0.5]))
+        >>> optimizer.step()  # the preconditioners begin
+        >>> optimizer.step()
         >>> weight.data
         tensor([[0.9000, 1.0000],
                 [1.0000, 1.1000]])
