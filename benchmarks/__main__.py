@@ -1,12 +1,23 @@
-"""Run the benchmarks, ``python -m benchmarks [step loop host threads import]``: tables, JSON files and a plot."""
+"""Run the benchmarks, all or some, ``python -m benchmarks [step pass ...]``: tables, JSON files and a plot."""
 
 from __future__ import annotations
 
 import sys
 
-from benchmarks import bench_host, bench_import, bench_loop, bench_step, bench_threads, harness, plot
+from benchmarks import (
+    bench_host,
+    bench_import,
+    bench_loop,
+    bench_optimizers,
+    bench_pass,
+    bench_step,
+    bench_threads,
+    harness,
+    plot,
+)
 
-SUITES = {"step": bench_step, "loop": bench_loop, "host": bench_host, "threads": bench_threads, "import": bench_import}
+SUITES = {"step": bench_step, "pass": bench_pass, "optimizers": bench_optimizers, "loop": bench_loop,
+          "host": bench_host, "threads": bench_threads, "import": bench_import}
 
 
 def main(names: list[str]) -> int:

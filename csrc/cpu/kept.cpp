@@ -65,7 +65,8 @@ void draw(const Kept& kept, int operand, i64 from, i64 n, u32* __restrict to) {
     const i64 left = (i64{1} << 32) - lower;
     if (left < count) count = left;
     const Drawn drawn(key, static_cast<u32>(index >> 32));
-    for (i64 i = 0; i < count; ++i) to[done + i] = drawn.bits(lower + static_cast<u32>(i));
+    u32* __restrict bits = to + done;
+    for (int i = 0; i < static_cast<int>(count); ++i) bits[i] = drawn.bits(lower + static_cast<u32>(i));
     done += count;
   }
 }
@@ -96,7 +97,7 @@ void step_kept(const RuleKernels& rule, const Kept& kept, i64 begin, i64 end, co
   if (clipped) own[0] = 1.0;
 
   alignas(kAligned) T staged[kMaxOperands][kPiece];
-  alignas(kAligned) u32 draws[kPiece];
+  alignas(kAligned) u32 draws[kMaxOperands][kPiece];
   float inverse[kMaxOperands][kPiece / 128];
   for (i64 from = begin; from < end; from += kPiece) {
     const i64 n = end - from < kPiece ? end - from : kPiece;
@@ -118,6 +119,9 @@ void step_kept(const RuleKernels& rule, const Kept& kept, i64 begin, i64 end, co
     for (int s = 0; s < streams; ++s) stream[s] = {reinterpret_cast<char*>(at[s]), sizeof(T) == 8 ? kF64 : kF32};
     (sizeof(T) == 8 ? rule.wide : rule.narrow)(stream, 0, n, own);
     if (kept.count > streams) average(n, at[streams], at[0], static_cast<T>(tail[1]), static_cast<T>(tail[2]));
+    // Whole-number work while the last divisions of the rule are under way.
+    for (int o = 0; o < kept.count; ++o)
+      if ((kept.operands[o].codec & kStochastic) != 0) draw(kept, o, from, n, draws[o]);
     for (int o = 0; o < kept.count; ++o) {  // all before the first is needed: the maximum of a block takes its time
       const Operand& operand = kept.operands[o];
       if (o != 1 && of[operand.codec].measure != nullptr) of[operand.codec].measure(operand, from, n, at[o], inverse[o]);
@@ -125,8 +129,7 @@ void step_kept(const RuleKernels& rule, const Kept& kept, i64 begin, i64 end, co
     for (int o = 0; o < kept.count; ++o) {
       const Operand& operand = kept.operands[o];
       if (o == 1 || (base_of(operand.codec) < kStorages && at[o] != staged[o])) continue;
-      if ((operand.codec & kStochastic) != 0) draw(kept, o, from, n, draws);
-      of[operand.codec].store(operand, from, n, at[o], inverse[o], draws);
+      of[operand.codec].store(operand, from, n, at[o], inverse[o], draws[o]);
     }
     if (kept.zero) {
       const i64 size = storage_bytes(base_of(kept.operands[1].codec));
