@@ -15,7 +15,7 @@ from torch.nn import Parameter
 from fasttrain.kernels import dispatch
 from fasttrain.kernels.item import Item
 from fasttrain.kernels.trace import trace
-from fasttrain.optim import COMPOSED, LAMB, LARS, OPTIMIZERS, Adafactor, Muon, Optimizer, StableAdamW
+from fasttrain.optim import COMPOSED, LAMB, LARS, OPTIMIZERS, SOAP, Adafactor, Muon, Optimizer, StableAdamW
 from fasttrain.rule import Rule
 
 ELEMENTWISE = {rule for optimizer in OPTIMIZERS for rule in optimizer.rules}
@@ -59,7 +59,7 @@ def test_rules(name: str, kinds: tuple[torch.dtype, ...], backend: str) -> None:
 
 MAKE: dict[str, Callable[..., Optimizer]] = {
     **{c.__name__: (lambda params, c=c, **options: c(params, **{"lr": 0.02, **options}))
-       for c in (LAMB, LARS, StableAdamW)},
+       for c in (LAMB, LARS, StableAdamW, SOAP)},
     "Adafactor": lambda params, **options: Adafactor(params, **{"lr": 0.02, **options}),
     "Muon": lambda params, **options: Muon(params, lr=0.02, **options),
 }

@@ -1,5 +1,7 @@
 #include "cpu/reduce_bind.h"
 
+#include <pybind11/stl.h>
+
 #include "cpu/factored.h"
 #include "cpu/norm.h"
 #include "cpu/plan.h"

@@ -23,12 +23,13 @@ from fasttrain.optim.rmsprop import RMSprop
 from fasttrain.optim.rprop import Rprop
 from fasttrain.optim.schedule_free import ScheduleFreeAdamW, ScheduleFreeSGD
 from fasttrain.optim.sgd import SGD
+from fasttrain.optim.soap import SOAP
 from fasttrain.optim.stable_adamw import StableAdamW
 from fasttrain.optim.statedict import convert
 from fasttrain.rule import Rule
 
 __all__ = ["ASGD", "AdEMAMix", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "Adan", "LAMB", "LARS",
-           "Lion", "Muon", "NAdam", "Optimizer", "RAdam", "RMSprop", "Rprop", "SGD", "ScheduleFreeAdamW",
+           "Lion", "Muon", "NAdam", "Optimizer", "RAdam", "RMSprop", "Rprop", "SGD", "SOAP", "ScheduleFreeAdamW",
            "ScheduleFreeSGD", "StableAdamW", "clip_grad_norm", "convert"]
 
 # Compiled for GPUs ahead of time in every usual combination of storages; the others in float32 and in float64.
@@ -36,7 +37,7 @@ COMMON: tuple[type[Optimizer], ...] = (AdamW, SGD, Lion)
 OPTIMIZERS: tuple[type[Optimizer], ...] = (
     *COMMON, Adadelta, Adagrad, Adamax, Adan, AdEMAMix, ASGD, NAdam, RAdam, RMSprop, Rprop, ScheduleFreeAdamW,
     ScheduleFreeSGD)
-COMPOSED: tuple[type[Optimizer], ...] = (Muon, Adafactor, LAMB, LARS, StableAdamW)  # not elementwise
+COMPOSED: tuple[type[Optimizer], ...] = (Muon, Adafactor, LAMB, LARS, StableAdamW, SOAP)  # not elementwise
 
 
 def rules_of(optimizers: tuple[type[Optimizer], ...]) -> tuple[Rule, ...]:
