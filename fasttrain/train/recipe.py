@@ -60,15 +60,19 @@ def settings(config: TrainConfig) -> dict[str, Any]:
     return chosen
 
 
-def build(config: TrainConfig, model: Any) -> Any:
-    """The optimizer over two groups: matrices, which decay, and gains (one dimension), which do not."""
+def build(config: TrainConfig, model: Any, **options: Any) -> Any:
+    """The optimizer over two groups: matrices, which decay, and gains (one dimension), which do not.
+
+    Args:
+        options: further arguments of the optimizer, as those of `fasttrain.precision.storage`.
+    """
     chosen = settings(config)
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     groups = [
         {"params": [(n, p) for n, p in named if p.ndim >= 2]},
         {"params": [(n, p) for n, p in named if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return optimizer_class(config.optimizer)(groups, **chosen)
+    return optimizer_class(config.optimizer)(groups, **{**chosen, **options})
 
 
 def check(config: TrainConfig) -> None:
