@@ -32,7 +32,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("rules", &rules, "Name and digest of the compiled rules, in order.");
   m.def("headers", &headers, "Hash of the headers that this build was made with.");
   m.def("load_rule", &load_rule, "Load a rule that was compiled on demand; returns its number.");
-  py::class_<Reader>(m, "Reader").def(py::init<const py::capsule&, py::tuple>());
+  py::class_<Reader>(m, "Reader").def(py::init<const py::capsule&, py::tuple, py::object>(), py::arg("exchange"),
+                                  py::arg("types"), py::arg("sharded") = py::none());
   py::class_<Plan>(m, "Plan")
       .def(py::init<Reader, const std::vector<py::list>&>())
       .def("scan", &Plan::scan)

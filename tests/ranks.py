@@ -24,7 +24,8 @@ PATIENCE_S = 60
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "torch.distributed", "fasttrain.parallel.data", "fasttrain.train.loop",
-                                 "fasttrain.train.recipe"])
+                                 "fasttrain.train.recipe", "torch.distributed.checkpoint.state_dict",
+                                 "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "pytest"])
 
 
 class RankFailed(AssertionError):

@@ -48,9 +48,27 @@ void prepare(Work& work, const RuleKernels& rule, bool wide, const Layout& layou
   work.elements = layout.elements() * (param.complex() ? 2 : 1);  // a complex number is two reals
 }
 
+py::object attribute(py::handle object, PyObject* name) {
+  auto found = py::reinterpret_steal<py::object>(PyObject_GetAttr(object.ptr(), name));
+  if (!found) throw py::error_already_set();
+  return found;
+}
+
+// Whether two DTensors have their parts in the same places. Equal meshes that are not the same object are left to Python.
+bool placed_alike(py::handle a, py::handle b) {
+  static PyObject* const spec = PyUnicode_InternFromString("_spec");
+  static PyObject* const mesh = PyUnicode_InternFromString("mesh");
+  static PyObject* const placements = PyUnicode_InternFromString("placements");
+  const py::object one = attribute(a, spec), other = attribute(b, spec);
+  if (one.is(other)) return true;
+  return attribute(one, mesh).is(attribute(other, mesh)) &&
+         attribute(one, placements).equal(attribute(other, placements));
+}
+
 }  // namespace
 
-Reader::Reader(const py::capsule& exchange, py::tuple types) : types_(std::move(types)) {
+Reader::Reader(const py::capsule& exchange, py::tuple types, py::object sharded)
+    : types_(std::move(types)), sharded_(std::move(sharded)) {
   api_ = exchange.get_pointer<const dlpack::ExchangeApi>();
   is_neg_ = types_[0].attr("is_neg");
   ahead_ = Ahead(types_[0]());
@@ -71,12 +89,25 @@ bool Reader::read(py::handle tensor, dlpack::Tensor* out) const {
       if (out->shape[i] == 0) return true;
     return false;
   }
-  return false;
+  const py::object part = local(tensor);
+  return !part.is_none() && !sharded(part) && read(part, out);
 }
 
-bool Reader::read_gradient(py::handle tensor, dlpack::Tensor* out) const {
-  if (!read(tensor, out)) return false;
-  PyObject* arguments[] = {tensor.ptr()};
+py::object Reader::local(py::handle tensor) const {
+  static PyObject* const name = PyUnicode_InternFromString("_local_tensor");
+  return sharded(tensor) ? attribute(tensor, name) : py::none();
+}
+
+i64 Reader::version(py::handle tensor) const {
+  const py::object part = local(tensor);
+  return version_of(tensor) + (part.is_none() ? 0 : version_of(part));
+}
+
+bool Reader::read_gradient(py::handle tensor, py::handle param, dlpack::Tensor* out) const {
+  if (sharded(tensor) != sharded(param) || (sharded(param) && !placed_alike(tensor, param)) || !read(tensor, out))
+    return false;
+  const py::object part = local(tensor);
+  PyObject* arguments[] = {part.is_none() ? tensor.ptr() : part.ptr()};
   const auto negated = py::reinterpret_steal<py::object>(PyObject_Vectorcall(is_neg_.ptr(), arguments, 1, nullptr));
   if (!negated) throw py::error_already_set();
   return negated.ptr() == Py_False;
@@ -179,7 +210,7 @@ bool Plan::patch(Entry& entry, py::handle grad, py::handle state) {
   Work& work = entry.work;
   dlpack::Tensor param, now;
   if (!reader_.read(entry.param, &param) || !entry.kinds[0].matches(param) || !entry.layout.matches(param)) return false;
-  if (!reader_.read_gradient(grad, &now) || !entry.kinds[1].matches(now) || !alike(param, now)) return false;
+  if (!reader_.read_gradient(grad, entry.param, &now) || !entry.kinds[1].matches(now) || !alike(param, now)) return false;
   placed_ &= work.streams[0].at == address(param);
   work.streams[0].at = address(param);
   if (entry.arrays != nullptr && entry.arrays->kept.zero) placed_ &= work.streams[1].at == address(now);
@@ -214,7 +245,7 @@ bool Plan::patch_arrays(Entry& entry) {
     placed_ &= *array.at == address(now);
     *array.at = address(now);
   }
-  return !arrays.watched || version_of(entry.param) == arrays.version;
+  return !arrays.watched || reader_.version(entry.param) == arrays.version;
 }
 
 // Three stages, each for an entry nearer to its turn: what the entry points to, then what that points to. Arrays lie one
@@ -343,7 +374,7 @@ bool Plan::set(int index, int rule, bool wide, py::dict state, const py::tuple& 
   entry.layout = Layout(now);
   if (!entry.layout.dense() || !take(entry.work, 0, now, entry.layout, param)) return false;
   const py::object grad = entry.param.attr("grad");
-  if (!reader_.read_gradient(grad, &now) || !take(entry.work, 1, now, entry.layout, param)) return false;
+  if (!reader_.read_gradient(grad, entry.param, &now) || !take(entry.work, 1, now, entry.layout, param)) return false;
   entry.kinds[1] = Kind(now);
   entry.work.counter = Counter();
   for (int i = 0; i < static_cast<int>(keys.size()); ++i) {
@@ -394,7 +425,7 @@ bool Plan::set_arrays(Entry& entry, const RuleKernels& rule, bool wide, py::dict
   if (!walkable(to, entry.layout) || !take_main(to, 0, now, entry.layout)) return false;
   work.streams[0].at = to.operands[0].main;
   const py::object grad = entry.param.attr("grad");
-  if (!reader_.read_gradient(grad, &now) || !take_main(to, 1, now, entry.layout)) return false;
+  if (!reader_.read_gradient(grad, entry.param, &now) || !take_main(to, 1, now, entry.layout)) return false;
   entry.kinds[1] = Kind(now);
   work.streams[1] = {to.operands[1].main, to.operands[1].codec};
   const auto add = [&](const py::object& key, char** at) {
@@ -420,7 +451,7 @@ bool Plan::set_arrays(Entry& entry, const RuleKernels& rule, bool wide, py::dict
     work.counter = {counter_type(now), address(now)};
     if (work.counter.type == Counter::kNone || now.ndim != 0) return false;
   }
-  if (arrays->watched) arrays->version = version_of(entry.param);
+  if (arrays->watched) arrays->version = reader_.version(entry.param);
   prepare(work, rule, wide, entry.layout, entry.kinds[0]);
   work.kept_kernel = wide ? kept_kernels().wide : kept_kernels().narrow;
   entry.arrays = std::move(arrays);
@@ -462,10 +493,10 @@ void Plan::arrange() {
     division_.add(entry.work);
     widest_ = std::max(widest_, 1 + entry.work.rule->coefficients + (entry.arrays != nullptr ? kTail : 0));
     if (listed++ % kBlock == 0) written_.emplace_back();
-    written_.back().append(entry.param);
-    for (int i = 0; i < entry.kept; ++i) written_.back().append(entry.tensors[i]);
+    list_written(entry.param);
+    for (int i = 0; i < entry.kept; ++i) list_written(entry.tensors[i]);
     if (entry.arrays == nullptr) continue;
-    for (const Arrays::Array& array : entry.arrays->all) written_.back().append(array.tensor);
+    for (const Arrays::Array& array : entry.arrays->all) list_written(array.tensor);
     any_random_ |= entry.arrays->random;
   }
   division_.close();
@@ -523,6 +554,13 @@ py::tuple Plan::squares(int threads) const {
   return squares_as_python(gradients, threads);
 }
 
+// Autograd may have saved the whole DTensor, or its local part.
+void Plan::list_written(py::handle tensor) {
+  written_.back().append(tensor);
+  const py::object part = reader_.local(tensor);
+  if (!part.is_none()) written_.back().append(part);
+}
+
 void Plan::increment_versions(const py::function& increment) const {
   for (size_t block = 0; block < written_.size(); ++block) {
     // The block after the next is fetched in three steps, each of which touches what the one before it fetched.
@@ -539,7 +577,7 @@ void Plan::increment_versions(const py::function& increment) const {
   if (any_arrays_)
     for (const Entry& entry : entries_)
       if (entry.active && entry.arrays != nullptr && entry.arrays->watched)
-        entry.arrays->version = version_of(entry.param);
+        entry.arrays->version = reader_.version(entry.param);
 }
 
 Counter counter_of(const Reader& reader, py::handle tensor) {

@@ -17,19 +17,28 @@ namespace fasttrain {
 
 namespace py = pybind11;
 
-// Reads tensors of the exact types `types` through `torch.Tensor.__dlpack_c_exchange_api__`.
+// Reads tensors of the exact types `types` through `torch.Tensor.__dlpack_c_exchange_api__`; and, if `sharded` is torch's
+// DTensor and not None, the local part of such.
 class Reader {
  public:
-  Reader(const py::capsule& exchange, py::tuple types);
+  Reader(const py::capsule& exchange, py::tuple types, py::object sharded);
   // False if only Python knows what the tensor holds: it is a subclass, or has no strided elements in memory.
   bool read(py::handle tensor, dlpack::Tensor* out) const;
   // The same for a gradient. Autograd may leave one that is to be negated when it is read (of an imaginary part, say).
-  bool read_gradient(py::handle tensor, dlpack::Tensor* out) const;
+  // A local part is the gradient only if it is placed as its parameter is.
+  bool read_gradient(py::handle tensor, py::handle param, dlpack::Tensor* out) const;
+  // The local part of a DTensor, or None.
+  py::object local(py::handle tensor) const;
+  // What changes whenever the elements of a tensor are written through torch, through the whole or the local part.
+  i64 version(py::handle tensor) const;
   const Ahead& ahead() const { return ahead_; }
 
  private:
   const dlpack::ExchangeApi* api_;
+  bool sharded(py::handle tensor) const { return reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr())) == sharded_.ptr(); }
+
   py::tuple types_;
+  py::object sharded_;
   py::object is_neg_;
   Ahead ahead_;
 };
@@ -139,6 +148,7 @@ class Plan {
   void fetch_ahead(size_t index) const;
   void fetch_arrays_ahead(size_t index) const;
   void arrange();
+  void list_written(py::handle tensor);
   void increment_versions(const py::function& increment) const;
 
   Reader reader_;

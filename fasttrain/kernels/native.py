@@ -55,9 +55,10 @@ def why_not(device: torch.device) -> str | None:
 
 
 @cache
-def reader() -> Any:
-    """Reads tensors through the C functions that torch publishes."""
-    return module().Reader(torch.Tensor.__dlpack_c_exchange_api__, (torch.Tensor, torch.nn.Parameter))
+def reader(sharded: type | None = None) -> Any:
+    """Reads tensors through the C functions that torch publishes; and, if `sharded` is DTensor, the local part of such.
+    """
+    return module().Reader(torch.Tensor.__dlpack_c_exchange_api__, (torch.Tensor, torch.nn.Parameter), sharded)
 
 
 @cache

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fasttrain.kernels import norm
-from fasttrain.optim.local import local, shares, statistics_of_shards
+from fasttrain.optim.local import is_dtensor, local, settle, shares, statistics_of_parts
 
 
 def coefficient(total: float, largest: float | None) -> float:
@@ -25,18 +25,21 @@ def coefficient(total: float, largest: float | None) -> float:
     return scale if not scale >= 1.0 else 1.0  # NaN stays NaN
 
 
-def coefficient_of_one(grad: Tensor | None, scale: float, largest: float | None) -> float:
+def coefficient_of_one(p: Tensor, scale: float, largest: float | None) -> float:
     """The coefficient for one parameter's own gradient, which the step multiplies with `scale` as well."""
-    if grad is None or largest is None:
+    if p.grad is None or largest is None:
         return 1.0
-    square = statistics_of_shards(grad)[0] if shares(grad) else norm.squares([local(grad)])[0][0]
-    return coefficient(scale * math.sqrt(square.item()), largest)
+    squares, _ = statistics_of_parts([p]) if shares(p) else norm.squares([local(p.grad)])
+    return coefficient(scale * math.sqrt(squares[0].item()), largest)
 
 
-def gradients(optimizers: Iterable[Any]) -> list[Tensor]:
-    """The gradients of all parameters of the optimizers, each parameter once."""
-    return list({id(p): p.grad for optimizer in optimizers for group in optimizer.param_groups
-                 for p in group["params"] if p.grad is not None}.values())
+def parameters(optimizers: Iterable[Any]) -> list[Tensor]:
+    """All parameters of the optimizers that are trained, each once; their gradients are placed as they are."""
+    params = list({id(p): p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]
+                   if p.grad is not None or p.requires_grad}.values())
+    for p in params:
+        settle(p)
+    return params
 
 
 @torch.no_grad()
@@ -45,23 +48,23 @@ def statistics(optimizers: Iterable[Any]) -> tuple[Tensor, Tensor]:
 
     Gradients that are shards (DTensor) are added over the processes, copies are counted once.
     """
-    grads = gradients(optimizers)
-    if not grads:
-        return torch.zeros((), dtype=torch.float64), torch.tensor(False)
-    home = grads[0].device
+    params = parameters(optimizers)
+    cut = [p for p in params if shares(p)]  # with those that have no gradient here: others may have one
+    whole = [local(p.grad) for p in params if p.grad is not None and not shares(p)]
     sums, found = [], []
-    for device in dict.fromkeys(grad.device for grad in grads):
-        whole = [local(grad) for grad in grads if grad.device == device and not shares(grad)]
-        if whole:
-            squares, bad = norm.squares([grad.coalesce().values() if grad.is_sparse else grad for grad in whole])
-            sums.append(norm.total(squares).to(home))
-            found.append(bad.to(home))
-    for grad in grads:
-        if shares(grad):
-            square, bad = statistics_of_shards(grad)
-            sums.append(square.to(home))
-            found.append(bad.to(home))
-    return norm.total(torch.stack(sums)), torch.stack(found).any()
+    for device in dict.fromkeys(grad.device for grad in whole):
+        squares, bad = norm.squares([grad.coalesce().values() if grad.is_sparse else grad for grad in whole
+                                     if grad.device == device])
+        sums.append(norm.total(squares))
+        found.append(bad)
+    if cut:
+        squares, bad = statistics_of_parts(cut)
+        sums.append(norm.total(squares))
+        found.append(bad)
+    if not sums:
+        return torch.zeros((), dtype=torch.float64), torch.tensor(False)
+    home = sums[0].device
+    return norm.total(torch.stack([part.to(home) for part in sums])), torch.stack([bad.to(home) for bad in found]).any()
 
 
 def grad_norm(optimizers: Iterable[Any], norm_type: float = 2.0) -> Tensor:
@@ -72,7 +75,12 @@ def grad_norm(optimizers: Iterable[Any], norm_type: float = 2.0) -> Tensor:
     """
     if norm_type == 2.0:
         return statistics(optimizers)[0].sqrt().float()
-    return torch.nn.utils.get_total_norm(gradients(optimizers), norm_type)
+    grads = [p.grad for p in parameters(optimizers) if p.grad is not None]
+    if not any(map(is_dtensor, grads)):
+        return torch.nn.utils.get_total_norm(grads, norm_type)
+    norms = [torch.linalg.vector_norm(grad, norm_type) for grad in grads]
+    whole = torch.stack([one.full_tensor() if is_dtensor(one) else one for one in norms])  # type: ignore[attr-defined]
+    return torch.linalg.vector_norm(whole, norm_type)
 
 
 def clip_grad_norm(optimizers: Iterable[Any], max_norm: float, norm_type: float = 2.0,

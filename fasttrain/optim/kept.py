@@ -27,11 +27,13 @@ class Layout:
         codecs: their numbers.
         keys: names in the optimizer's state of the first arrays; None for p and g.
         extras: names of the second arrays, None where there is none.
+        widened: states that are fp32 though the options say a block code, because shards cut its blocks.
     """
 
     codecs: tuple[int, ...]
     keys: tuple[str | None, ...]
     extras: tuple[str | None, ...]
+    widened: tuple[str, ...] = ()
 
     @property
     def averaged(self) -> bool:
@@ -66,7 +68,9 @@ def layout(name: str, p: Tensor, grad_dtype: torch.dtype, group: Mapping[str, An
                         "real floating-point parameters: put it into a group of its own")
     own = param_codec(name, p.dtype, group)
     states = [state_codec(name, state, p.dtype, p.numel(), group, rule, scalars) for state in rule.state]
-    if cuts_blocks(p, BLOCKS):  # shards that cut blocks keep fp32: the same values whatever the number of shards
+    widened: tuple[str, ...] = ()
+    if any(codec(number).block for number in states) and cuts_blocks(p, BLOCKS):
+        widened = tuple(key for key, number in zip(rule.state, states, strict=True) if codec(number).block)
         states = [PLAIN[torch.float32] if codec(number).block else number for number in states]
     codecs, keys = [own, PLAIN[grad_dtype], *states], [None, None, *rule.state]
     if group.get("ema_decay") is not None:
@@ -74,7 +78,7 @@ def layout(name: str, p: Tensor, grad_dtype: torch.dtype, group: Mapping[str, An
         keys.append(EMA)
     scales = [f"{key}_scale" if codec(number).block else None for number, key in zip(codecs, keys, strict=True)]
     extras = [EXTRA_KEYS.get(codec(own).name), None, *scales[2:]]
-    return Layout(tuple(codecs), tuple(keys), tuple(extras))
+    return Layout(tuple(codecs), tuple(keys), tuple(extras), widened)
 
 
 def arrays(number: int, like: Tensor, values: Tensor | None = None) -> tuple[Tensor, Tensor | None]:

@@ -1,12 +1,14 @@
 """Shards: the local part of a DTensor, where it lies in the whole, and sums over all parts.
 
-`torch.distributed.tensor` takes long to import, so it is imported only where there is a DTensor already.
+`torch.distributed.tensor` takes long to import, so it is imported only where there is a DTensor already. A placement is
+known by its attributes: `_StridedShard`, which `fully_shard` over tensor parallelism gives, is no `Shard`.
 """
 
 from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,10 +17,15 @@ from torch import Tensor
 from fasttrain.kernels import norm
 
 
+def dtensor_type() -> Any:
+    """DTensor, or None where nobody has imported it, so that there is none."""
+    return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+
+
 def is_dtensor(tensor: Any) -> bool:
     """Whether this is a tensor of which other processes hold other parts, or the same."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
+    known = dtensor_type()
+    return known is not None and isinstance(tensor, known)
 
 
 def shares(tensor: Any) -> bool:
@@ -26,63 +33,146 @@ def shares(tensor: Any) -> bool:
     return is_dtensor(tensor) and not all(placement.is_replicate() for placement in tensor.placements)
 
 
-def local(tensor: Tensor) -> Tensor:
-    """The elements in this process's memory."""
-    return tensor._local_tensor if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+def local(tensor: Any) -> Any:
+    """The elements in this process's memory; what is no DTensor is returned as it is."""
+    if not is_dtensor(tensor):
+        return tensor
+    part = tensor._local_tensor
+    return part.wait() if hasattr(part, "wait") else part  # the result of a collective that is under way
 
 
-def alike(tensor: Any, pattern: Any) -> Any:
-    """The tensor, placed as `pattern` is: addends are summed, shards exchanged; a collective where it must be."""
-    if is_dtensor(pattern) and is_dtensor(tensor) and tensor.placements != pattern.placements:
-        return tensor.redistribute(pattern.device_mesh, pattern.placements)
-    return tensor
+def version(tensor: Any) -> int:
+    """What changes whenever a tensor is written through torch, through the whole or through its local part."""
+    return tensor._version + (tensor._local_tensor._version if is_dtensor(tensor) else 0)
 
 
-def statistics_of_shards(tensor: Any) -> tuple[Tensor, Tensor]:
-    """The sum of squares of the whole tensor, float64, and whether any element of it is infinite or NaN.
+def check_placed(name: str, p: Any) -> None:
+    """Raise if a parameter, or its gradient, is cut in a way that cannot be stepped."""
+    if is_dtensor(p) and any(placement.is_partial() for placement in p.placements):
+        raise ValueError(f"{name} is placed {p.placements}: each process holds an addend of it, and a step cannot change "
+                         "a sum; redistribute it to Replicate or Shard")
+    if is_dtensor(p.grad) and not is_dtensor(p):
+        raise TypeError(f"{name} is no DTensor, and its gradient is one, placed {p.grad.placements}: distribute the "
+                        "parameter (distribute_tensor), or give it grad.full_tensor()")
 
-    A collective: the same on every process that holds a part.
+
+@torch.no_grad()
+def settle(p: Any) -> None:
+    """Have the gradient placed as its parameter is: addends are summed, shards exchanged.
+
+    A collective where it has to be done, which puts the new gradient into the place of the old one: the norm and the step
+    need it both.
     """
+    grad = p.grad
+    if not is_dtensor(p) or not is_dtensor(grad) or (
+            grad.placements == p.placements and grad.device_mesh == p.device_mesh):
+        return
+    p.grad = grad.redistribute(p.device_mesh, p.placements)
+
+
+def sum_over_parts(values: Tensor, like: Any) -> Tensor:
+    """The sum of local numbers over the processes that hold different parts; a collective, the same bits on each."""
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
-    if any(placement.is_partial() for placement in tensor.placements):
-        tensor = tensor.redistribute(placements=[Replicate() if placement.is_partial() else placement
-                                                 for placement in tensor.placements])
-    squares, found = norm.squares([tensor._local_tensor])
-    placements = [Replicate() if placement.is_replicate() else Partial("sum") for placement in tensor.placements]
-    both = torch.stack([squares[0], found.to(squares)])
-    square, count = DTensor.from_local(both, tensor.device_mesh, placements, run_check=False).full_tensor()
-    return square, count != 0
+    placements = [Replicate() if placement.is_replicate() else Partial("sum") for placement in like.placements]
+    return DTensor.from_local(values, like.device_mesh, placements, run_check=False).full_tensor()
+
+
+def statistics_of_parts(params: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    """Of the gradients of parameters that share: the sum of squares of each, float64, and whether any element of any is
+    infinite or NaN.
+
+    One collective for all that are cut over the same processes, in which a process without gradients takes part too.
+    The gradients are settled.
+    """
+    groups: dict[Any, list[int]] = {}
+    for index, p in enumerate(params):
+        cut = tuple(not placement.is_replicate() for placement in p.placements)
+        groups.setdefault((p.device_mesh, cut, p.device), []).append(index)
+    sums: list[Any] = [None] * len(params)
+    found = []
+    for (_, _, device), members in groups.items():
+        both = torch.zeros(len(members) + 1, dtype=torch.float64, device=device)
+        given = [place for place, index in enumerate(members) if params[index].grad is not None]
+        if given:
+            squares, bad = norm.squares([local(params[members[place]].grad) for place in given])
+            both[torch.tensor(given, device=device)] = squares
+            both[-1] = bad.to(both)
+        both = sum_over_parts(both, params[members[0]])
+        found.append(both[-1] != 0)
+        for index, square in zip(members, both[:-1], strict=True):
+            sums[index] = square
+    home = params[0].device
+    return torch.stack([square.to(home) for square in sums]), torch.stack([bad.to(home) for bad in found]).any()
 
 
 def as_whole(values: Tensor, pattern: Any) -> Tensor:
     """A local array, one element for each of the pattern's or one for each of its blocks, placed like the pattern."""
     if not is_dtensor(pattern):
         return values
-    from torch.distributed.tensor import DTensor
-
-    if values.shape == pattern._local_tensor.shape:
+    if values.shape == local(pattern).shape:
         shape, stride = pattern.shape, pattern.stride()
     else:
         shape, stride = torch.Size([len(values) * parts(pattern)]), (1,)
-    return DTensor.from_local(values, pattern.device_mesh, pattern.placements, run_check=False, shape=shape,
-                              stride=stride)
+    return dtensor_type().from_local(values, pattern.device_mesh, pattern.placements, run_check=False, shape=shape,
+                                     stride=stride)
+
+
+def part_of(whole: Tensor, pattern: Any) -> Tensor:
+    """What this process holds of a tensor that every process has, if it is placed like the pattern."""
+    return whole[torch.meshgrid(*positions(pattern), indexing="ij")] if pattern.dim() else whole
+
+
+def cuts(tensor: Any) -> list[tuple[int, Any]]:
+    """Mesh dimension and placement of every cut of a tensor, in the order in which they are made."""
+    if not is_dtensor(tensor):
+        return []
+    return [(dim, placement) for dim, placement in enumerate(tensor.placements)
+            if not placement.is_replicate() and not placement.is_partial()]
 
 
 def parts(tensor: Any) -> int:
     """Into how many shards a tensor is cut."""
-    if not is_dtensor(tensor):
-        return 1
-    sizes = [tensor.device_mesh.size(dim) for dim, placement in enumerate(tensor.placements) if placement.is_shard()]
-    return math.prod(sizes)
+    return math.prod(tensor.device_mesh.size(dim) for dim, _ in cuts(tensor))
+
+
+def chunk(index: Tensor, count: int, number: int) -> Tensor:
+    """One of `count` chunks as `torch.chunk` makes them, with empty ones at the end."""
+    size = -(-len(index) // count)
+    return index[number * size:(number + 1) * size]
+
+
+def positions(tensor: Any) -> list[Tensor]:
+    """For each dimension, the indices in the whole that this process holds of it."""
+    index = [torch.arange(size) for size in tensor.shape]
+    mine = tensor.device_mesh.get_coordinate() if cuts(tensor) else None
+    for mesh_dim, placement in cuts(tensor):
+        count, number = tensor.device_mesh.size(mesh_dim), mine[mesh_dim]
+        pieces = getattr(placement, "split_factor", 1)  # _StridedShard takes its chunk of each of so many pieces
+        index[placement.dim] = torch.cat([chunk(chunk(index[placement.dim], pieces, piece), count, number)
+                                          for piece in range(pieces)])
+    return index
+
+
+def run_length(index: Tensor) -> int:
+    """How many indices follow one another at the start."""
+    breaks = (index.diff() != 1).nonzero()
+    return int(breaks[0]) + 1 if len(breaks) else len(index)
 
 
 def cuts_blocks(tensor: Any, block: int) -> bool:
-    """Whether a shard may begin or end inside a block of so many elements, counted from the first of the whole."""
+    """Whether a shard may begin or end inside a block of so many elements, counted from the first of the whole.
+
+    The answer is the same on every process.
+    """
+    made = cuts(tensor)
     if parts(tensor) == 1:
         return False
-    rows = all(placement.is_replicate() or placement.is_shard(0) for placement in tensor.placements)
-    return not rows or tensor.shape[0] % parts(tensor) != 0 or tensor.numel() // parts(tensor) % block != 0
+    finest = [tensor.device_mesh.size(dim) * getattr(placement, "split_factor", 1) for dim, placement in made]
+    if any(placement.dim for _, placement in made) or any(tensor.shape[0] % n for n in (parts(tensor), *finest)):
+        return True
+    row = tensor.numel() // max(1, tensor.shape[0])
+    return run_length(positions(tensor)[0]) * row % block != 0
 
 
 def place(name: str, tensor: Any) -> tuple[int, int, int]:
@@ -91,20 +181,25 @@ def place(name: str, tensor: Any) -> tuple[int, int, int]:
     Raises:
         ValueError: they do not lie in runs of one length at one distance.
     """
-    if not shares(tensor):
+    if not shares(tensor) or local(tensor).numel() == 0:
         return 0, 0, 0
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    sizes, starts = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    whole = list(tensor.shape)
-    strides = [math.prod(whole[dim + 1:]) for dim in range(len(whole))]
-    first = sum(start * stride for start, stride in zip(starts, strides, strict=True))
-    cut = [dim for dim in range(len(whole)) if sizes[dim] != whole[dim]]
-    if not cut or all(sizes[dim] == 1 for dim in range(cut[-1])):
+    whole, index = tensor.shape, positions(tensor)
+    cut = [dim for dim, held in enumerate(index) if len(held) != whole[dim]]
+    if not cut:
+        return 0, 0, 0
+    inner, strides = cut[-1], [math.prod(whole[dim + 1:]) for dim in range(len(whole))]
+    stride = strides[inner]
+    outer = torch.zeros(1, dtype=torch.int64)  # where each of what lies outside of the innermost cut begins
+    for dim in range(inner):
+        outer = (outer[:, None] + index[dim] * strides[dim]).flatten()
+    first, run = int(outer[0] + index[inner][0] * stride), run_length(index[inner])
+    if len(outer) == 1 and run == len(index[inner]):
         return first, 0, 0
-    inner = cut[-1]
-    if any(sizes[dim] != whole[dim] for dim in range(1, inner)):
-        raise ValueError(f"{name} is cut in dimensions {cut}: stochastic rounding needs shards whose elements lie at "
-                         "one distance in the whole; use another master, state_rounding='nearest', or other "
-                         "placements")
-    return first, sizes[inner] * strides[inner], whole[inner] * strides[inner]
+    starts = (outer[:, None] + index[inner][::run] * stride).flatten()
+    apart = starts.diff()
+    runs = index[inner].view(-1, run) if len(index[inner]) % run == 0 else None
+    if runs is None or (runs.diff() != 1).any() or (apart != apart[0]).any():
+        raise ValueError(f"{name} is placed {tensor.placements}: stochastic rounding needs shards whose elements lie in "
+                         "runs of one length and distance in the whole; use another master, "
+                         "state_rounding='nearest', or other placements")
+    return first, run * stride, int(apart[0])

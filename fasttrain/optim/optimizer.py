@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -35,7 +36,7 @@ from fasttrain.optim import clip, ema, kept, statedict
 from fasttrain.optim.arrival import Arrival
 from fasttrain.optim.checks import check_counter, check_gradient, check_running, number, plain, reals
 from fasttrain.optim.equation import EQUATION, reads_step
-from fasttrain.optim.local import alike, as_whole, is_dtensor, local, place
+from fasttrain.optim.local import as_whole, check_placed, dtensor_type, is_dtensor, local, place, settle, shares, version
 from fasttrain.optim.report import StepReport
 from fasttrain.precision import draws
 from fasttrain.precision.storage import DEFAULTS, describe, is_plain, normalised
@@ -327,7 +328,7 @@ class Optimizer(torch.optim.Optimizer):
         if self.defaults.get("differentiable") or wanted not in (None, "cpu") or native.load()[0] is None:
             self._plan = None
             return [index for index, where in enumerate(self._places) if self._param(where).grad is not None]
-        self._plan = native.module().Plan(native.reader(), lists)
+        self._plan = native.module().Plan(native.reader(dtensor_type()), lists)
         return self._plan.scan(self.state, lists)
 
     def _param(self, where: tuple[int, int]) -> Tensor:
@@ -350,7 +351,9 @@ class Optimizer(torch.optim.Optimizer):
     def _examine(self, where: tuple[int, int], rule: Rule, report: StepReport) -> Examined:
         """Check one parameter and make its states."""
         group, whole, name = self.param_groups[where[0]], self._param(where), self._name(where)
-        p, grad = local(whole), local(alike(whole.grad, whole))
+        check_placed(name, whole)
+        settle(whole)
+        p, grad = local(whole), local(whole.grad)
         check_gradient(name, p, grad)
         known = len(self.state.get(whole, ()))
         fresh = self.init_state(whole, group, rule)
@@ -393,12 +396,14 @@ class Optimizer(torch.optim.Optimizer):
         known = self._versions.pop(id(p), -1)
         if known < 0 and self._plan is not None:
             known = self._plan.version(self._places.index(where))
-        return known >= 0 and known != p._version
+        return known >= 0 and known != version(p)
 
     def _describe(self, index: int, one: Examined) -> bool:
         """Give a parameter to the plan, if it can take it."""
         rule, p = one.item.rule, self._param(self._places[index])
-        if self._plan is None or self.running or p.is_complex() or p.device.type != "cpu" or is_dtensor(p):
+        if self._plan is None or self.running or p.is_complex() or p.device.type != "cpu":
+            return False
+        if shares(p) and one.group.get("clip_each") is not None:  # the plan knows the norm of the local part
             return False
         if native.number_of(rule) is None:
             return False
@@ -459,10 +464,10 @@ class Optimizer(torch.optim.Optimizer):
         """What steps the parameters that are not in the plan, each on the backend of its device."""
         by_backend: dict[str, list[Item]] = {}
         runs: list[Callable[[], None]] = []
-        watched = []
+        watched, wholes = [], []
         for one in examined:
             group, p = one.group, self._param(one.where)
-            own = scale * clip.coefficient_of_one(p.grad, abs(scale), group.get("clip_each"))
+            own = scale * clip.coefficient_of_one(p, abs(scale), group.get("clip_each"))
             if self.defaults.get("differentiable"):
                 scalars = one.item.rule.scalars(int(one.step), group)
                 item = replace(one.item, row=self._row(one.item.rule, group, one.step, own) if one.kept else ())
@@ -473,11 +478,15 @@ class Optimizer(torch.optim.Optimizer):
             item = replace(one.item, row=self._row(one.item.rule, group, one.step, own), key=key)
             by_backend.setdefault(backend, []).append(item)
             report.count(item)
+            if is_dtensor(p):
+                wholes.append(p)
             if one.kept is not None and one.kept.extras[0] is not None:
                 watched.append(p)
         for backend, chosen in by_backend.items():
             for together in in_turns(chosen):
                 runs.append(partial(self._run, dispatch.load(backend).step, together, report))
+        if wholes:  # the kernels have written their local parts; autograd may have saved the wholes
+            runs.append(partial(torch.autograd.graph.increment_version, wholes))
         if watched:
             runs.append(partial(self._remember, watched))
         return iter(runs)
@@ -486,7 +495,7 @@ class Optimizer(torch.optim.Optimizer):
         report.launches += step(items) or 1
 
     def _remember(self, watched: list[Tensor]) -> None:
-        self._versions.update((id(p), p._version) for p in watched)
+        self._versions.update((id(p), version(p)) for p in watched)
 
     # --- Around the step ----------------------------------------------------------------------------------------------
 
@@ -650,8 +659,14 @@ class Optimizer(torch.optim.Optimizer):
                 raise ValueError(f"group {index} is given {describe(group)}; {type(self).__name__} does not step it "
                                  "element by element, and keeps it as torch would: leave these options out")
             group.setdefault("maximize", False)
+            widened = []
             for place, p in enumerate(group["params"]):
-                self._layout(self._name((index, place)), p, p.dtype, group, self.rule_of(group))
+                name = self._name((index, place))
+                if self._layout(name, p, p.dtype, group, self.rule_of(group)).widened:
+                    widened.append(name)
+            if widened:
+                warnings.warn(f"group {index} keeps fp32 states for {', '.join(widened)} in spite of {describe(group)}: "
+                              f"its shards cut blocks of {kept.BLOCKS} elements", stacklevel=5)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, of this class or of torch's optimizer of the same name; every state keeps its own dtype.
