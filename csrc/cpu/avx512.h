@@ -1,5 +1,5 @@
-// What GCC makes worse than it could of the hottest codecs' loops: the same bits, in vectors by name. Each function takes
-// a whole block of 256 elements; `blocks.h` has the same for every processor, and for what is left of a tensor.
+// The loops of the hottest codecs, for which GCC 12 makes more instructions than they need: the same bits, in vectors by
+// name. Each function takes a whole block of 256 elements; `blocks.h` has them for every other case.
 #pragma once
 #include <immintrin.h>
 
@@ -58,7 +58,8 @@ inline void store_squares_of_whole(u8* to, const float* values, float inverse) {
 
 inline void load_squares_of_whole(const u8* codes, float unit, float* to) {
   for (i64 i = 0; i < kWhole; i += 16) {
-    const Floats c = __builtin_convertvector(bit_cast<Ints>(_mm512_maskz_cvtepi8_epi32(kAll, load_vector<__m128i>(codes + i))), Floats);
+    const Ints code = bit_cast<Ints>(_mm512_maskz_cvtepi8_epi32(kAll, load_vector<__m128i>(codes + i)));
+    const Floats c = __builtin_convertvector(code, Floats);
     store_vector(to + i, c * bit_cast<Floats>(bit_cast<Ints>(c) & 0x7FFFFFFF) * unit);
   }
 }

@@ -56,7 +56,7 @@ void measure_blocks(const Operand& o, i64 from, i64 n, const float* __restrict v
   }
 }
 
-// --- Squares: unit * c * |c| ---------------------------------------------------------------------------------------------
+// --- Squares: unit * c * |c| -----------------------------------------------------------------------------------------
 
 // A little below the root of a number up to 2^14, by less than 1/2: an estimate from the bits, and one step of Newton's
 // method, which never ends above; 1.49999 instead of 1.5 is for what the products round.
@@ -65,8 +65,9 @@ HOST_DEVICE float low_root(float x) {
   return x * (inverse * (1.49999f - (0.5f * x) * (inverse * inverse)));
 }
 
-// The code of a magnitude, without its sign, as a float: the largest c with (c - 1/2)^2 <= magnitude, or 0; at random, one of the two
-// c around its root. A low root gives that c or the one before it; products of such small numbers are exact, and tell.
+// The code of a magnitude, without its sign, as a float: the largest c with (c - 1/2)^2 <= magnitude, or 0; at random,
+// one of the two c around its root. A low root gives that c or the one before it; products of such small numbers are
+// exact, and tell which.
 template <bool Random>
 HOST_DEVICE float square_code(float magnitude, [[maybe_unused]] u32 draw, [[maybe_unused]] float top) {
   const float root = low_root(magnitude);
@@ -83,7 +84,7 @@ HOST_DEVICE float square_code(float magnitude, [[maybe_unused]] u32 draw, [[mayb
   }
 }
 
-// --- Octaves: unit * 2^((c - top) / 8), the power linear between octaves -------------------------------------------------
+// --- Octaves: unit * 2^((c - top) / 8), the power linear between octaves ---------------------------------------------
 
 template <int Top, int Shift, bool Random>
 HOST_DEVICE int octave_code(float magnitude, [[maybe_unused]] u32 draw) {
@@ -94,7 +95,7 @@ HOST_DEVICE int octave_code(float magnitude, [[maybe_unused]] u32 draw) {
   return most > 1 ? most : 1;
 }
 
-// --- 8-bit floats --------------------------------------------------------------------------------------------------------
+// --- 8-bit floats ----------------------------------------------------------------------------------------------------
 
 // Where such a float's mantissa lies in the bits of an fp32 number of 2^-bias times its value.
 struct Form {
@@ -129,7 +130,7 @@ HOST_DEVICE int float_code(float magnitude, [[maybe_unused]] u32 draw) {
   return code < f.largest ? code : f.largest;
 }
 
-// --- All of them ---------------------------------------------------------------------------------------------------------
+// --- All of them -----------------------------------------------------------------------------------------------------
 
 // The code of a value in a block that is neither zero nor broken.
 template <u8 Codec>
@@ -139,9 +140,11 @@ HOST_DEVICE u8 code_of(float value, float inverse, u32 draw) {
   const float magnitude = absolute(value) * inverse;
   if constexpr (base == kE4M3 || base == kE5M2) {
     const int code = float_code<base, random>(magnitude, draw);
-    return static_cast<u8>(positive ? (value != 0.0f && code == 0 ? 1 : code) : code | static_cast<int>((bit_cast<u32>(value) >> 24) & 0x80u));
+    const int sign = static_cast<int>((bit_cast<u32>(value) >> 24) & 0x80u);
+    return static_cast<u8>(positive ? (value != 0.0f && code == 0 ? 1 : code) : code | sign);
   } else if constexpr (positive) {
-    const int code = base == kInt4 ? octave_code<15, 23, random>(magnitude, draw) : octave_code<255, 20, random>(magnitude, draw);
+    constexpr int top = base == kInt4 ? 15 : 255, shift = base == kInt4 ? 23 : 20;
+    const int code = octave_code<top, shift, random>(magnitude, draw);
     return static_cast<u8>(value != 0.0f ? code : 0);
   } else {
     // The sign is given to the float; an addend leaves a whole number's lowest bits, in two's complement.

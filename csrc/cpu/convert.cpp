@@ -34,7 +34,8 @@ Conversion prepare(const Reader& reader, int codec, py::handle main, py::handle 
   c.values = reinterpret_cast<float*>(words_of(reader, values, dlpack::kFloat, &layout));
   c.elements = layout.elements();
   dlpack::Tensor now;
-  if (!reader.read(main, &now) || !take_main(c.kept, 0, now, layout) || extra.is_none() != (extra_size(c.kept.operands[0].codec) == 0) ||
+  const bool alone = extra_size(c.kept.operands[0].codec) == 0;
+  if (!reader.read(main, &now) || !take_main(c.kept, 0, now, layout) || extra.is_none() != alone ||
       (!extra.is_none() && (!reader.read(extra, &now) || !take_extra(c.kept, 0, now, layout))))
     throw std::invalid_argument("these are not the arrays of codec " + std::to_string(codec));
   return c;
@@ -71,7 +72,6 @@ void decode(const Reader& reader, int codec, py::handle main, py::handle extra, 
 i64 count_broken_splits(int codec, u32 first, u32 last) {
   if (codec != kSplit16 && codec != kSplit8) throw std::invalid_argument("not the codec of a split");
   const Codec<float>& split = kept_kernels().codecs[codec];
-  const int most = codec == kSplit16 ? 0 : 0x80;  // what may be lost, in units of the last place
   alignas(64) u32 bits[kPiece], back[kPiece];
   alignas(64) unsigned short main[kPiece], extra[kPiece];
   const Operand operand{reinterpret_cast<char*>(main), reinterpret_cast<char*>(extra), static_cast<u8>(codec)};
@@ -86,10 +86,12 @@ i64 count_broken_splits(int codec, u32 first, u32 last) {
     for (i64 i = 0; i < n; ++i) {
       const int magnitude = static_cast<int>(bits[i] & 0x7FFFFFFFu), kept = static_cast<int>(back[i] & 0x7FFFFFFFu);
       const int lost = magnitude > kept ? magnitude - kept : kept - magnitude;
-      const int least = magnitude >= 0x7F7FFF80 ? 0xFF : 0x80;  // those above the last number of 24 bits become it
-      const int allowed = most == 0 ? 0 : magnitude == 0x7F800000 ? 0 : least;
+      // In units of the last place; those above the last number of 24 bits become it.
+      const int half = magnitude == 0x7F800000 ? 0 : magnitude >= 0x7F7FFF80 ? 0xFF : 0x80;
+      const int allowed = codec == kSplit16 ? 0 : half;
       const bool nan = magnitude > 0x7F800000;
-      const bool right = (bits[i] >> 31 == back[i] >> 31) & (lost <= allowed) & ((magnitude < 0x7F800000) == (kept < 0x7F800000));
+      const bool finite = (magnitude < 0x7F800000) == (kept < 0x7F800000);
+      const bool right = (bits[i] >> 31 == back[i] >> 31) & (lost <= allowed) & finite;
       const bool still_nan = (kept > 0x7F800000) & ((main[i] & 0x7FFF) > 0x7F80);
       wrong += nan ? !still_nan : !right;
     }

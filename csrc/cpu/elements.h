@@ -39,7 +39,8 @@ HOST_DEVICE u16 random_f16(float x, u32 draw) {
   const int lower = static_cast<int>(steps);
   const int up = drawn_fraction(draw) < (steps - static_cast<float>(lower)) * 0x1p24f ? 1 : 0;
   const u32 rounded = normal & 0x7FFFFFFFu;  // a number of fp16, but perhaps too large
-  const u32 large = pick(rounded > 0x7F800000u, 0x7E00u, pick(rounded >= 0x47800000u, 0x7C00u, (rounded - 0x38000000u) >> 13));
+  const u32 fits = pick(rounded >= 0x47800000u, 0x7C00u, (rounded - 0x38000000u) >> 13);
+  const u32 large = pick(rounded > 0x7F800000u, 0x7E00u, fits);
   return static_cast<u16>(pick(magnitude < smallest, static_cast<u32>(lower + up), large) | ((bits >> 16) & 0x8000u));
 }
 
@@ -54,7 +55,8 @@ void load_elements(const Operand& o, i64 from, i64 n, T* __restrict to) {
 }
 
 template <u8 Codec, class T>
-void store_elements(const Operand& o, i64 from, i64 n, const T* __restrict values, const float*, const u32* __restrict draws) {
+void store_elements(const Operand& o, i64 from, i64 n, const T* __restrict values, const float*,
+                    const u32* __restrict draws) {
   if constexpr ((Codec & kStochastic) != 0) {
     u16* __restrict to = reinterpret_cast<u16*>(o.main) + from;
     for (i64 i = 0; i < n; ++i)
@@ -64,7 +66,7 @@ void store_elements(const Operand& o, i64 from, i64 n, const T* __restrict value
   }
 }
 
-// --- bf16 and what it lacks of an fp32 number --------------------------------------------------------------------------
+// --- bf16 and what it lacks of an fp32 number ------------------------------------------------------------------------
 
 template <class Lower, int Shift>
 void load_split(const Operand& o, i64 from, i64 n, float* __restrict to) {
@@ -90,7 +92,7 @@ void store_split(const Operand& o, i64 from, i64 n, const float* __restrict valu
   }
 }
 
-// --- A rounded copy of an fp32 master -----------------------------------------------------------------------------------
+// --- A rounded copy of an fp32 master --------------------------------------------------------------------------------
 
 inline void load_master(const Operand& o, i64 from, i64 n, float* __restrict to) {
   __builtin_memcpy(to, o.extra + from * 4, static_cast<u64>(n) * 4);
@@ -104,7 +106,7 @@ void store_master(const Operand& o, i64 from, i64 n, const float* values, const 
   for (i64 i = 0; i < n; ++i) to[i] = to_half<Half>(values[i]);
 }
 
-// --- Two 16-bit numbers whose sum it is ---------------------------------------------------------------------------------
+// --- Two 16-bit numbers whose sum it is ------------------------------------------------------------------------------
 
 template <u8 Half>
 void load_kahan(const Operand& o, i64 from, i64 n, float* __restrict to) {

@@ -112,8 +112,10 @@ void step_kept(const RuleKernels& rule, const Kept& kept, i64 begin, i64 end, co
   for (int i = 0; i <= rule.coefficients; ++i) own[i] = row[i];
   if (clipped) own[0] = 1.0;
 
-  alignas(kAligned) T staged[kMaxOperands][kPiece];
-  alignas(kAligned) u32 draws[kMaxOperands][kPiece];
+  // Apart by no multiple of 4,096 bytes, of which a processor takes the one for the other for a while.
+  constexpr i64 apart = kPiece + 48;
+  alignas(kAligned) T staged[kMaxOperands][apart];
+  alignas(kAligned) u32 draws[kMaxOperands][apart];
   float inverse[kMaxOperands][kPiece / 128];
   for (i64 from = begin; from < end; from += kPiece) {
     const i64 n = end - from < kPiece ? end - from : kPiece;
@@ -141,7 +143,8 @@ void step_kept(const RuleKernels& rule, const Kept& kept, i64 begin, i64 end, co
       if ((kept.operands[o].codec & kStochastic) != 0) draw(kept, o, from, n, draws[o]);
     for (int o = 0; o < kept.count; ++o) {  // all before the first is needed: the maximum of a block takes its time
       const Operand& operand = kept.operands[o];
-      if (o != 1 && of[operand.codec].measure != nullptr) of[operand.codec].measure(operand, from, n, at[o], inverse[o]);
+      const auto measure = of[operand.codec].measure;
+      if (o != 1 && measure != nullptr) measure(operand, from, n, at[o], inverse[o]);
     }
     for (int o = 0; o < kept.count; ++o) {
       const Operand& operand = kept.operands[o];
