@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fasttrain.kernels import norm
-from fasttrain.optim.local import is_dtensor, local, settle, shares, statistics_of_parts
+from fasttrain.optim.local import local, norm_of_parts, settle, shares, statistics_of_parts
 
 
 def coefficient(total: float, largest: float | None) -> float:
@@ -75,12 +75,12 @@ def grad_norm(optimizers: Iterable[Any], norm_type: float = 2.0) -> Tensor:
     """
     if norm_type == 2.0:
         return statistics(optimizers)[0].sqrt().float()
-    grads = [p.grad for p in parameters(optimizers) if p.grad is not None]
-    if not any(map(is_dtensor, grads)):
-        return torch.nn.utils.get_total_norm(grads, norm_type)
-    norms = [torch.linalg.vector_norm(grad, norm_type) for grad in grads]
-    whole = torch.stack([one.full_tensor() if is_dtensor(one) else one for one in norms])  # type: ignore[attr-defined]
-    return torch.linalg.vector_norm(whole, norm_type)
+    params = [p for p in parameters(optimizers) if p.grad is not None]
+    norms = [norm_of_parts(p, norm_type) for p in params if shares(p)]
+    if not norms:
+        return torch.nn.utils.get_total_norm([local(p.grad) for p in params], norm_type)
+    rest = torch.nn.utils.get_total_norm([local(p.grad) for p in params if not shares(p)], norm_type)
+    return torch.linalg.vector_norm(torch.stack([*norms, rest.to(norms[0])]), norm_type).float()
 
 
 def clip_grad_norm(optimizers: Iterable[Any], max_norm: float, norm_type: float = 2.0,

@@ -70,11 +70,14 @@ def settle(p: Any) -> None:
     p.grad = grad.redistribute(p.device_mesh, p.placements)
 
 
-def sum_over_parts(values: Tensor, like: Any) -> Tensor:
-    """The sum of local numbers over the processes that hold different parts; a collective, the same bits on each."""
+def over_parts(values: Tensor, like: Any, what: str = "sum") -> Tensor:
+    """The "sum", "max" or "min" of local numbers over the processes that hold different parts.
+
+    A collective, which gives the same bits to each.
+    """
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
-    placements = [Replicate() if placement.is_replicate() else Partial("sum") for placement in like.placements]
+    placements = [Replicate() if placement.is_replicate() else Partial(what) for placement in like.placements]
     return DTensor.from_local(values, like.device_mesh, placements, run_check=False).full_tensor()
 
 
@@ -98,12 +101,24 @@ def statistics_of_parts(params: Sequence[Any]) -> tuple[Tensor, Tensor]:
             squares, bad = norm.squares([local(params[members[place]].grad) for place in given])
             both[torch.tensor(given, device=device)] = squares
             both[-1] = bad.to(both)
-        both = sum_over_parts(both, params[members[0]])
+        both = over_parts(both, params[members[0]])
         found.append(both[-1] != 0)
         for index, square in zip(members, both[:-1], strict=True):
             sums[index] = square
     home = params[0].device
     return torch.stack([square.to(home) for square in sums]), torch.stack([bad.to(home) for bad in found]).any()
+
+
+def norm_of_parts(p: Any, norm_type: float) -> Tensor:
+    """A norm of the whole gradient of a parameter: float64, of shape (); a collective."""
+    grad = local(p.grad).double().flatten()
+    if math.isinf(norm_type):
+        nothing = grad.new_tensor(0.0 if norm_type > 0 else math.inf)
+        own = torch.linalg.vector_norm(grad, norm_type) if grad.numel() else nothing
+        return over_parts(own, p, "max" if norm_type > 0 else "min")
+    if norm_type == 0:
+        return over_parts(grad.count_nonzero().double(), p)
+    return over_parts(grad.abs().pow(norm_type).sum(), p).pow(1 / norm_type)
 
 
 def as_whole(values: Tensor, pattern: Any) -> Tensor:
