@@ -19,6 +19,7 @@ from fasttrain.kernels import (
     emit_triton_kept,
     kept_table,
     table,
+    triton_bits,
     triton_blocks,
     triton_codecs,
     triton_kept,
@@ -59,7 +60,7 @@ def compile_rule(rule: Rule, interpreted: bool, codecs: tuple[int, ...] = ()) ->
     space: dict[str, Any] = {"tl": tl, "jit": jit, "__name__": f"fasttrain.generated.{rule.name}"}
     functions = [*triton_codecs.FUNCTIONS]
     if codecs:
-        functions += [*triton_kept.FUNCTIONS, *triton_blocks.FUNCTIONS]
+        functions += [*triton_bits.FUNCTIONS, *triton_kept.FUNCTIONS, *triton_blocks.FUNCTIONS]
     for function in functions:
         # The wrapped copy looks its names up in this space, where Triton's language and the other copies are.
         copy = FunctionType(function.__code__, space, function.__name__)

@@ -7,16 +7,13 @@ outside of the chunk counts as zero and is not written, except that a byte of tw
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # bound when the functions are wrapped
     import triton.language as tl
 
+    from fasttrain.kernels.triton_bits import fraction, load_bits, store_bits
     from fasttrain.kernels.triton_codecs import divide
-
-    fraction: Any  # of fasttrain.kernels.triton_kept, which is bound to this file's functions in turn
-    load_bits: Any
-    store_bits: Any
 
 
 def fetch_blocks(main, extra, offsets, inside, count, codec: tl.constexpr, block: tl.constexpr, whole: tl.constexpr):

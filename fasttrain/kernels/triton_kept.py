@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # bound when the functions are wrapped
     import triton.language as tl
 
+    from fasttrain.kernels.triton_bits import fraction, load_bits, store_bits
     from fasttrain.kernels.triton_blocks import fetch_blocks, put_blocks
     from fasttrain.kernels.triton_codecs import bfloat16_bits, load, store
 
@@ -72,33 +73,6 @@ def put(main, extra, offsets, inside, count, value, bits, codec: tl.constexpr, b
         put_blocks(main, extra, offsets, inside, count, value, bits, codec, block, whole, interpreted)
 
 
-def load_bits(address, offsets, inside, width: tl.constexpr, whole: tl.constexpr):
-    """Unsigned integers; zeros outside."""
-    if width == 8:
-        pointer = address.to(tl.pointer_type(tl.uint8))
-    else:
-        pointer = address.to(tl.pointer_type(tl.uint16))
-    if whole:
-        raw = tl.load(tl.multiple_of(pointer, 16) + offsets)
-    else:
-        raw = tl.load(pointer + offsets, mask=inside, other=0)
-    return raw
-
-
-def store_bits(address, offsets, inside, bits, width: tl.constexpr, whole: tl.constexpr):
-    """The lowest bits of integers."""
-    if width == 8:
-        pointer = address.to(tl.pointer_type(tl.uint8))
-        raw = (bits & 0xFF).to(tl.uint8)
-    else:
-        pointer = address.to(tl.pointer_type(tl.uint16))
-        raw = (bits & 0xFFFF).to(tl.uint16)
-    if whole:
-        tl.store(tl.multiple_of(pointer, 16) + offsets, raw)
-    else:
-        tl.store(pointer + offsets, raw, mask=inside)
-
-
 def finite(bits):
     """Whether fp32 bits are those of a finite number."""
     return (bits & 0x7FFFFFFF) < 0x7F800000
@@ -145,11 +119,6 @@ def at_random(value, draws, storage: tl.constexpr):
     return result
 
 
-def fraction(draws):
-    """The upper 24 random bits, as a whole number in fp32."""
-    return (draws >> 8).to(tl.int32, bitcast=True).to(tl.float32)
-
-
 def full_index(offsets, origin, lead, run, gap):
     """Places in the full parameter, 64 bits wide; see `fasttrain.kernels.kept_table`."""
     index = origin + offsets.to(tl.int64)
@@ -174,5 +143,5 @@ def clipped(g, limit):
     return tl.where(g > limit, limit, tl.where(g < limit * -1.0, limit * -1.0, g))
 
 
-FUNCTIONS = (fetch, put, load_bits, store_bits, finite, canonical, to_24_bits, rounded, at_random, fraction, full_index,
+FUNCTIONS = (fetch, put, finite, canonical, to_24_bits, rounded, at_random, full_index,
              random_bits, clipped)
