@@ -323,3 +323,147 @@ def each_clipped(wire: Any) -> None:
 
 def test_each_gradient_is_clipped_by_its_whole_norm() -> None:
     ranks.run(each_clipped, 2)
+
+
+# --- Models -----------------------------------------------------------------------------------------------------------
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(12), nn.Linear(12, 20), nn.Linear(20, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.tanh(self.up(self.norm(x))))
+
+
+def parallel(mesh: Any) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(Block(), nn.Linear(12, 7))
+    if "tp" in (mesh.mesh_dim_names or ()):
+        plan = {"0.norm": SequenceParallel(), "0.up": ColwiseParallel(input_layouts=Shard(1)),
+                "0.down": RowwiseParallel(output_layouts=Shard(1))}
+        parallelize_module(model[0], mesh["tp"], {key[2:]: one for key, one in plan.items()})
+        parallelize_module(model[1], mesh["tp"], RowwiseParallel(input_layouts=Shard(1)))
+    if "dp" in (mesh.mesh_dim_names or ()):
+        for part in model:
+            fully_shard(part, mesh=mesh["dp"])
+        fully_shard(model, mesh=mesh["dp"])
+    return model
+
+
+def backward(model: nn.Module, step: int, rank: int) -> None:
+    numbers = torch.Generator().manual_seed(1000 * step + rank)
+    x = torch.randn(3, 8, 12, generator=numbers)
+    first = model[0].norm.weight
+    if is_dtensor(first) and "tp" in first.device_mesh.mesh_dim_names:  # its part of every sequence
+        x = x.chunk(2, dim=1)[first.device_mesh["tp"].get_local_rank()]
+    model(x).square().mean().backward()
+
+
+def trained(wire: Any, axes: dict[str, int], options: dict[str, Any]) -> None:
+    mesh = init_device_mesh("cpu", tuple(axes.values()), mesh_dim_names=tuple(axes))
+    model = parallel(mesh)
+    full = {name: p.detach().full_tensor() if is_dtensor(p) else p.detach().clone()
+            for name, p in model.named_parameters()}
+    wholes = {name: nn.Parameter(value.clone()) for name, value in full.items()}
+    ours, theirs = AdamW(model.named_parameters(), **options), AdamW(wholes.items(), **options)
+    for step in range(3):
+        backward(model, step, wire.rank if axes.keys() == {"dp"} else 0)
+        addends = [name for name, p in model.named_parameters() if any(one.is_partial() for one in p.grad.placements)]
+        assert ("0.norm.weight" in addends) == (axes.keys() == {"tp"}), addends
+        for name, p in model.named_parameters():
+            wholes[name].grad = p.grad.full_tensor() if is_dtensor(p.grad) else p.grad
+        norm = ours.clip_grad_norm_(0.1)
+        torch.testing.assert_close(norm, theirs.clip_grad_norm_(0.1), rtol=1e-6, atol=0.0)
+        theirs._clip = ours._clip
+        ours.step()
+        theirs.step()
+        ours.zero_grad()
+    params = dict(model.named_parameters())
+    compare(ours, theirs, [p for p in params.values() if is_dtensor(p)],
+            [wholes[name] for name, p in params.items() if is_dtensor(p)], str(axes))
+    if "ema_decay" in options:
+        before = {name: local(p).clone() for name, p in params.items()}
+        with ours.ema_weights():
+            for name, p in params.items():
+                if is_dtensor(p):
+                    assert_same_parts(p, theirs.state[wholes[name]]["ema"].to(p.dtype), "the average")
+        for name, p in params.items():
+            assert_same_bits(local(p.detach()), before[name], "afterwards")
+        backward(model, 9, 0)  # the next step goes on with what is kept beside the parameters
+        for name, p in params.items():
+            wholes[name].grad = None if p.grad is None else p.grad.full_tensor() if is_dtensor(p.grad) else p.grad
+        ours.step()
+        theirs.step()
+        compare(ours, theirs, [p for p in params.values() if is_dtensor(p)],
+                [wholes[name] for name, p in params.items() if is_dtensor(p)], str(axes))
+
+
+@pytest.mark.parametrize("axes", [dict(dp=2), dict(tp=2), dict(dp=2, tp=2)], ids=str)
+def test_models(axes: dict[str, int]) -> None:
+    """fully_shard, parallelize_module, and one over the other; the LayerNorm's gradient is an addend on each rank."""
+    ranks.run(trained, torch.Size(axes.values()).numel(), axes, dict(lr=1e-2, ema_decay=0.5))
+
+
+def around(wire: Any) -> None:
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("dp",))
+    one, other = parallel(mesh), parallel(mesh)
+    for p in (one[1].bias, other[1].bias):
+        p.requires_grad_(False)
+    arriving, usual = (AdamW(list(model[0].parameters()), lr=1e-2) for model in (one, other))
+    for model, optimizer in ((one, arriving), (other, usual)):
+        optimizer.add_param_group({"params": model[1].parameters(), "lr": 1e-3})
+    arriving.step_on_arrival()
+    for step in range(3):
+        for model, optimizer in ((one, arriving), (other, usual)):
+            backward(model, step, wire.rank)
+            assert all((p.grad is None) == (optimizer is arriving or not p.requires_grad) for p in model.parameters())
+            optimizer.step()
+            optimizer.zero_grad()
+    for p, q in zip(one.parameters(), other.parameters(), strict=True):
+        assert_same_bits(local(p.detach()), local(q.detach()))
+
+    twin = copy.deepcopy(usual)
+    for p, q in zip(other.parameters(), itertools.chain(*(g["params"] for g in twin.param_groups)), strict=True):
+        if p.requires_grad:
+            p.grad = torch.ones_like(p)
+            q.grad = torch.ones_like(q)
+    torch.nn.utils.clip_grad_norm_([p for p in other.parameters() if p.requires_grad], 0.5)
+    twin.clip_grad_norm_(0.5)
+    usual.step()
+    twin.step()
+    for p, q in zip(other.parameters(), itertools.chain(*(g["params"] for g in twin.param_groups)), strict=True):
+        torch.testing.assert_close(local(p.detach()), local(q.detach()), rtol=1e-6, atol=1e-7)
+
+
+def test_arrival_groups_frozen_parameters_and_copies() -> None:
+    ranks.run(around, 2)
+
+
+def refused(wire: Any) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    for kind in (fasttrain.optim.Muon, fasttrain.optim.Adafactor):
+        p = nn.Parameter(placed(torch.ones(4, 4), mesh, (Shard(0),)))
+        p.grad = torch.ones_like(p)
+        optimizer = kind([("w", p)])
+        with pytest.raises(RuntimeError, match=f"parameter 'w' is a DTensor; {kind.__name__} needs the whole"):
+            optimizer.step()
+        assert not optimizer.state.get(p)
+        assert local(p).eq(1).all()
+    addend = nn.Parameter(DTensor.from_local(torch.ones(4), mesh, [Partial()]))
+    addend.grad = torch.zeros_like(addend)
+    with pytest.raises(ValueError, match="each process holds an addend"):
+        SGD([addend]).step()
+    w = nn.Parameter(placed(torch.ones(3, 3), mesh, (Replicate(),)))
+    optimizer = SGD([w], lr=1.0)
+    loss = (w * w).sum()
+    w.grad = torch.ones_like(w)
+    optimizer.step()
+    w.grad = torch.ones_like(w)
+    optimizer.step()  # the plan's own way
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_what_is_refused_and_what_autograd_sees() -> None:
+    ranks.run(refused, 2)
