@@ -133,11 +133,6 @@ def as_whole(values: Tensor, pattern: Any) -> Tensor:
                                      stride=stride)
 
 
-def part_of(whole: Tensor, pattern: Any) -> Tensor:
-    """What this process holds of a tensor that every process has, if it is placed like the pattern."""
-    return whole[torch.meshgrid(*positions(pattern), indexing="ij")] if pattern.dim() else whole
-
-
 def cuts(tensor: Any) -> list[tuple[int, Any]]:
     """Mesh dimension and placement of every cut of a tensor, in the order in which they are made."""
     if not is_dtensor(tensor):
@@ -160,9 +155,8 @@ def chunk(index: Tensor, count: int, number: int) -> Tensor:
 def positions(tensor: Any) -> list[Tensor]:
     """For each dimension, the indices in the whole that this process holds of it."""
     index = [torch.arange(size) for size in tensor.shape]
-    mine = tensor.device_mesh.get_coordinate() if cuts(tensor) else None
     for mesh_dim, placement in cuts(tensor):
-        count, number = tensor.device_mesh.size(mesh_dim), mine[mesh_dim]
+        count, number = tensor.device_mesh.size(mesh_dim), tensor.device_mesh.get_local_rank(mesh_dim)
         pieces = getattr(placement, "split_factor", 1)  # _StridedShard takes its chunk of each of so many pieces
         index[placement.dim] = torch.cat([chunk(chunk(index[placement.dim], pieces, piece), count, number)
                                           for piece in range(pieces)])
