@@ -1,24 +1,43 @@
-"""Run the benchmarks, ``python -m benchmarks [step loop host threads import]``: tables, JSON files and a plot."""
+"""Run the benchmarks, all or some, ``python -m benchmarks [step pass ...]``: tables, JSON files and plots.
+
+Two run only if they are named: ``codes`` (a minute) and ``convergence`` (half an hour) measure quality, not time.
+"""
 
 from __future__ import annotations
 
 import sys
 
-from benchmarks import bench_host, bench_import, bench_loop, bench_step, bench_threads, harness, plot
+from benchmarks import (
+    bench_codes,
+    bench_convergence,
+    bench_host,
+    bench_import,
+    bench_loop,
+    bench_optimizers,
+    bench_pass,
+    bench_step,
+    bench_threads,
+    harness,
+    plot,
+)
 
-SUITES = {"step": bench_step, "loop": bench_loop, "host": bench_host, "threads": bench_threads, "import": bench_import}
+SUITES = {"step": bench_step, "pass": bench_pass, "optimizers": bench_optimizers, "loop": bench_loop,
+          "host": bench_host, "threads": bench_threads, "import": bench_import}
+QUALITY = {"codes": bench_codes, "convergence": bench_convergence}
+PLOTS = {"step": plot.steps, "convergence": plot.convergence}
 
 
 def main(names: list[str]) -> int:
-    if unknown := set(names) - set(SUITES):
-        print(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(SUITES)}", file=sys.stderr)
+    if unknown := set(names) - set(SUITES | QUALITY):
+        print(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(SUITES | QUALITY)}", file=sys.stderr)
         return 2
     print(", ".join(f"{key} {value}" for key, value in harness.machine().items()))
     for name in names or SUITES:
-        figures = SUITES[name].run()
-        print(f"\n{SUITES[name].__doc__}\n{SUITES[name].report(figures)}\nwritten: {harness.save(name, figures)}")
-        if name == "step":
-            print(f"drawn: {plot.steps(figures)}")
+        suite = (SUITES | QUALITY)[name]
+        figures = suite.run()
+        print(f"\n{suite.__doc__}\n{suite.report(figures)}\nwritten: {harness.save(name, figures)}")
+        if name in PLOTS:
+            print(f"drawn: {PLOTS[name](figures)}")
     return 0
 
 

@@ -13,14 +13,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from benchmarks import disassembly
 from fasttrain.kernels import cuda, native
 from fasttrain.optim import RULES
+from fasttrain.precision.codecs import CODECS, POSITIVE, STOCHASTIC, code_dtype, codec
 from fasttrain.rule import Rule
 
 BYTES = {"F32": 4, "F64": 8, "BF16": 2, "F16": 2}
 TOGETHER = 2  # packs that a thread loads before it computes, as kTogether in csrc/cuda/step.cu
+EACH = 8  # elements of a lane in a tile, and two tiles together, as in csrc/cuda/kept.cuh
+NUMBERS = {cuda.codec_name(base | flags): base | flags for base in range(len(CODECS))
+           for flags in (0, POSITIVE, STOCHASTIC, POSITIVE | STOCHASTIC)}
 ARITHMETIC = re.compile(r"[FD](MUL|ADD|FMA|SETP)|MUFU")
 
 TEXT = """\
@@ -39,6 +44,16 @@ optimizers are compiled in float32 and in float64 only.
 | rule | p, g, states | bytes | accesses | {heads} |
 |---|---|---|---|{lines}|
 {rows}
+
+Items that are not plain (codecs in the words of `fasttrain/precision/codecs.py`; P: of a state that is never negative,
+S: rounded at random). A warp takes two tiles of 256 elements at a time, eight to a lane, in the same order: all loads,
+16 bytes each but for codes of one byte, which are 8 bytes to a lane. *Accesses* are those of 16 and those of 8 bytes
+that a lane makes, loads + stores. *Bytes* count units of blocks. Clipping by value is counted in, zeroing of the
+gradient and places in shards that are cut by columns are not.
+
+| rule | p, g, states | bytes | accesses | {heads} |
+|---|---|---|---|{lines}|
+{kept_rows}
 """
 
 
@@ -99,6 +114,11 @@ class Compiled:
     def expected_stores(self) -> int:
         return self.expected_loads - self.operands[1] * self.elements // 16
 
+    @property
+    def kept(self) -> bool:
+        """Whether its items are not plain."""
+        return False
+
     @cached_property
     def aligned(self) -> list[Instruction]:
         """The instructions of one round on the aligned path, in the order in which they are executed."""
@@ -117,7 +137,9 @@ class Compiled:
             index += 1
             if here.target is not None:
                 skipped = [instruction.op[:4] for instruction in self.code[index : at[here.target]]]
-                if not here.conditional or ("CALL" in skipped and "STG." not in skipped):  # around a slow path
+                slow = "CALL" in skipped and not {"STG.", "BSSY"} & set(skipped)
+                shard = "I2F." in skipped and "STG." not in skipped  # divides places by the length of a run
+                if not here.conditional or slow or shard:  # around a slow path
                     index = at[here.target]
             if len(path) > len(self.code):
                 raise ValueError(f"{self.usage.name} for {self.arch}: no way through the loop was found")
@@ -135,6 +157,49 @@ class Compiled:
         """Wide loads before the first arithmetic."""
         first = next(i for i, instruction in enumerate(self.aligned) if ARITHMETIC.match(instruction.op))
         return sum(instruction.op.startswith("LDG.E.128") for instruction in self.aligned[:first])
+
+
+@dataclass(frozen=True)
+class CompiledKept(Compiled):
+    """One kernel for items that are not plain."""
+
+    @cached_property
+    def codecs(self) -> list[int]:
+        """Of p, g and the states."""
+        return [NUMBERS[name] for name in self.usage.name.split("_")[2:]]
+
+    @property
+    def kept(self) -> bool:
+        return True
+
+    @cached_property
+    def arrays(self) -> list[tuple[int, int, int]]:
+        """Bytes of an element of every array but units, and how often it is loaded and stored."""
+        found = []
+        for operand, number in enumerate(self.codecs):
+            extra, stored = codec(number).extra, int(operand != 1)
+            copy = codec(number).name.startswith("master")  # its first array is only written
+            found.append((code_dtype(number).itemsize, int(not copy), stored))
+            if extra is not None and not codec(number).block:
+                found.append((extra.itemsize, 1, stored))
+        return found
+
+    @cached_property
+    def elements(self) -> int:
+        return TOGETHER * EACH
+
+    @property
+    def bytes(self) -> float:
+        """That are read and written for an element."""
+        units = sum(2 * 4 / codec(number).block for number in self.codecs if codec(number).block)
+        return sum(size * (loads + stores) for size, loads, stores in self.arrays) + units
+
+    def accesses(self, wide: bool) -> tuple[int, int]:
+        """Loads and stores in a round, of 16 bytes or of 8."""
+        width = 16 if wide else 8
+        counts = [(self.elements * size // width, loads, stores) for size, loads, stores in self.arrays
+                  if (size > 1) == wide]
+        return sum(n * loads for n, loads, _ in counts), sum(n * stores for n, _, stores in counts)
 
 
 def extract(fatbin: Path, what: str) -> Iterator[tuple[str, bytes]]:
@@ -166,7 +231,9 @@ def compiled(fatbin: Path) -> list[Compiled]:
     found = []
     for arch, cubin in extract(fatbin, "elf"):
         code = listing(cubin)
-        found += [Compiled(arch, kernel, code[kernel.name]) for kernel in disassembly.read(cubin)]
+        for kernel in disassembly.read(cubin):
+            kind = CompiledKept if kernel.name.startswith("kept_") else Compiled
+            found.append(kind(arch, kernel, code[kernel.name]))
     return found
 
 
@@ -174,9 +241,12 @@ def table(found: list[Compiled]) -> str:
     """The document."""
     kernels = {(kernel.usage.name, kernel.arch): kernel for kernel in found}
     archs = sorted({arch for _, arch in kernels}, key=lambda arch: int(arch.removeprefix("sm_")))
-    rows = []
+    rows, kept_rows = [], []
     for name in native.module().cuda_kernels():
         across = [kernels[name, arch] for arch in archs]
+        if isinstance(across[0], CompiledKept):
+            kept_rows.append(kept_row(across))
+            continue
         rule, kinds = across[0].parts
         if not across[0].rule.state and kinds[2] != kinds[0]:
             continue  # the same code as with the states kept as the parameter is
@@ -187,7 +257,23 @@ def table(found: list[Compiled]) -> str:
         rows.append("| " + " | ".join(cells) + " |")
     heads = " | ".join(f"{arch}: registers, instructions" for arch in archs)
     return TEXT.format(nvcc=native.build_info()["nvcc"], heads=heads, lines="---|" * (len(archs) - 1) + "---",
-                       rows="\n".join(rows))
+                       rows="\n".join(rows), kept_rows="\n".join(kept_rows))
+
+
+def kept_row(across: list[Any]) -> str:
+    """The line of a kernel of items that are not plain."""
+    wide, narrow = across[0].accesses(True), across[0].accesses(False)
+    accesses = f"{wide[0]} + {wide[1]}" + (f", {narrow[0]} + {narrow[1]}" if any(narrow) else "")
+    cells = [across[0].usage.name.split("_")[1], ", ".join(map(spelled, across[0].codecs)),
+             f"{across[0].bytes:.2f}".rstrip("0").rstrip("."), accesses,
+             *(f"{kernel.usage.registers}, {kernel.per_element:.1f}" for kernel in across)]
+    return "| " + " | ".join(cells) + " |"
+
+
+def spelled(number: int) -> str:
+    """A codec with its flags."""
+    flags = " P" * bool(number & POSITIVE) + " S" * bool(number & STOCHASTIC)
+    return codec(number).name + flags
 
 
 if __name__ == "__main__":

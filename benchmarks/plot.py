@@ -31,3 +31,29 @@ def steps(figures: list[dict[str, Any]], path: Path = RESULTS / "step.svg") -> P
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
     return path
+
+
+def convergence(figures: dict[str, Any], path: Path = RESULTS / "convergence.svg") -> Path:
+    """What each storage ends above its baseline, seed by seed; the band is how far the baseline's seeds lie apart."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    rows = figures["rows"]
+    spread = {row["row"]: row["spread"] for row in rows}
+    figure, axes = pyplot.subplots(figsize=(8, 0.4 * len(rows) + 1.4))
+    for place, row in enumerate(rows):
+        axes.barh(place, spread[row["baseline"]], color="#dddddd", height=0.9)
+        colour = "#cc3311" if row["worse"] else "#4477aa"
+        axes.plot(row["over"], [place] * len(row["over"]), "o", color=colour, alpha=0.6)
+        axes.plot(sum(row["over"]) / len(row["over"]), place, "|", color=colour, markersize=18, markeredgewidth=2)
+    axes.axvline(0.0, color="#999999", linewidth=1)
+    axes.set_yticks(range(len(rows)), [row["row"] for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel("bits per byte above fp32 of the same seed; grey: largest less smallest of fp32's seeds")
+    axes.set_title("Storages of AdamW on the main job; bars: means")
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+    return path

@@ -62,10 +62,14 @@ def figures() -> str:
     return "\n".join(lines)
 
 
+def rewritten(page: str, mark: str, figures: str) -> str:
+    """A page with the figures between the two marks of a name."""
+    marks = re.compile(rf"(<!-- {mark} -->\n).*(<!-- /{mark} -->)", re.DOTALL)
+    return marks.sub(lambda found: f"{found.group(1)}{figures}\n{found.group(2)}", page)
+
+
 def main() -> None:
-    text = README.read_text()
-    marks = re.compile(r"(<!-- figures -->\n).*(<!-- /figures -->)", re.DOTALL)
-    README.write_text(marks.sub(lambda found: f"{found.group(1)}{figures()}\n{found.group(2)}", text))
+    README.write_text(rewritten(README.read_text(), "figures", figures()))
 
 
 if __name__ == "__main__":

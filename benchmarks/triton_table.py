@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import disassembly
-from fasttrain.kernels.triton import compile_ahead
+from fasttrain.kernels.triton import compile_ahead, compile_kept_ahead
 from fasttrain.optim import COMMON_RULES, RULES
+from fasttrain.precision.codecs import NUMBER, POSITIVE, STOCHASTIC, codec
 from fasttrain.rule import Rule
 
 ARCHITECTURES = (80, 90, 100)
@@ -22,6 +23,34 @@ KEPT = {"f32, f32, f32": (0, 0, 0), "bf16, bf16, bf16": (2, 2, 2), "f16, f16, f1
         "f64, f64, f64": (1, 1, 1), "bf16, f32, bf16": (2, 0, 2), "bf16, bf16, f32": (2, 2, 0)}
 CASES = [(rule, name, ARCHITECTURES[(i + j) % 3]) for i, rule in enumerate(RULES) for j, name in enumerate(KEPT)
          if rule in COMMON_RULES or name in ("f32, f32, f32", "f64, f64, f64")]
+
+# Codecs of p, g, the states and the EMA, in the same order of architectures; + P: positive, + S: at random.
+STORAGES = (
+    "AdamW: split16, bf16, int8, int8+P",
+    "AdamW: split8, bf16, e4m3, e5m2+P",
+    "AdamW: bf16+S, bf16, int8+S, int8+P+S",
+    "AdamW: split16, bf16, bf16+S, bf16+S",
+    "AdamW: split16, bf16, f32, f32",
+    "AdamW: split16, f32, int4, int4+P",
+    "AdamW: master_bf16, bf16, f32, f32",
+    "AdamW: master_f16, f16, int8, int8+P, f16+S",
+    "AdamW: kahan_bf16, bf16, int4+S, int4+P+S, bf16+S",
+    "AdamW: f16+S, f16, e4m3+S, e5m2+P+S, f32",
+    "AdamW: kahan_f16, f16, e5m2, e4m3+P",
+    "AdamW: f32, f32, f32, f32, f32",
+    "AdamWAmsgrad: split8, f32, f32, e5m2+P+S, int8+S, f16+S",
+    "AdamWAmsgrad: split16, bf16, int8, int8+P, int8+P",
+    "AdamWAmsgrad: kahan_bf16, bf16, int8, int8+P, int8+P, f32",
+    "AdamL2: bf16, bf16, int8, int8+P, bf16+S",
+    "Lion: split16, bf16, int8",
+    "Lion: bf16+S, bf16, e4m3+S",
+    "SGDMomentum: split8, bf16, int8+S, f32",
+    "SGDNesterov: split16, bf16, bf16+S",
+    "SGD: split16, bf16",
+    "SGD: bf16+S, bf16, bf16+S",
+)
+KEPT_CASES = [(text, clip, ARCHITECTURES[(i + j) % 3]) for i, text in enumerate(STORAGES)
+              for j, clip in enumerate((False, True))]
 
 TEXT = """\
 # The Triton kernels, as compiled
@@ -37,6 +66,14 @@ the masked path included. No kernel spills or uses local memory. The codes are c
 | rule | p, g, states | sm | registers | accesses | instructions |
 |---|---|---|---|---|---|
 {rows}
+
+Items that are not plain: codecs of p, g, the states and the EMA (P: of a state that is never negative, S: rounded at
+random); *clip*: with clipping by value. *Accesses* are the 16-byte loads and stores, then those of 8 bytes to codes of
+one byte and those of 4 bytes to bytes of two codes, of which a thread has eight as of everything else.
+
+| rule | p, g, states, EMA | clip | sm | registers | accesses | instructions |
+|---|---|---|---|---|---|---|
+{kept_rows}
 """
 
 
@@ -64,13 +101,59 @@ def row(rule: Rule, name: str, arch: int, found: disassembly.Kernel) -> str:
             f"| {found.instructions} |")
 
 
+def codecs_of(text: str) -> tuple[Rule, tuple[int, ...]]:
+    """The rule and the codecs of a line of `STORAGES`."""
+    name, _, codecs = text.partition(": ")
+    numbers = []
+    for word in codecs.split(", "):
+        base, *flags = word.split("+")
+        numbers.append(NUMBER[base] + sum({"P": POSITIVE, "S": STOCHASTIC}[flag] for flag in flags))
+    return next(rule for rule in RULES if rule.name == name), tuple(numbers)
+
+
+@cache
+def kept_kernel(text: str, clip: bool, arch: int) -> disassembly.Kernel:
+    """One kernel of items that are not plain, disassembled."""
+    (found,) = disassembly.read(compile_kept_ahead(*codecs_of(text), clip, arch).asm["cubin"])
+    return found
+
+
+def wide_accesses(text: str) -> dict[str, dict[int, int]]:
+    """How many accesses of 16, of 8 and of 4 bytes a thread makes to whole chunks, by what the codecs need.
+
+    A thread has eight elements of every array: 16 bytes or more, 8 of codes, 4 of pairs of codes.
+    """
+    counts = {"loads": {16: 0, 8: 0, 4: 0}, "stores": {16: 0, 8: 0, 4: 0}}
+    for number in codecs_of(text)[1]:
+        kept, nibbles = codec(number), number & 15 == NUMBER["int4"]
+        sizes = [(0.5 if nibbles else float(kept.main.itemsize), not kept.name.startswith("master"))]
+        if kept.extra is not None and not kept.block:
+            sizes.append((float(kept.extra.itemsize), True))
+        for size, loaded in sizes:
+            width = min(int(8 * size), 16)
+            counts["loads"][width] += loaded * int(8 * size) // width
+            counts["stores"][width] += int(8 * size) // width  # of the gradient: zeros
+    return counts
+
+
+def kept_row(text: str, clip: bool, arch: int, found: disassembly.Kernel) -> str:
+    """Its line of the table."""
+    name, _, codecs = text.partition(": ")
+    accesses = ", ".join(f"{loads} + {stores}" for loads, stores in
+                         zip(*(wide_accesses(text)[what].values() for what in ("loads", "stores")), strict=True)
+                         if loads + stores)
+    return (f"| {name} | {codecs.replace('+', ' ')} | {'yes' if clip else ''} | {arch} | {found.registers} "
+            f"| {accesses} | {found.instructions} |")
+
+
 def main(arguments: list[str]) -> None:
     if len(arguments) != 1:
         raise SystemExit("usage: python -m benchmarks.triton_table PATH")
     import triton
 
     rows = "\n".join(row(*case, kernel(*case)) for case in CASES)
-    Path(arguments[0]).write_text(TEXT.format(version=triton.__version__, rows=rows))
+    kept_rows = "\n".join(kept_row(*case, kept_kernel(*case)) for case in KEPT_CASES)
+    Path(arguments[0]).write_text(TEXT.format(version=triton.__version__, rows=rows, kept_rows=kept_rows))
 
 
 if __name__ == "__main__":

@@ -50,5 +50,6 @@ PYBIND11_MODULE(_native, m) {
   bind_reductions(m);
   m.def("encode", &encode, "Write fp32 values into the arrays of one codec.");
   m.def("decode", &decode, "Read the arrays of one codec into fp32 values.");
+  m.def("count_broken_splits", &count_broken_splits, "Sweep the fp32 numbers that are split and put together again.");
   bind_cuda(m);
 }

@@ -58,8 +58,13 @@ HOST_DEVICE double absolute(double x) { return __builtin_fabs(x); }
 
 // A state whose magnitude is below the smallest normal number is kept as zero: denormal tails of decayed moments
 // make a CPU step 7 to 18 times slower. A NaN fails the comparison and is kept.
+#if defined(__CUDA_ARCH__)
 HOST_DEVICE float without_denormal(float x) { return absolute(x) < 0x1p-126f ? 0.0f : x; }
 HOST_DEVICE double without_denormal(double x) { return absolute(x) < 0x1p-1022 ? 0.0 : x; }
+#else  // by the exponent's bits: processors do twice as many operations of whole numbers as of floats
+HOST_DEVICE float without_denormal(float x) { return (bit_cast<u32>(x) & 0x7F800000u) == 0 ? 0.0f : x; }
+HOST_DEVICE double without_denormal(double x) { return (bit_cast<u64>(x) & 0x7FF0000000000000ull) == 0 ? 0.0 : x; }
+#endif
 
 }  // namespace FT_ISA
 }  // namespace fasttrain

@@ -8,7 +8,9 @@ namespace fasttrain::dlpack {
 
 constexpr std::uint32_t kMajor = 1;
 enum DeviceType : std::int32_t { kCPU = 1, kCUDA = 2 };
-enum TypeCode : std::uint8_t { kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4, kComplex = 5, kFloat8E4M3 = 10, kFloat8E5M2 = 12 };
+enum TypeCode : std::uint8_t {
+  kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4, kComplex = 5, kFloat8E4M3 = 10, kFloat8E5M2 = 12
+};
 
 struct Device {
   std::int32_t type;

@@ -13,7 +13,9 @@ HOST_DEVICE u64 mix(u64 x) {
   return x ^ (x >> 31);
 }
 HOST_DEVICE u64 parameter_key(u64 step_key, u64 identity) { return mix(step_key ^ mix(identity + kGolden)); }
-HOST_DEVICE u64 operand_key(u64 parameter_key, int operand) { return mix(parameter_key + static_cast<u64>(operand) * kGolden); }
+HOST_DEVICE u64 operand_key(u64 parameter_key, int operand) {
+  return mix(parameter_key + static_cast<u64>(operand) * kGolden);
+}
 
 // What all indices with one upper half share.
 struct Drawn {

@@ -10,12 +10,14 @@ enum Base : u8 {
 };
 constexpr u8 kBaseMask = 15, kPositive = 16, kStochastic = 32;
 constexpr int kCodecs = 64;
-constexpr i64 kPiece = 512;  // elements that are staged at once, and what work is cut at: whole blocks of every codec
+constexpr i64 kPiece = 1024;  // elements that the CPU stages at once, in the L1 cache: whole blocks of every codec
 
 HOST_DEVICE constexpr u8 base_of(u8 codec) { return codec & kBaseMask; }
 
 // Elements that share a unit; 0 if each stands alone.
-HOST_DEVICE constexpr i64 block_of(u8 codec) { return base_of(codec) == kInt4 ? 128 : base_of(codec) >= kInt8 ? 256 : 0; }
+HOST_DEVICE constexpr i64 block_of(u8 codec) {
+  return base_of(codec) == kInt4 ? 128 : base_of(codec) >= kInt8 ? 256 : 0;
+}
 
 // Bytes of the first array.
 HOST_DEVICE constexpr i64 main_bytes(u8 codec, i64 elements) {
@@ -33,9 +35,12 @@ HOST_DEVICE constexpr i64 extra_elements(u8 codec, i64 elements) {
 }
 HOST_DEVICE constexpr i64 extra_size(u8 codec) {
   const u8 base = base_of(codec);
-  return base < kStorages ? 0 : base == kSplit8 ? 1 : base == kSplit16 || base == kKahanBF16 || base == kKahanF16 ? 2 : 4;
+  const bool half = base == kSplit16 || base == kKahanBF16 || base == kKahanF16;
+  return base < kStorages ? 0 : base == kSplit8 ? 1 : half ? 2 : 4;
 }
-HOST_DEVICE constexpr i64 extra_bytes(u8 codec, i64 elements) { return extra_elements(codec, elements) * extra_size(codec); }
+HOST_DEVICE constexpr i64 extra_bytes(u8 codec, i64 elements) {
+  return extra_elements(codec, elements) * extra_size(codec);
+}
 
 // Whether there is such a codec: blocks have both flags, the 16-bit numbers may be rounded at random.
 HOST_DEVICE constexpr bool is_codec(int number) {
@@ -59,7 +64,7 @@ struct Kept {
   int count = 0;      // of operands
   bool zero = false;  // the gradient, once it is read
   u64 key = 0;        // of the parameter in this step (draws.h)
-  i64 first = 0, run = 0, pitch = 0;  // local element i is the full parameter's element first + i / run * pitch + i % run
+  i64 first = 0, run = 0, pitch = 0;  // element i is the full parameter's first + i / run * pitch + i % run
 };
 
 }  // namespace fasttrain

@@ -651,6 +651,44 @@ struct MuonApply {
   }
 };
 
+// SOAPAdam: 11 flops an element, 28 bytes in fp32
+template <class T>
+struct SOAPAdam {
+  static constexpr int states = 2;
+  static constexpr int coefficients = 5;
+  static constexpr u32 digest = 0xA3857BC6;
+  struct K {
+    T b1, a1, b2, a2, eps;
+    HOST_DEVICE explicit K(const T* row)
+        : b1(row[0]), a1(row[1]), b2(row[2]), a2(row[3]), eps(row[4]) {}
+  };
+  HOST_DEVICE static void element(T& p, T g, T& exp_avg, T& exp_avg_sq, const K& k) {
+    const T exp_avg1 = (k.b1 * exp_avg) + (k.a1 * g);
+    const T exp_avg_sq1 = (k.b2 * exp_avg_sq) + ((k.a2 * g) * g);
+    const T new_p = exp_avg1 / (square_root(exp_avg_sq1) + k.eps);
+    p = new_p;
+    exp_avg = exp_avg1;
+    exp_avg_sq = exp_avg_sq1;
+  }
+};
+
+// SOAPApply: 4 flops an element, 12 bytes in fp32
+template <class T>
+struct SOAPApply {
+  static constexpr int states = 0;
+  static constexpr int coefficients = 2;
+  static constexpr u32 digest = 0x50D8BD2B;
+  struct K {
+    T keep, rate;
+    HOST_DEVICE explicit K(const T* row)
+        : keep(row[0]), rate(row[1]) {}
+  };
+  HOST_DEVICE static void element(T& p, T g, const K& k) {
+    const T new_p = k.keep * (p - (k.rate * g));
+    p = new_p;
+  }
+};
+
 }  // namespace FT_ISA
 }  // namespace fasttrain
 
@@ -688,4 +726,6 @@ struct MuonApply {
   X(ScheduleFreeSGD) \
   X(MuonMomentum) \
   X(MuonNesterov) \
-  X(MuonApply)
+  X(MuonApply) \
+  X(SOAPAdam) \
+  X(SOAPApply)

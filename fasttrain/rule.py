@@ -168,6 +168,8 @@ class Rule:
         retain: for each state that is a running average or sum, the coefficient that multiplies its old value. Kept in
             few bits, a state that retains nearly everything must be rounded stochastically, or it never decays.
         exact: states that hold weights and not moments, which are never kept in fewer bits than fp32.
+        sums: None, but for a stage of an optimizer with reductions (`fasttrain.optim.two_stage`): the names of the sums
+            over all elements that the walk makes; `element` returns their terms after the states.
 
     Example:
         >>> from fasttrain.rule import Rule
@@ -183,6 +185,7 @@ class Rule:
     positive: tuple[str, ...] = ()
     retain: Mapping[str, str] = field(default_factory=dict)
     exact: tuple[str, ...] = ()
+    sums: tuple[str, ...] | None = None
 
     @classmethod
     def of(cls, page: type) -> Rule:

@@ -183,12 +183,15 @@ def difficult() -> Tensor:
     halves = (patterns(one - (20 << 23), one).view(torch.int32) & ~0x1FFF | 0x1000).view(torch.float32)
     levels = torch.arange(-127, 129).clamp(max=127)
     squares = (levels * levels.abs()).float()  # every code exactly, and the midpoints of codes
-    midpoints = (levels.abs() - 0.5).square() * levels.sign()
+    midpoints = (levels.abs() - 0.5).square() * torch.where(levels < 0, -1.0, 1.0)
     midpoints[0] = 127.0**2
+    beside = [(midpoints.view(torch.int32) + shift).view(torch.float32) for shift in (-1, 1)]
+    for values in beside:
+        values[0] = 127.0**2
     ramp = torch.arange(256) / 255
     parts = [patterns(0, 1 << 31, 2048), mixed, patterns(1, 1 << 23), patterns(0, 1), outlier, broken, ties, halves,
              patterns(one, one + 1), patterns(one - (16 << 23), one + (1 << 23)), squares, midpoints,
-             midpoints * 2.0**60, ramp * 2.0 ** (-torch.arange(256) // 8), patterns(inf - (1 << 23), inf),
+             *beside, midpoints * 2.0**60, ramp * 2.0 ** (-torch.arange(256) // 8), patterns(inf - (1 << 23), inf),
              patterns(1 << 23, 3 << 23), patterns(inf + 1, inf + (1 << 23))[:100], patterns(0, inf)[:77]]
     return torch.cat(parts)
 

@@ -15,11 +15,12 @@ from torch.nn import Parameter
 from fasttrain.kernels import dispatch
 from fasttrain.kernels.item import Item
 from fasttrain.kernels.trace import trace
-from fasttrain.optim import COMPOSED, OPTIMIZERS, Adafactor, Muon, Optimizer
+from fasttrain.optim import COMPOSED, LAMB, LARS, OPTIMIZERS, SOAP, Adafactor, Muon, Optimizer, StableAdamW
 from fasttrain.rule import Rule
 
 ELEMENTWISE = {rule for optimizer in OPTIMIZERS for rule in optimizer.rules}
-RULES = {rule.name: rule for optimizer in COMPOSED for rule in optimizer.rules if rule not in ELEMENTWISE}
+RULES = {rule.name: rule for optimizer in COMPOSED for rule in optimizer.rules
+         if rule not in ELEMENTWISE and rule.sums is None}  # stages: test_two_stage.py
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 KINDS = [(F32, F32, F32), (F64, F64, F64), (BF16, F32, F32), (F16, BF16, F16), (F32, BF16, F64)]
 
@@ -57,6 +58,8 @@ def test_rules(name: str, kinds: tuple[torch.dtype, ...], backend: str) -> None:
 # --- What every one of them can do ------------------------------------------------------------------------------------
 
 MAKE: dict[str, Callable[..., Optimizer]] = {
+    **{c.__name__: (lambda params, c=c, **options: c(params, **{"lr": 0.02, **options}))
+       for c in (LAMB, LARS, StableAdamW, SOAP)},
     "Adafactor": lambda params, **options: Adafactor(params, **{"lr": 0.02, **options}),
     "Muon": lambda params, **options: Muon(params, lr=0.02, **options),
 }

@@ -13,14 +13,16 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import kept
 import numpy as np
 import pytest
 import torch
 from helpers import Case, assert_same_bits, assert_same_run, generator, needs_native, normal
 from helpers import run as run_case
 from test_cuda_walk import oracle, row_of, states_of
+from test_storage_cuda import COMBINATIONS, case_of, name_of
 
-from fasttrain.kernels import cuda, native
+from fasttrain.kernels import cuda, kept_table, native
 from fasttrain.kernels.item import Item
 from fasttrain.kernels.trace import trace
 from fasttrain.optim import RULES, SGD, Adam, Lion
@@ -34,6 +36,7 @@ LAUNCH = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.c_uint, ctypes.c
                           ctypes.c_longlong, ctypes.c_ulonglong)
 STREAM = 0x5EA
 CPU = torch.device("cpu")
+KEPT = {name_of(combination): kept.numbers_of(case_of(combination).codecs) for combination in COMBINATIONS}
 
 
 def compile_library(source: Path, to: Path) -> Path:
@@ -84,9 +87,14 @@ def fake(library, tmp_path, monkeypatch):
             launches.append((name, blocks, threads, stream))
             rule, wide = rules[name.split("_")[1]], name.split("_")[2] == "F64"
             columns, width = len(rule.state) + 5, 1 + len(trace(rule).coefficients)
+            row_at = columns - 2
+            if name in KEPT:
+                columns, random = kept_table.columns(KEPT[name]), len(kept_table.random_operands(KEPT[name]))
+                width += 3 + 2 * random
+                row_at = columns - 2 - (4 if random else 0)
             words = (ctypes.c_longlong * (chunks * columns)).from_address(table_at)
             table = np.ctypeslib.as_array(words).reshape(chunks, columns).astype(np.int64)
-            count = int(table[:, -2].max()) + 1
+            count = int(table[:, row_at].max()) + 1
             kept = ctypes.c_double if wide else ctypes.c_float
             rows = np.ctypeslib.as_array((kept * (count * width)).from_address(rows_at)).reshape(count, width)
             native.module().cuda_host_walk(name, table, rows, blocks, threads, list(range(blocks)))
@@ -145,6 +153,39 @@ def test_step_end_to_end(fake):
     assert {(threads, stream) for _, _, threads, stream in fake.launches} == {(256, STREAM)}
     assert len(Host.uploads) == 3
     assert Host.uploads[1] == Host.uploads[2] < Host.uploads[0] / 2, "the tables did not change"
+
+
+def test_kept_items_end_to_end(fake):
+    """One launch for each storage, whatever is zeroed or clipped; keys and coefficients change the rows, not the table.
+    Versions count every array that is written.
+    """
+    numbers = generator(3)
+    items = [case_of(combination, zero=size > 99, clip=0.5 if size > 999 else np.inf).random(size, numbers, key=size)
+             for combination in COMBINATIONS for size in (0, 5, 100, 10_001)]
+    items += items_of([Lion.rules[0]], [F32], numbers)
+    for step in range(3):
+        wanted = kept.oracle(items)
+        arrays = [[*item.tensors, *(extra for extra in item.extras if extra is not None)] for item in items]
+        before = [[array._version for array in own] for own in arrays]
+        cuda.step(items)
+        kept.compare(items, wanted, f"step {step}")
+        for item, own, versions in zip(items, arrays, before, strict=True):
+            counted = [1 if index != 1 or item.zero else 0 for index in range(len(own))]
+            assert [array._version - b for array, b in zip(own, versions, strict=True)] == counted
+        assert len(fake.launches) == (len(COMBINATIONS) + 1) * (step + 1)
+        kept.new_gradients(items, numbers)
+        items = [replace(item, key=item.key + 1) for item in items]
+    assert Host.uploads[1] == Host.uploads[2] < Host.uploads[0] / 2, "the tables did not change"
+
+
+def test_kept_items_without_a_kernel_go_elsewhere(fake):
+    """The reference takes them here, where nothing is on a GPU, and a warning says so."""
+    items = [kept.Case("AdamW", "kahan_bf16 bf16 int4 int4+P f32").random(300, generator(4))]
+    wanted = kept.oracle(items)
+    with pytest.warns(RuntimeWarning, match="AdamW with kahanbf16, bf16, int4, int4p, f32 has no CUDA kernel"):
+        cuda.step(items)
+    kept.compare(items, wanted, "elsewhere")
+    assert fake.launches == []
 
 
 def test_table_is_built_anew_for_new_pointers(fake):

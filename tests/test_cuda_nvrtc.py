@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 from test_cuda_walk import PAIRS
+from test_storage_cuda import COMBINATIONS as KEPT
+from test_storage_cuda import name_of
 
 SOURCES = Path(__file__).parents[1] / "csrc"
-HEADERS = ("common.h", "codecs.h", "rules.h", "cuda/walk.cuh")
+HEADERS = ("common.h", "codecs.h", "rules.h", "draws.h", "operand.h", "cuda/walk.cuh", "cuda/eight.cuh",
+           "cuda/kept.cuh")
 OPTIONS = ("--std=c++17", "--fmad=false", "--prec-div=true", "--prec-sqrt=true", "--ftz=false")
 
 
@@ -60,6 +63,7 @@ def compile_ptx(arch: int) -> str:
 def test_every_kernel_compiles(arch):
     ptx = compile_ptx(arch)
     kernels = set(re.findall(r"\.entry (\w+)\(", ptx))
-    assert kernels == {f"step_{rule.name}_{'_'.join(kinds)}" for rule, kinds in PAIRS}
+    plain = {f"step_{rule.name}_{'_'.join(kinds)}" for rule, kinds in PAIRS}
+    assert kernels == plain | {name_of(combination) for combination in KEPT}
     assert not re.search(r"\b(fma|mad)\.\w+\.f(32|64)", ptx), "contracted"
     assert {"div.rn.f32", "sqrt.rn.f32"} <= set(re.findall(r"\b(?:div|sqrt)\.[\w.]+", ptx))

@@ -149,6 +149,14 @@ def test_every_run_on_every_layout(name: str) -> None:
     ranks.run(stepped, 4, [name], RUNS, SIZES, None)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_muon_gathers_its_updates(dtype: torch.dtype) -> None:
+    """The same bits: every rank orthogonalises the batches of the unsharded run."""
+    sizes = ((16, 12), (7, 12), (16, 12), (4, 6, 5), (4,), (1, 2))
+    ranks.run(stepped, 4, ["rows", "fully_shard over columns", "copies"], [("Muon", dtype, dict(lr=0.1))], sizes, None)
+    ranks.run(stepped, 4, ["blocks", "columns"], [("Muon", dtype, dict(lr=0.1, nesterov=False))], sizes[:4], None)
+
+
 def test_on_the_reference_backend() -> None:
     ranks.run(stepped, 4, ["blocks"], [RUNS[0], RUNS[-6], RUNS[-2]], SIZES[2:4], "reference")
 
@@ -438,7 +446,8 @@ def test_arrival_groups_frozen_parameters_and_copies() -> None:
 
 def refused(wire: Any) -> None:
     mesh = init_device_mesh("cpu", (2,))
-    for kind in (fasttrain.optim.Muon, fasttrain.optim.Adafactor):
+    for kind in (fasttrain.optim.Adafactor, fasttrain.optim.LAMB, fasttrain.optim.LARS, fasttrain.optim.SOAP,
+                 fasttrain.optim.StableAdamW):
         p = nn.Parameter(placed(torch.ones(4, 4), mesh, (Shard(0),)))
         p.grad = torch.ones_like(p)
         optimizer = kind([("w", p)])

@@ -456,6 +456,28 @@ def test_a_master_survives_conversion() -> None:
     same(states(back, params), states(split, params), "there and back")
 
 
+@pytest.mark.parametrize("master", ["none", "fp32", "split", "kahan"])
+@pytest.mark.parametrize("stepped", [False, True])
+def test_weights_go_in_and_out_in_full_precision(master: str, stepped: bool) -> None:
+    params = parameters()
+    optimizer = SGD(params, lr=0.0, momentum=0.9, master=master)
+    if stepped:
+        run(params, optimizer, 1)
+    weights = [torch.randn(p.shape, generator=generator(7)) for p in params]
+    optimizer.load_full_precision(weights)
+    run(params, optimizer, 2)
+    for got, wanted, p in zip(optimizer.full_precision(), weights, params, strict=True):
+        if master in ("fp32", "split"):
+            assert_same_bits(got, wanted, master)
+        else:
+            assert torch.allclose(got, wanted, rtol=2.0**-8 if master == "none" else 2.0**-16)
+        assert torch.allclose(p.detach().float(), wanted, rtol=2.0**-8)
+    with pytest.raises(ValueError, match="1 weights are given for 2"):
+        optimizer.load_full_precision(weights[:1])
+    with pytest.raises(ValueError, match=r"the weight has shape \(3,\)"):
+        optimizer.load_full_precision([weights[0], torch.zeros(3)])
+
+
 # --- Bad input --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("options, message", [

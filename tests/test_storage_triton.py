@@ -15,6 +15,7 @@ from helpers import CPU, generator, usable
 from fasttrain.kernels import kept_table, table, triton
 from fasttrain.kernels.item import Item
 from fasttrain.precision.draws import full_index, operand_key
+from fasttrain.rule import Rule
 
 # Not-a-number and overflow are what is tested; NumPy, under the interpreter, warns of them.
 pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
@@ -85,6 +86,15 @@ def test_difficult_states(state):
     items = [kept.difficult_state(state)]
     step(items, state)
     step(items, f"{state}, again")  # decodes what was written
+
+
+@pytest.mark.parametrize("state", kept.BLOCKS)
+def test_what_lies_outside_counts_as_zero(state):
+    """Zeros that a rule turns into the largest of the block, were they elements."""
+    rule = Rule("Falling", ("m",), lambda step: {"from_one": 1.0}, lambda p, g, m, k: (p, k.from_one - m))
+    for size in (100, 300):
+        made = kept.Case("SGDMomentum", f"f32 f32 {state}").item([torch.zeros(size)] * 2 + [torch.full((size,), 0.75)])
+        step([replace(made, rule=rule, row=[1.0, 1.0, torch.inf, 1.0, 0.0])], state)
 
 
 def test_plain_and_other_items_together():

@@ -7,7 +7,7 @@ import pytest
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
 from benchmarks import disassembly, triton_table  # noqa: E402
-from fasttrain.kernels.triton import BLOCK, OPTIONS  # noqa: E402
+from fasttrain.kernels.triton import BLOCK, OPTIONS, compile_kept_ahead  # noqa: E402
 from fasttrain.optim import RULES  # noqa: E402
 
 BYTES = {0: 4, 1: 8, 2: 2, 3: 2}
@@ -26,6 +26,32 @@ def test_accesses_are_16_bytes_and_nothing_spills(rule, name, arch):
     assert kernel.stores[16] == sum(per_thread * BYTES[storage] // 16 for i, storage in enumerate(kept) if i != 1)
     if f"triton {triton.__version__}." in TABLE:
         assert triton_table.row(rule, name, arch, kernel) in TABLE, "run python -m benchmarks.triton_table"
+
+
+# Each storage once, with clipping or without; the other one is slow.
+KEPT = [pytest.param(*case, id=f"{case[0].replace(', ', '-').replace(': ', '-')}-{'clip-' * case[1]}sm_{case[2]}",
+                     marks=[pytest.mark.slow] if i % 2 == i // 2 % 2 else [])
+        for i, case in enumerate(triton_table.KEPT_CASES)]
+
+
+@pytest.mark.skipif(disassembly.cuobjdump() is None, reason="no cuobjdump")
+@pytest.mark.parametrize("text, clip, arch", KEPT)
+def test_kept_items_in_wide_accesses(text, clip, arch):
+    """16 bytes, 8 to codes and 4 to pairs of codes; nothing spills. Narrower ones are of units and odd ends."""
+    kernel, wanted = triton_table.kept_kernel(text, clip, arch), triton_table.wide_accesses(text)
+    assert (kernel.local, kernel.stack) == (0, 0)
+    assert (kernel.loads[16], kernel.stores[16]) == (wanted["loads"][16], wanted["stores"][16])
+    assert kernel.stores.get(8, 0) == wanted["stores"][8]
+    assert all(kernel.loads.get(width, 0) >= wanted["loads"][width] for width in (8, 4))
+    assert kernel.stores.get(4, 0) >= wanted["stores"][4]
+    if f"triton {triton.__version__}." in TABLE:
+        assert triton_table.kept_row(text, clip, arch, kernel) in TABLE, "run python -m benchmarks.triton_table"
+
+
+def test_kept_items_are_not_contracted():
+    """Rules without division or root, in codecs that have none."""
+    compiled = compile_kept_ahead(*triton_table.codecs_of("SGDMomentum: split16, bf16, f32, f32"), True, 90)
+    assert "fma" not in compiled.asm["ptx"]
 
 
 @pytest.mark.parametrize("rule", [rule for rule in RULES if rule.name.startswith("SGD")], ids=lambda rule: rule.name)

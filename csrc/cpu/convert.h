@@ -11,4 +11,9 @@ void encode(const Reader& reader, int codec, py::handle values, py::handle main,
 // Reads both arrays of a codec into fp32 `values`.
 void decode(const Reader& reader, int codec, py::handle main, py::handle extra, py::handle values);
 
+// Splits the fp32 numbers whose bits are from `first` to `last`, both included, and puts them together again. Returns
+// how many come back as they must not: for split16 not exactly, for split8 not as the nearest of 24 bits that is finite
+// as they are; NaN not as NaN, in the first array too.
+i64 count_broken_splits(int codec, u32 first, u32 last);
+
 }  // namespace fasttrain

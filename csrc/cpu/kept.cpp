@@ -65,7 +65,8 @@ void draw(const Kept& kept, int operand, i64 from, i64 n, u32* __restrict to) {
     const i64 left = (i64{1} << 32) - lower;
     if (left < count) count = left;
     const Drawn drawn(key, static_cast<u32>(index >> 32));
-    for (i64 i = 0; i < count; ++i) to[done + i] = drawn.bits(lower + static_cast<u32>(i));
+    u32* __restrict bits = to + done;
+    for (int i = 0; i < static_cast<int>(count); ++i) bits[i] = drawn.bits(lower + static_cast<u32>(i));
     done += count;
   }
 }
@@ -84,6 +85,22 @@ void average(i64 n, T* __restrict ema, const T* __restrict p, const T keep, cons
   for (i64 i = 0; i < n; ++i) ema[i] = ema[i] * keep + p[i] * add;
 }
 
+// Asks for the piece after this one: each loop of a piece touches one or two operands, too briefly for the processor to
+// see how all of them go on.
+HOST_DEVICE void fetch(const char* at, i64 bytes) {
+  for (i64 b = 0; b < bytes; b += kAligned) __builtin_prefetch(at + b, 1, 2);
+  asm volatile("");  // GCC drops what does nothing but prefetch
+}
+
+void fetch_ahead(const Kept& kept, i64 from, i64 n) {
+  for (int o = 0; o < kept.count; ++o) {
+    const Operand& operand = kept.operands[o];
+    fetch(operand.main + main_bytes(operand.codec, from), main_bytes(operand.codec, n));
+    if (operand.extra != nullptr && block_of(operand.codec) == 0)
+      fetch(operand.extra + from * extra_size(operand.codec), n * extra_size(operand.codec));
+  }
+}
+
 template <class T>
 void step_kept(const RuleKernels& rule, const Kept& kept, i64 begin, i64 end, const double* row) {
   const Codec<T>* of = codecs<T>.of;
@@ -95,11 +112,14 @@ void step_kept(const RuleKernels& rule, const Kept& kept, i64 begin, i64 end, co
   for (int i = 0; i <= rule.coefficients; ++i) own[i] = row[i];
   if (clipped) own[0] = 1.0;
 
-  alignas(kAligned) T staged[kMaxOperands][kPiece];
-  alignas(kAligned) u32 draws[kPiece];
+  // Apart by no multiple of 4,096 bytes, of which a processor takes the one for the other for a while.
+  constexpr i64 apart = kPiece + 48;
+  alignas(kAligned) T staged[kMaxOperands][apart];
+  alignas(kAligned) u32 draws[kMaxOperands][apart];
   float inverse[kMaxOperands][kPiece / 128];
   for (i64 from = begin; from < end; from += kPiece) {
     const i64 n = end - from < kPiece ? end - from : kPiece;
+    if (from + 2 * kPiece <= end) fetch_ahead(kept, from + kPiece, kPiece);
     T* at[kMaxOperands];
     Stream stream[kMaxStreams];
     for (int o = 0; o < kept.count; ++o) {
@@ -118,15 +138,18 @@ void step_kept(const RuleKernels& rule, const Kept& kept, i64 begin, i64 end, co
     for (int s = 0; s < streams; ++s) stream[s] = {reinterpret_cast<char*>(at[s]), sizeof(T) == 8 ? kF64 : kF32};
     (sizeof(T) == 8 ? rule.wide : rule.narrow)(stream, 0, n, own);
     if (kept.count > streams) average(n, at[streams], at[0], static_cast<T>(tail[1]), static_cast<T>(tail[2]));
+    // Whole-number work while the last divisions of the rule are under way.
+    for (int o = 0; o < kept.count; ++o)
+      if ((kept.operands[o].codec & kStochastic) != 0) draw(kept, o, from, n, draws[o]);
     for (int o = 0; o < kept.count; ++o) {  // all before the first is needed: the maximum of a block takes its time
       const Operand& operand = kept.operands[o];
-      if (o != 1 && of[operand.codec].measure != nullptr) of[operand.codec].measure(operand, from, n, at[o], inverse[o]);
+      const auto measure = of[operand.codec].measure;
+      if (o != 1 && measure != nullptr) measure(operand, from, n, at[o], inverse[o]);
     }
     for (int o = 0; o < kept.count; ++o) {
       const Operand& operand = kept.operands[o];
       if (o == 1 || (base_of(operand.codec) < kStorages && at[o] != staged[o])) continue;
-      if ((operand.codec & kStochastic) != 0) draw(kept, o, from, n, draws);
-      of[operand.codec].store(operand, from, n, at[o], inverse[o], draws);
+      of[operand.codec].store(operand, from, n, at[o], inverse[o], draws[o]);
     }
     if (kept.zero) {
       const i64 size = storage_bytes(base_of(kept.operands[1].codec));

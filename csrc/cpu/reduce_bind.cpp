@@ -1,8 +1,11 @@
 #include "cpu/reduce_bind.h"
 
+#include <pybind11/stl.h>
+
 #include "cpu/factored.h"
 #include "cpu/norm.h"
 #include "cpu/plan.h"
+#include "cpu/stages.h"
 
 namespace fasttrain {
 namespace {
@@ -87,6 +90,53 @@ void step_factored_tensors(const Reader& reader, const py::list& items,
   step_factored(works, threads);
 }
 
+std::vector<std::pair<std::string, u32>> names_of_stages() {
+  std::vector<std::pair<std::string, u32>> found;
+  for (int i = 0; i < chosen_stages().count; ++i)
+    found.emplace_back(chosen_stages().stages[i].name, chosen_stages().stages[i].digest);
+  return found;
+}
+
+// `items` are tuples (stage, wide, tensors, step count or None); `rows` has a row for each as `step_once` takes it.
+// Returns the sums of each item, padded with zeros.
+py::array_t<double> run_stages(const Reader& reader, const py::list& items,
+                               const py::array_t<double, py::array::c_style>& rows, int threads) {
+  if (rows.ndim() != 2 || rows.shape(0) != static_cast<py::ssize_t>(items.size()))
+    throw std::invalid_argument("one row of coefficients for each item is needed");
+  std::vector<Staged> works(items.size());
+  for (size_t i = 0; i < works.size(); ++i) {
+    const auto item = items[i].cast<py::tuple>();
+    const int number = item[0].cast<int>();
+    if (number < 0 || number >= chosen_stages().count) throw std::out_of_range("no stage " + std::to_string(number));
+    const StageKernels& stage = chosen_stages().stages[number];
+    if (rows.shape(1) < 1 + stage.coefficients) throw std::invalid_argument("a stage has more coefficients than a row");
+    const auto tensors = item[2].cast<py::tuple>();
+    if (static_cast<int>(tensors.size()) != 2 + stage.states)
+      throw std::invalid_argument(std::string(stage.name) + " has " + std::to_string(stage.states) + " states");
+    works[i].stage = &stage;
+    works[i].kernel = item[1].cast<bool>() ? stage.wide : stage.narrow;
+    works[i].row = rows.data(static_cast<py::ssize_t>(i), 0);
+    dlpack::Tensor now;
+    Layout layout;
+    for (int s = 0; s < 2 + stage.states; ++s) {
+      if (!reader.read(tensors[static_cast<size_t>(s)], &now)) throw std::invalid_argument("not a plain tensor");
+      const Kind kind(now);
+      if (s == 0) layout = Layout(now);
+      if (kind.storage() < 0 || kind.complex() || kind.device.type != dlpack::kCPU || !layout.dense() ||
+          !layout.matches(now))
+        throw std::invalid_argument("tensors must be real, dense, in CPU memory, of one order");
+      works[i].streams[s] = {static_cast<char*>(now.data) + now.byte_offset, static_cast<u8>(kind.storage())};
+    }
+    works[i].elements = layout.elements();
+    if (!item[3].is_none()) works[i].counter = counter_of(reader, item[3]);
+  }
+  py::array_t<double> sums({static_cast<py::ssize_t>(works.size()), static_cast<py::ssize_t>(kMaxSums)});
+  double* to = sums.mutable_data();
+  const py::gil_scoped_release release;
+  run_stages(works, to, threads);
+  return sums;
+}
+
 }  // namespace
 
 py::tuple squares_as_python(const std::vector<Summed>& tensors, int threads) {
@@ -102,6 +152,9 @@ py::tuple squares_as_python(const std::vector<Summed>& tensors, int threads) {
 
 void bind_reductions(py::module_& m) {
   m.def("squares", &squares_of_tensors, "Sums of squares of tensors.");
+  m.def("stages", &names_of_stages, "Name and digest of the compiled stages, in order.");
+  m.def("run_stages", py::overload_cast<const Reader&, const py::list&, const py::array_t<double, py::array::c_style>&, int>(&run_stages),
+        "Run stages of optimizers with reductions; returns their sums.");
   m.def("step_factored", &step_factored_tensors, "Step tensors with factored second moments.");
 }
 

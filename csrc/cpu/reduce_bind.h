@@ -1,4 +1,4 @@
-// What Python sees of the reductions: norms, and steps with factored second moments.
+// What Python sees of the reductions: norms, steps with factored second moments, and stages.
 #pragma once
 #include <pybind11/pybind11.h>
 

@@ -1,7 +1,5 @@
 // Takes the arrays of a tensor that is not plain, if they are those of its codecs.
 #pragma once
-#include <pybind11/stl.h>
-
 #include <stdexcept>
 #include <string>
 #include <tuple>

@@ -26,11 +26,9 @@ void each_array(const Work& work, const Visit& visit) {
   }
   for (int o = 0; o < work.kept->count; ++o) {
     const Operand& operand = work.kept->operands[o];
-    const bool written = o != 1 || work.kept->zero;
-    const u8 base = base_of(operand.codec);
-    const bool copy = base == kMasterBF16 || base == kMasterF16;  // of the master, which alone is read
-    visit(operand.main, main_bytes(operand.codec, n), !copy, written);
-    if (operand.extra != nullptr) visit(operand.extra, extra_bytes(operand.codec, n), true, written);
+    const bool copy = base_of(operand.codec) == kMasterBF16 || base_of(operand.codec) == kMasterF16;  // only written
+    visit(operand.main, main_bytes(operand.codec, n), !copy, o != 1 || work.kept->zero);
+    if (operand.extra != nullptr) visit(operand.extra, extra_bytes(operand.codec, n), true, true);
   }
 }
 

@@ -186,18 +186,19 @@ struct Lane {
   static constexpr bool blocks = block_of(Codec) > 0, paired = extra_size(Codec) > 0 && !blocks;
   static constexpr int main_size = static_cast<int>(main_bytes(Codec, 2) / 2);
   static constexpr int extra_size_of_one = paired ? static_cast<int>(extra_size(Codec)) : 1;
+  static constexpr bool copy = base == kMasterBF16;  // the first array, which is not read
   static_assert(base != kInt4, "bytes of two codes are Triton's");
   Eight<main_size> main;
   Eight<extra_size_of_one> extra;  // if paired
   u32 unit;                        // if blocks
 
   HOST_DEVICE void load(const Arrays& from, u32 at) {
-    main.load(from.main + u64{at} * main_size);
+    if constexpr (!copy) main.load(from.main + u64{at} * main_size);
     if constexpr (paired) extra.load(from.extra + u64{at} * extra_size_of_one);
     if constexpr (blocks) load_bits(from.extra + u64{at} / kTile * 4, unit);
   }
   HOST_DEVICE void load_first(const Arrays& from, u32 at, u32 count) {
-    main.load_first(from.main + u64{at} * main_size, count);
+    if constexpr (!copy) main.load_first(from.main + u64{at} * main_size, count);
     if constexpr (paired) extra.load_first(from.extra + u64{at} * extra_size_of_one, count);
     if constexpr (blocks) load_bits(from.extra + u64{at} / kTile * 4, unit);
   }
@@ -215,7 +216,8 @@ struct Lane {
     if (at % kTile == 0) store_bits(to.extra + u64{at} / kTile * 4, unit);
   }
   HOST_DEVICE u32 any() const {
-    u32 bits = main.any();
+    u32 bits = 0;
+    if constexpr (!copy) bits |= main.any();
     if constexpr (paired) bits |= extra.any();
     if constexpr (blocks) bits |= unit;
     return bits;

@@ -75,6 +75,10 @@ def _lines(rule: Rule, graph: Graph, with_digest: bool = True) -> Iterable[str]:
     yield f"struct {rule.name} {{"
     yield f"  static constexpr int states = {len(rule.state)};"
     yield f"  static constexpr int coefficients = {len(graph.coefficients)};"
+    if rule.sums is not None:
+        changed = sum(1 << i for i, moved in enumerate(graph.changed) if moved)
+        yield f"  static constexpr int sums = {len(rule.sums)};"
+        yield f"  static constexpr u32 changed = {changed};  // of p and the states, bit by bit"
     if with_digest:
         yield f"  static constexpr u32 digest = 0x{digest(rule):08X};"
     yield "  struct K {"
@@ -85,14 +89,17 @@ def _lines(rule: Rule, graph: Graph, with_digest: bool = True) -> Iterable[str]:
     else:
         yield "    HOST_DEVICE explicit K(const T*) {}"
     yield "  };"
-    arguments = "".join(f", T& {name}" for name in rule.state)
-    yield f"  HOST_DEVICE static void element(T& p, T g{arguments}, const K& k) {{"
+    targets = (*rule.state, *(rule.sums or ()))
+    any_use = "" if rule.sums is None else "[[maybe_unused]] "  # a stage may measure g alone, say
+    operands = ("T& p", "T g", *(f"T& {name}" for name in targets), "const K& k")
+    arguments = ", ".join(any_use + operand for operand in operands)
+    yield f"  HOST_DEVICE static void element({arguments}) {{"
     for name, node in named:
         yield f"    const {'bool' if node.kind == 'condition' else 'T'} {name} = {expression(node, names)};"
         names[node] = name
     # Inputs are overwritten one after the other, so an output that is computed here must not read a changed input.
     results = []
-    for output, target in zip(graph.outputs, ("p", *rule.state), strict=True):
+    for output, target in zip(graph.outputs, ("p", *targets), strict=True):
         text = names.get(output) or expression(output, names)
         if text == target:
             continue
@@ -104,6 +111,15 @@ def _lines(rule: Rule, graph: Graph, with_digest: bool = True) -> Iterable[str]:
         yield f"    {target} = {text};"
     yield "  }"
     yield "};"
+
+
+def stages_header(rules: Iterable[Rule]) -> str:
+    """The whole text of `csrc/stage_rules.h`: the rules that have `sums`."""
+    rules = list(rules)
+    body = "\n".join(struct(rule) for rule in rules)
+    return (HEADER + "\n" + body + "\n" + "}  // namespace FT_ISA\n}  // namespace fasttrain\n\n"
+            "// The order of this list is the number of a stage.\n#define FASTTRAIN_STAGES(X)"
+            + "".join(f" \\\n  X({rule.name})" for rule in rules) + "\n")
 
 
 def header(rules: Iterable[Rule], common: Iterable[Rule] = ()) -> str:

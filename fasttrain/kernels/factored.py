@@ -22,8 +22,8 @@ from fasttrain.kernels import native
 from fasttrain.kernels.item import Item
 from fasttrain.kernels.reference import SMALLEST_NORMAL, square_root
 
-# An item (p, g, then row_var and col_var, or variance; its rule is not used) and seven numbers: the gradient's scale, what
-# p is multiplied with, the weight of the new squares, rho, eps1, eps2 and d.
+# An item (p, g, then row_var and col_var, or variance; its rule is not used) and seven numbers: the gradient's scale,
+# what p is multiplied with, the weight of the new squares, rho, eps1, eps2 and d.
 Work = tuple[Item, Sequence[float]]
 
 

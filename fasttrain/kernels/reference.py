@@ -62,7 +62,7 @@ OPERATIONS: dict[str, Callable[..., Tensor]] = {
 
 
 def evaluate(rule: Rule, tensors: Sequence[Tensor], scale: Any, scalars: Mapping[str, Any]) -> list[Tensor]:
-    """The new p and states, in the element type; nothing is written.
+    """The new p and states, and the terms of the rule's sums, in the element type; nothing is written.
 
     Arguments:
         tensors: p, g and states in the element type, of one shape.
@@ -80,7 +80,9 @@ def evaluate(rule: Rule, tensors: Sequence[Tensor], scale: Any, scalars: Mapping
     outputs = rule.element(*inputs, k)
     new = [output.tensor for output in (outputs if isinstance(outputs, tuple) else (outputs,))]
     zero = torch.zeros((), dtype=dtype, device=new[0].device)
-    return new[:1] + [torch.where(state.abs() < SMALLEST_NORMAL[dtype], zero, state) for state in new[1:]]
+    first_sum = 1 + len(rule.state)
+    return [*new[:1], *(torch.where(state.abs() < SMALLEST_NORMAL[dtype], zero, state) for state in new[1:first_sum]),
+            *new[first_sum:]]
 
 
 def step(items: Sequence[Item]) -> None:

@@ -143,6 +143,12 @@ class Graph:
         return [node for node in self.nodes if id(node) in needed]
 
     @property
+    def changed(self) -> list[bool]:
+        """Of p and the states: whether the rule changes it. A stage writes no other; other rules write them all."""
+        kept = [self.inputs[0], *self.inputs[2:]]
+        return [old is not new for old, new in zip(kept, self.outputs[: len(kept)], strict=True)]
+
+    @property
     def flops(self) -> int:
         """Floating-point operations per element (``+ - * /``, negation, square root), the gradient's scale included."""
         return 1 + sum(node.op in ARITHMETIC for node in self.live)
@@ -163,7 +169,8 @@ class Graph:
         28
         """
         states = (state,) * len(self.rule.state) if isinstance(state, int) else state
-        return 2 * param + grad + 2 * sum(states)
+        return param + grad + sum(states) + sum(size for size, moved in zip((param, *states), self.changed, strict=True)
+                                                if moved or self.rule.sums is None)
 
 
 class _Coefficients:
@@ -194,8 +201,9 @@ def trace(rule: Rule) -> Graph:
     Raises:
         RuleError: the equation leaves the vocabulary; the message names the line and the remedy.
     """
-    for name in rule.state:
-        if not name.isidentifier() or name in RESERVED or rule.state.count(name) > 1:
+    own = (*rule.state, *(rule.sums or ()))
+    for name in own:
+        if not name.isidentifier() or name in RESERVED or own.count(name) > 1:
             raise RuleError(f"rule {rule.name}: a state cannot be called {name!r}, which the generated code uses for "
                             "something else: choose another name")
     graph = Graph(rule)
@@ -214,10 +222,10 @@ def trace(rule: Rule) -> Graph:
     finally:
         sys.setprofile(before)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    expected = 1 + len(rule.state)
+    expected = 1 + len(own)
     if len(outputs) != expected or not all(isinstance(o, Symbol) and o.kind in ("value", "input") for o in outputs):
         raise RuleError(f"rule {rule.name}: element() must return {expected} values, the new p"
-                        + "".join(f", {name}" for name in rule.state) + f"; it returned {outputs!r}")
+                        + "".join(f", {name}" for name in own) + f"; it returned {outputs!r}")
     graph.outputs = list(outputs)
     return graph
 
@@ -235,7 +243,7 @@ def statements(graph: Graph) -> tuple[list[tuple[str, Symbol]], dict[Symbol, str
     for output in graph.outputs:
         uses[output] = uses.get(output, 0) + 1
     taken = {node.op for node in graph.inputs} | {f"new_{node.op}" for node in graph.inputs} | set(graph.coefficients)
-    taken |= RESERVED
+    taken |= RESERVED | set(graph.rule.sums or ())
     named: list[tuple[str, Symbol]] = []
     for node in graph.live:
         if node not in graph.names and uses[node] < 2:

@@ -7,13 +7,16 @@ outside of the chunk counts as zero and is not written, except that a byte of tw
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # bound when the functions are wrapped
     import triton.language as tl
 
     from fasttrain.kernels.triton_codecs import divide
-    from fasttrain.kernels.triton_kept import fraction, load_bits, store_bits
+
+    fraction: Any  # of fasttrain.kernels.triton_kept, which is bound to this file's functions in turn
+    load_bits: Any
+    store_bits: Any
 
 
 def fetch_blocks(main, extra, offsets, inside, count, codec: tl.constexpr, block: tl.constexpr, whole: tl.constexpr):

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING
+from typing import Any
 
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from fasttrain.optim.optimizer import Optimizer
 
 
 class Arrival:
@@ -18,7 +15,7 @@ class Arrival:
         every: a parameter is stepped when so many gradients have been accumulated into it.
     """
 
-    def __init__(self, optimizer: Optimizer, every: int):
+    def __init__(self, optimizer: Any, every: int):
         if every < 1:
             raise ValueError(f"accumulation is {every}: give the number of backward passes of a step, at least 1")
         self.every = every

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fasttrain.kernels import norm
 from fasttrain.optim.local import local, norm_of_parts, settle, shares, statistics_of_parts
-
-if TYPE_CHECKING:
-    from fasttrain.optim.optimizer import Optimizer
 
 
 def coefficient(total: float, largest: float | None) -> float:
@@ -36,7 +33,7 @@ def coefficient_of_one(p: Tensor, scale: float, largest: float | None) -> float:
     return coefficient(scale * math.sqrt(squares[0].item()), largest)
 
 
-def parameters(optimizers: Iterable[Optimizer]) -> list[Tensor]:
+def parameters(optimizers: Iterable[Any]) -> list[Tensor]:
     """All parameters of the optimizers that are trained, each once; their gradients are placed as they are."""
     params = list({id(p): p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]
                    if p.grad is not None or p.requires_grad}.values())
@@ -46,7 +43,7 @@ def parameters(optimizers: Iterable[Optimizer]) -> list[Tensor]:
 
 
 @torch.no_grad()
-def statistics(optimizers: Iterable[Optimizer]) -> tuple[Tensor, Tensor]:
+def statistics(optimizers: Iterable[Any]) -> tuple[Tensor, Tensor]:
     """The sum of squares of all gradients, float64, and whether any element is infinite or NaN; both of shape ().
 
     Gradients that are shards (DTensor) are added over the processes, copies are counted once.
@@ -70,7 +67,7 @@ def statistics(optimizers: Iterable[Optimizer]) -> tuple[Tensor, Tensor]:
     return norm.total(torch.stack([part.to(home) for part in sums])), torch.stack([bad.to(home) for bad in found]).any()
 
 
-def grad_norm(optimizers: Iterable[Optimizer], norm_type: float = 2.0) -> Tensor:
+def grad_norm(optimizers: Iterable[Any], norm_type: float = 2.0) -> Tensor:
     """The norm of all gradients of the optimizers' parameters together, each parameter counted once.
 
     Returns:
@@ -86,7 +83,7 @@ def grad_norm(optimizers: Iterable[Optimizer], norm_type: float = 2.0) -> Tensor
     return torch.linalg.vector_norm(torch.stack([*norms, rest.to(norms[0])]), norm_type).float()
 
 
-def clip_grad_norm(optimizers: Iterable[Optimizer], max_norm: float, norm_type: float = 2.0,
+def clip_grad_norm(optimizers: Iterable[Any], max_norm: float, norm_type: float = 2.0,
                    error_if_nonfinite: bool = False) -> Tensor:
     """Scale the gradients of the next step of each optimizer so that their total norm is at most `max_norm`.
 

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from fasttrain.optim.kept import EMA
 from fasttrain.optim.local import is_dtensor, local
 
-if TYPE_CHECKING:
-    from fasttrain.optim.optimizer import Optimizer
-
 
 @torch.no_grad()
-def follow_resting(optimizer: Optimizer, group: dict[str, Any]) -> None:
+def follow_resting(optimizer: Any, group: dict[str, Any]) -> None:
     """Move the EMA of parameters that had no gradient in this step: they rest, and their average approaches them."""
     for p in group["params"]:
         if p.grad is None and EMA in optimizer.state.get(p, ()):
@@ -26,7 +23,7 @@ def follow_resting(optimizer: Optimizer, group: dict[str, Any]) -> None:
 
 
 @contextmanager
-def weights(optimizer: Optimizer) -> Iterator[None]:
+def weights(optimizer: Any) -> Iterator[None]:
     """The parameters hold their EMA inside the block; those without one are as they are."""
     if optimizer._swapped:
         raise RuntimeError("the parameters are their EMA already: ema_weights() is inside another")

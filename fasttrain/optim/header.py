@@ -1,18 +1,23 @@
-"""Write `csrc/rules.h`, the C++ of every rule: ``python -m fasttrain.optim.header csrc/rules.h``."""
+"""Write `csrc/rules.h`, the C++ of every rule, and `stage_rules.h` beside it.
+
+``python -m fasttrain.optim.header csrc/rules.h``
+"""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-from fasttrain.kernels.emit_cpp import header
-from fasttrain.optim import COMMON_RULES, RULES
+from fasttrain.kernels.emit_cpp import header, stages_header
+from fasttrain.optim import COMMON_RULES, RULES, STAGES
 
 
 def main(arguments: list[str]) -> None:
     if len(arguments) != 1:
         raise SystemExit("usage: python -m fasttrain.optim.header PATH")
-    Path(arguments[0]).write_text(header(RULES, COMMON_RULES))
+    path = Path(arguments[0])
+    path.write_text(header(RULES, COMMON_RULES))
+    path.with_name("stage_rules.h").write_text(stages_header(STAGES))
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ class Itemwise(Optimizer):
         known, state = memo.get(p), self.state.get(p)
         if known is not None and known[0] == signature and state is not None and \
                 all(state.get(key) is kept for key, kept in known[1]):
-            _, kept, name, param, states, counter = known
+            _, _, name, param, states, counter = known
             step = counter.item() + 1 if counter is not None else 2
             return Examined(where, group, Item(name, rule, (param, grad, *states), (), counter), step, False, None)
         known_states = len(self.state.get(p, ()))
@@ -63,8 +63,8 @@ class Itemwise(Optimizer):
         assert p.grad is not None
         memo.pop(p, None)
         if is_dtensor(p) or is_dtensor(p.grad):
-            raise RuntimeError(f"{name} is a DTensor; {type(self).__name__} needs the whole of a parameter, and does not "
-                               "gather one: give it to an elementwise optimizer (AdamW, Lion, ...), or keep it whole "
+            raise RuntimeError(f"{name} is a DTensor; {type(self).__name__} needs the whole of a parameter, and does "
+                               "not gather one: give it to an elementwise optimizer (AdamW, Lion, ...), or keep it whole "
                                "on each rank (ignored_params of fully_shard; no parallelize_module for its layer)")
         check_gradient(name, p, p.grad)
         self._refuse(p)

@@ -12,7 +12,7 @@ from torch import Tensor
 from fasttrain.optim.checks import check_memory, plain
 from fasttrain.optim.local import cuts_blocks
 from fasttrain.precision.codecs import PLAIN, STOCHASTIC, array_shapes, code_dtype, codec, decode, encode
-from fasttrain.precision.storage import EXTRA_KEYS, describe, ema_codec, param_codec, state_codec
+from fasttrain.precision.storage import EXTRA_KEYS, describe, ema_codec, is_plain, param_codec, state_codec
 from fasttrain.rule import Rule
 
 EMA = "ema"
@@ -129,6 +129,30 @@ def complete(p: Tensor, state: dict[str, Any], kept: Layout, fresh: bool) -> lis
 def _exact(p: Tensor, state: Mapping[str, Any], kept: Layout) -> Tensor:
     extra = None if kept.extras[0] is None else plain(state[kept.extras[0]])
     return values(kept.codecs[0], p.detach(), extra, p.shape)
+
+
+def full_precision(p: Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
+    """A parameter with all the digits that its master keeps."""
+    number = PLAIN[p.dtype] if is_plain(group) else param_codec("the parameter", p.dtype, group)
+    key = EXTRA_KEYS.get(codec(number).name)
+    if key is None or key not in state:
+        return p.detach().to(torch.float64 if p.dtype == torch.float64 else torch.float32).clone()
+    return values(number, plain(p.detach()), plain(state[key]), p.shape)
+
+
+def set_full_precision(name: str, p: Tensor, value: Tensor, state: Mapping[str, Any],
+                       group: Mapping[str, Any]) -> Tensor | None:
+    """Set a parameter and its second array from a weight in fp32; the array, if the state has none to be written."""
+    number = PLAIN[p.dtype] if is_plain(group) else param_codec(name, p.dtype, group)
+    main, extra = arrays(number & ~STOCHASTIC, p, value.to(p.device))
+    p.copy_(main)
+    if extra is None:
+        return None
+    key = EXTRA_KEYS[codec(number).name]
+    if key in state:
+        state[key].copy_(extra)
+        return None
+    return extra
 
 
 def follow(p: Tensor, state: Mapping[str, Any], kept: Layout) -> None:

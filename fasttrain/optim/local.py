@@ -49,8 +49,8 @@ def version(tensor: Any) -> int:
 def check_placed(name: str, p: Any) -> None:
     """Raise if a parameter, or its gradient, is cut in a way that cannot be stepped."""
     if is_dtensor(p) and any(placement.is_partial() for placement in p.placements):
-        raise ValueError(f"{name} is placed {p.placements}: each process holds an addend of it, and a step cannot change "
-                         "a sum; redistribute it to Replicate or Shard")
+        raise ValueError(f"{name} is placed {p.placements}: each process holds an addend of it, and a step cannot "
+                         "change a sum; redistribute it to Replicate or Shard")
     if is_dtensor(p.grad) and not is_dtensor(p):
         raise TypeError(f"{name} is no DTensor, and its gradient is one, placed {p.grad.placements}: distribute the "
                         "parameter (distribute_tensor), or give it grad.full_tensor()")
@@ -60,8 +60,8 @@ def check_placed(name: str, p: Any) -> None:
 def settle(p: Any) -> None:
     """Have the gradient placed as its parameter is: addends are summed, shards exchanged.
 
-    A collective where it has to be done, which puts the new gradient into the place of the old one: the norm and the step
-    need it both.
+    A collective where it has to be done, which puts the new gradient into the place of the old one: the norm and the
+    step need it both.
     """
     grad = p.grad
     if not is_dtensor(p) or not is_dtensor(grad) or (
@@ -131,6 +131,16 @@ def as_whole(values: Tensor, pattern: Any) -> Tensor:
         shape, stride = torch.Size([len(values) * parts(pattern)]), (1,)
     return dtensor_type().from_local(values, pattern.device_mesh, pattern.placements, run_check=False, shape=shape,
                                      stride=stride)
+
+
+def part_of(whole: Tensor, pattern: Any) -> Tensor:
+    """What this process holds of a tensor that every process has, if it is placed as the pattern is."""
+    if not shares(pattern):
+        return whole
+    for dim, held in enumerate(positions(pattern)):
+        if len(held) != whole.shape[dim]:
+            whole = whole.index_select(dim, held.to(whole.device))
+    return whole.contiguous()
 
 
 def cuts(tensor: Any) -> list[tuple[int, Any]]:
@@ -208,7 +218,7 @@ def place(name: str, tensor: Any) -> tuple[int, int, int]:
     apart = starts.diff()
     runs = index[inner].view(-1, run) if len(index[inner]) % run == 0 else None
     if runs is None or (runs.diff() != 1).any() or (apart != apart[0]).any():
-        raise ValueError(f"{name} is placed {tensor.placements}: stochastic rounding needs shards whose elements lie in "
-                         "runs of one length and distance in the whole; use another master, "
+        raise ValueError(f"{name} is placed {tensor.placements}: stochastic rounding needs shards whose elements lie "
+                         "in runs of one length and distance in the whole; use another master, "
                          "state_rounding='nearest', or other placements")
     return first, run * stride, int(apart[0])

@@ -19,7 +19,7 @@ import hashlib
 import math
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -145,6 +145,7 @@ class Optimizer(torch.optim.Optimizer):
         """Keep the options that every optimizer has. Before torch's constructor, which adds the parameter groups."""
         self.backend = options.pop("backend", None)
         self._storage = normalised(options)
+        self._remainders: dict[int, Tensor] = {}  # second arrays of parameters that have no state yet, by id
         self._versions: dict[int, int] = {}  # of parameters stepped as items and watched, by id, after our last write
         if unknown := [name for name in options if name != "storage" and name not in DEFAULTS]:
             raise TypeError(f"{type(self).__name__} has no option {', '.join(map(repr, unknown))}")
@@ -378,6 +379,9 @@ class Optimizer(torch.optim.Optimizer):
             report.allocations += len(state) - known
             return Examined(where, group, item, step, fresh, None)
         layout = self._layout(name, whole, grad.dtype, group, rule)
+        if (digits := self._remainders.pop(id(whole), None)) is not None and layout.extras[0] is not None:
+            state[layout.extras[0]] = digits
+            self.state[whole][layout.extras[0]] = as_whole(digits, whole)
         made = kept.complete(p, state, layout, fresh)
         self.state[whole].update((key, as_whole(state[key], whole)) for key in made)
         report.allocations += len(self.state[whole]) - known
@@ -597,6 +601,44 @@ class Optimizer(torch.optim.Optimizer):
 
     # --- State that goes out and comes back ---------------------------------------------------------------------------
 
+    def full_precision(self) -> list[Tensor]:
+        """Every parameter with all the digits that its master keeps: fp32 (fp64 of fp64), in the order of the groups.
+
+        Example:
+            >>> from fasttrain.optim import SGD
+            >>> weight = torch.nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+            >>> optimizer = SGD([weight], lr=1e-4, master="split")
+            >>> weight.grad = torch.ones_like(weight)
+            >>> optimizer.step()
+            >>> weight.data, optimizer.full_precision()
+            (tensor([1.], dtype=torch.bfloat16), [tensor([0.9999])])
+        """
+        return [kept.full_precision(p, self.state.get(p, {}), group)
+                for group in self.param_groups for p in group["params"]]
+
+    def load_full_precision(self, weights: Sequence[Tensor]) -> None:
+        """Set every parameter, and its master or remainder, from fp32 weights: those of an fp32 checkpoint, say.
+
+        Arguments:
+            weights: as `full_precision` returns them.
+
+        Raises:
+            ValueError: they are not as many, or not of the parameters' shapes; nothing was changed.
+        """
+        places = [(g, i) for g, group in enumerate(self.param_groups) for i in range(len(group["params"]))]
+        if len(weights) != len(places):
+            raise ValueError(f"{len(weights)} weights are given for {len(places)} parameters")
+        for where, value in zip(places, weights, strict=True):
+            if value.shape != self._param(where).shape:
+                raise ValueError(f"{self._name(where)}: the weight has shape {tuple(value.shape)}")
+        with torch.no_grad():
+            for where, value in zip(places, weights, strict=True):
+                p, group = self._param(where), self.param_groups[where[0]]
+                made = kept.set_full_precision(self._name(where), p, value, self.state.get(p, {}), group)
+                if made is not None:
+                    self._remainders[id(p)] = made
+                self._versions[id(p)] = p._version
+
     def add_param_group(self, param_group: Group) -> None:
         """Add a parameter group, as torch does; the same parameter twice in it is an error.
 
@@ -668,7 +710,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plan, self._versions, self._clip = None, {}, 1.0
+        self._plan, self._versions, self._remainders, self._clip = None, {}, {}, 1.0
         for group in self.param_groups:
             group.setdefault("maximize", False)
         if self._loading is not None:

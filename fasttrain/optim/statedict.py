@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,13 +13,10 @@ from fasttrain.optim.checks import number, plain
 from fasttrain.precision.codecs import NUMBER, POSITIVE, array_shapes, code_dtype
 from fasttrain.precision.storage import DEFAULTS, describe, is_plain
 
-if TYPE_CHECKING:
-    from fasttrain.optim.optimizer import Optimizer
-
 KEPT = ("master", "state_dtype")  # options that decide which arrays there are
 
 
-def with_own_options(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+def with_own_options(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
     """The state dict with the optimizer's own storage options where a group of it has none (torch's have none)."""
     groups = state_dict["param_groups"]
     if len(groups) != len(optimizer.param_groups):
@@ -28,7 +25,7 @@ def with_own_options(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[s
     return {**state_dict, "param_groups": [{**mine, **saved} for mine, saved in zip(own, groups, strict=True)]}
 
 
-def check(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
+def check(optimizer: Any, state_dict: Mapping[str, Any]) -> None:
     """Refuse a state dict that does not fit. What torch checks itself (numbers of groups and parameters) is left to it.
 
     Raises:
@@ -102,14 +99,12 @@ def convert(state_dict: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> 
         >>> old.step()
         >>> new.load_state_dict(convert(old.state_dict(), new))
     """
-    from fasttrain.optim.optimizer import Optimizer
-
     groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
     if [len(group["params"]) for group in groups] != [len(saved["params"]) for saved in saved_groups]:
         raise ValueError("the state dict has groups of "
                          f"{', '.join(str(len(saved['params'])) for saved in saved_groups)} parameters, the optimizer "
                          f"of {', '.join(str(len(group['params'])) for group in groups)}")
-    ours = isinstance(optimizer, Optimizer)
+    ours = hasattr(optimizer, "takes_storage")  # torch's has not
     new_state, new_groups = {}, []
     for group, saved in zip(groups, saved_groups, strict=True):
         own = {name: group[name] for name in DEFAULTS if name in group} if ours else {}

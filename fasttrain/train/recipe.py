@@ -16,6 +16,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     "Adadelta": dict(lr=10.0, weight_decay=0.0),
     "Adagrad": dict(lr=3e-2, weight_decay=0.0),
     "Adamax": dict(lr=1.2e-2, betas=(0.9, 0.95), weight_decay=0.0),
+    "LAMB": dict(lr=6e-3, betas=(0.9, 0.95), weight_decay=0.1),
+    "Muon": dict(lr=6e-3, momentum=0.95, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+    "StableAdamW": dict(lr=6e-3, betas=(0.9, 0.95), weight_decay=0.1),
     "Adan": dict(lr=3e-2, weight_decay=0.02),
     "AdEMAMix": dict(lr=6e-3, betas=(0.9, 0.95, 0.999), weight_decay=0.1),
     "NAdam": dict(lr=6e-3, betas=(0.9, 0.95), weight_decay=0.1, decoupled_weight_decay=True),
@@ -57,15 +60,19 @@ def settings(config: TrainConfig) -> dict[str, Any]:
     return chosen
 
 
-def build(config: TrainConfig, model: Any) -> Any:
-    """The optimizer over two groups: matrices, which decay, and gains (one dimension), which do not."""
+def build(config: TrainConfig, model: Any, **options: Any) -> Any:
+    """The optimizer over two groups: matrices, which decay, and gains (one dimension), which do not.
+
+    Args:
+        options: further arguments of the optimizer, as those of `fasttrain.precision.storage`.
+    """
     chosen = settings(config)
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     groups = [
         {"params": [(n, p) for n, p in named if p.ndim >= 2]},
         {"params": [(n, p) for n, p in named if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return optimizer_class(config.optimizer)(groups, **chosen)
+    return optimizer_class(config.optimizer)(groups, **{**chosen, **options})
 
 
 def check(config: TrainConfig) -> None:

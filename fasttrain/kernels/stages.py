@@ -1,0 +1,70 @@
+"""Run stages: rules whose elements' terms are summed in the same walk (`Rule.sums`).
+
+The sums are made in float64 by the tree of `fasttrain.kernels.norm`: the same bits from the compiled module and from
+the reference. What a stage does not change is not written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
+import torch
+
+from fasttrain.kernels import native, norm
+from fasttrain.kernels.emit_cpp import digest
+from fasttrain.kernels.item import Item, dense, table_of_rows
+from fasttrain.kernels.reference import evaluate
+from fasttrain.kernels.trace import trace
+from fasttrain.rule import Rule
+
+
+@cache
+def number_of(rule: Rule) -> int | None:
+    """The number of a stage in the compiled module; None if that very equation is not in it."""
+    if native.load()[0] is None:
+        return None
+    return {key: number for number, key in enumerate(native.module().stages())}.get((rule.name, digest(rule)))
+
+
+def run(items: Sequence[Item], backend: str) -> np.ndarray:
+    """Step the items of one device; returns their sums, float64 of shape (len(items), sums).
+
+    The items are plain, and of rules with as many sums. In CPU memory the backend "cpu" runs the compiled stages; any
+    other runs the reference.
+    """
+    if not items:
+        return np.zeros((0, 0))
+    if backend == "cpu" and all(number_of(item.rule) is not None for item in items):
+        return _native(items)
+    return torch.stack([_reference(item) for item in items]).cpu().numpy()
+
+
+def _native(items: Sequence[Item]) -> np.ndarray:
+    with dense(items) as walkable:
+        work = [(number_of(item.rule), item.dtype == torch.float64, item.tensors, item.counter) for item in walkable]
+        sums = native.module().run_stages(native.reader(), work, table_of_rows([item.row for item in items]),
+                                          torch.get_num_threads())
+        torch.autograd.graph.increment_version([tensor for item in walkable for tensor in item.written])
+    return sums[:, : len(items[0].rule.sums or ())]
+
+
+def _reference(item: Item) -> torch.Tensor:
+    graph = trace(item.rule)
+    scalars = dict(zip(graph.coefficients, item.row[1 : 1 + len(graph.coefficients)], strict=True))
+    new = evaluate(item.rule, [tensor.to(item.dtype) for tensor in item.tensors], item.row[0], scalars)
+    written = [item.tensors[0], *item.tensors[2:]]
+    for tensor, value, changed in zip(written, new[: len(written)], graph.changed, strict=True):
+        if changed:
+            tensor.copy_(value)
+    if item.counter is not None:
+        item.counter.add_(1)
+    in_order = [term.new_empty(0) if term.numel() == 0 else _like(term, item.tensors[0]) for term in new[len(written):]]
+    sums = [norm.sum_in_blocks(norm.memory_order(term).double()) for term in in_order]
+    return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.float64)
+
+
+def _like(term: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """The terms in the order in which the walk meets them: that of p's memory, or of a contiguous copy."""
+    return torch.empty_like(p, dtype=term.dtype).copy_(term)
