@@ -6,22 +6,19 @@ Every rank makes the whole model and runs it itself; what it holds of the sharde
 from __future__ import annotations
 
 import copy
-import io
 import itertools
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import ranks
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -32,9 +29,8 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 import fasttrain.optim
 from fasttrain import LossScaler
-from fasttrain.kernels.norm import squares
 from fasttrain.optim import SGD, AdamW, convert
-from fasttrain.optim.local import is_dtensor, local, parts, place, positions, run_length
+from fasttrain.optim.local import is_dtensor, local, parts, place, positions
 from fasttrain.precision.draws import full_index
 from tests.helpers import assert_same_bits
 
@@ -118,7 +114,7 @@ def stepped(wire: Any, names: list[str], runs: list[Any], sizes: Any, backend: s
         mesh_shape, placements = LAYOUTS[name]
         what = f"{name}, {optimizer}, {dtype}, {options}"
         mesh = init_device_mesh("cpu", mesh_shape)
-        shapes = [size for size in sizes if "trided" not in name and "fully" not in name or size[0] % 4 == 0]
+        shapes = [size for size in sizes if ("strided" not in name and "fully" not in name) or size[0] % 4 == 0]
         values = gradients(shapes, 0, dtype)
         wholes = [nn.Parameter(value.clone()) for value in values]
         params = [nn.Parameter(placed(value, mesh, placements)) for value in values]
@@ -151,6 +147,14 @@ def test_shards_are_stepped_as_the_whole(name: str) -> None:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_run_on_every_layout(name: str) -> None:
     ranks.run(stepped, 4, [name], RUNS, SIZES, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_muon_gathers_its_updates(dtype: torch.dtype) -> None:
+    """The same bits: every rank orthogonalises the batches of the unsharded run."""
+    sizes = ((16, 12), (7, 12), (16, 12), (4, 6, 5), (4,), (1, 2))
+    ranks.run(stepped, 4, ["rows", "fully_shard over columns", "copies"], [("Muon", dtype, dict(lr=0.1))], sizes, None)
+    ranks.run(stepped, 4, ["blocks", "columns"], [("Muon", dtype, dict(lr=0.1, nesterov=False))], sizes[:4], None)
 
 
 def test_on_the_reference_backend() -> None:
@@ -188,7 +192,7 @@ def refuses_places(wire: Any) -> None:
     assert place("p", cube) == (0 + 32 * (wire.rank // 2) + 8 * (wire.rank % 2), 8, 16)
     p.grad = torch.zeros_like(p)
     optimizer = SGD([("odd", p)], lr=0.1, master="stochastic")
-    with pytest.raises(ValueError, match="parameter 'odd' is placed .*use another master"):
+    with pytest.raises(ValueError, match=r"parameter 'odd' is placed .*use another master"):
         optimizer.step()
     assert not optimizer.state[p]
 
@@ -323,3 +327,244 @@ def each_clipped(wire: Any) -> None:
 
 def test_each_gradient_is_clipped_by_its_whole_norm() -> None:
     ranks.run(each_clipped, 2)
+
+
+# --- Models -----------------------------------------------------------------------------------------------------------
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(12), nn.Linear(12, 20), nn.Linear(20, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.tanh(self.up(self.norm(x))))
+
+
+def parallel(mesh: Any) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(Block(), nn.Linear(12, 7))
+    if "tp" in (mesh.mesh_dim_names or ()):
+        plan = {"0.norm": SequenceParallel(), "0.up": ColwiseParallel(input_layouts=Shard(1)),
+                "0.down": RowwiseParallel(output_layouts=Shard(1))}
+        parallelize_module(model[0], mesh["tp"], {key[2:]: one for key, one in plan.items()})
+        parallelize_module(model[1], mesh["tp"], RowwiseParallel(input_layouts=Shard(1)))
+    if "dp" in (mesh.mesh_dim_names or ()):
+        for part in model:
+            fully_shard(part, mesh=mesh["dp"])
+        fully_shard(model, mesh=mesh["dp"])
+    return model
+
+
+def backward(model: nn.Module, step: int, rank: int) -> None:
+    numbers = torch.Generator().manual_seed(1000 * step + rank)
+    x = torch.randn(3, 8, 12, generator=numbers)
+    first = model[0].norm.weight
+    if is_dtensor(first) and "tp" in first.device_mesh.mesh_dim_names:  # its part of every sequence
+        x = x.chunk(2, dim=1)[first.device_mesh["tp"].get_local_rank()]
+    model(x).square().mean().backward()
+
+
+def trained(wire: Any, axes: dict[str, int], options: dict[str, Any]) -> None:
+    mesh = init_device_mesh("cpu", tuple(axes.values()), mesh_dim_names=tuple(axes))
+    model = parallel(mesh)
+    full = {name: p.detach().full_tensor() if is_dtensor(p) else p.detach().clone()
+            for name, p in model.named_parameters()}
+    wholes = {name: nn.Parameter(value.clone()) for name, value in full.items()}
+    ours, theirs = AdamW(model.named_parameters(), **options), AdamW(wholes.items(), **options)
+    for step in range(3):
+        backward(model, step, wire.rank if axes.keys() == {"dp"} else 0)
+        addends = [name for name, p in model.named_parameters() if any(one.is_partial() for one in p.grad.placements)]
+        assert ("0.norm.weight" in addends) == (axes.keys() == {"tp"}), addends
+        for name, p in model.named_parameters():
+            wholes[name].grad = p.grad.full_tensor() if is_dtensor(p.grad) else p.grad
+        norm = ours.clip_grad_norm_(0.1)
+        torch.testing.assert_close(norm, theirs.clip_grad_norm_(0.1), rtol=1e-6, atol=0.0)
+        theirs._clip = ours._clip
+        ours.step()
+        theirs.step()
+        ours.zero_grad()
+    params = dict(model.named_parameters())
+    compare(ours, theirs, [p for p in params.values() if is_dtensor(p)],
+            [wholes[name] for name, p in params.items() if is_dtensor(p)], str(axes))
+    if "ema_decay" in options:
+        before = {name: local(p).clone() for name, p in params.items()}
+        with ours.ema_weights():
+            for name, p in params.items():
+                if is_dtensor(p):
+                    assert_same_parts(p, theirs.state[wholes[name]]["ema"].to(p.dtype), "the average")
+        for name, p in params.items():
+            assert_same_bits(local(p.detach()), before[name], "afterwards")
+        backward(model, 9, 0)  # the next step goes on with what is kept beside the parameters
+        for name, p in params.items():
+            wholes[name].grad = None if p.grad is None else p.grad.full_tensor() if is_dtensor(p.grad) else p.grad
+        ours.step()
+        theirs.step()
+        compare(ours, theirs, [p for p in params.values() if is_dtensor(p)],
+                [wholes[name] for name, p in params.items() if is_dtensor(p)], str(axes))
+
+
+@pytest.mark.parametrize("axes", [dict(dp=2), dict(tp=2), dict(dp=2, tp=2)], ids=str)
+def test_models(axes: dict[str, int]) -> None:
+    """fully_shard, parallelize_module, and one over the other; the LayerNorm's gradient is an addend on each rank."""
+    ranks.run(trained, torch.Size(axes.values()).numel(), axes, dict(lr=1e-2, ema_decay=0.5))
+
+
+def around(wire: Any) -> None:
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("dp",))
+    one, other = parallel(mesh), parallel(mesh)
+    for p in (one[1].bias, other[1].bias):
+        p.requires_grad_(False)
+    arriving, usual = (AdamW(list(model[0].parameters()), lr=1e-2) for model in (one, other))
+    for model, optimizer in ((one, arriving), (other, usual)):
+        optimizer.add_param_group({"params": model[1].parameters(), "lr": 1e-3})
+    arriving.step_on_arrival()
+    for step in range(3):
+        for model, optimizer in ((one, arriving), (other, usual)):
+            backward(model, step, wire.rank)
+            assert all((p.grad is None) == (optimizer is arriving or not p.requires_grad) for p in model.parameters())
+            optimizer.step()
+            optimizer.zero_grad()
+    for p, q in zip(one.parameters(), other.parameters(), strict=True):
+        assert_same_bits(local(p.detach()), local(q.detach()))
+
+    twin = copy.deepcopy(usual)
+    for p, q in zip(other.parameters(), itertools.chain(*(g["params"] for g in twin.param_groups)), strict=True):
+        if p.requires_grad:
+            p.grad = torch.ones_like(p)
+            q.grad = torch.ones_like(q)
+    torch.nn.utils.clip_grad_norm_([p for p in other.parameters() if p.requires_grad], 0.5)
+    twin.clip_grad_norm_(0.5)
+    usual.step()
+    twin.step()
+    for p, q in zip(other.parameters(), itertools.chain(*(g["params"] for g in twin.param_groups)), strict=True):
+        torch.testing.assert_close(local(p.detach()), local(q.detach()), rtol=1e-6, atol=1e-7)
+
+
+def test_arrival_groups_frozen_parameters_and_copies() -> None:
+    ranks.run(around, 2)
+
+
+def refused(wire: Any) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    for kind in (fasttrain.optim.Adafactor, fasttrain.optim.LAMB, fasttrain.optim.LARS, fasttrain.optim.SOAP,
+                 fasttrain.optim.StableAdamW):
+        p = nn.Parameter(placed(torch.ones(4, 4), mesh, (Shard(0),)))
+        p.grad = torch.ones_like(p)
+        optimizer = kind([("w", p)])
+        with pytest.raises(RuntimeError, match=f"parameter 'w' is a DTensor; {kind.__name__} needs the whole"):
+            optimizer.step()
+        assert not optimizer.state.get(p)
+        assert local(p).eq(1).all()
+    addend = nn.Parameter(DTensor.from_local(torch.ones(4), mesh, [Partial()]))
+    addend.grad = torch.zeros_like(addend)
+    with pytest.raises(ValueError, match="each process holds an addend"):
+        SGD([addend]).step()
+    w = nn.Parameter(placed(torch.ones(3, 3), mesh, (Replicate(),)))
+    optimizer = SGD([w], lr=1.0)
+    loss = (w * w).sum()
+    w.grad = torch.ones_like(w)
+    optimizer.step()
+    w.grad = torch.ones_like(w)
+    optimizer.step()  # the plan's own way
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_what_is_refused_and_what_autograd_sees() -> None:
+    ranks.run(refused, 2)
+
+
+# --- Checkpoints ------------------------------------------------------------------------------------------------------
+
+STORED: dict[str, dict[str, Any]] = {
+    "torch": dict(lr=1e-2),
+    "split": dict(lr=1e-2, master="split", state_dtype="bf16", ema_decay=0.9),
+    "int8": dict(lr=1e-2, master="kahan", state_dtype="int8"),
+}
+
+
+def stored_model(wire: Any, dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(64, 128, bias=False), nn.Linear(128, 64)).to(dtype)
+    if wire.size > 1:
+        mesh = init_device_mesh("cpu", (wire.size,))
+        for part in (*model, model):
+            fully_shard(part, mesh=mesh)
+    return model
+
+
+def advance(model: nn.Module, optimizer: Any, step: int) -> None:
+    numbers = torch.Generator().manual_seed(step)
+    for p in model.parameters():
+        grad = torch.randn(p.shape, generator=numbers).to(p.dtype)
+        p.grad = placed(grad, p.device_mesh, p.placements) if is_dtensor(p) else grad
+    optimizer.step()
+
+
+def saves(wire: Any, folder: str, option: str) -> dict[str, Tensor]:
+    dtype = torch.float32 if option == "torch" else torch.bfloat16
+    model = stored_model(wire, dtype)
+    optimizer = AdamW(model.named_parameters(), **STORED[option])
+    for step in range(2):
+        advance(model, optimizer, step)
+    dcp.save({"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)},
+             checkpoint_id=folder)
+    advance(model, optimizer, 2)
+    return {name: p.detach().full_tensor() for name, p in model.named_parameters()}
+
+
+def loads(wire: Any, folder: str, option: str) -> dict[str, Tensor]:
+    dtype = torch.float32 if option == "torch" else torch.bfloat16
+    model = stored_model(wire, dtype)
+    optimizer = AdamW(model.named_parameters(), **STORED[option])
+    weights, state = model.state_dict(), get_optimizer_state_dict(model, optimizer)
+    dcp.load({"model": weights, "optimizer": state}, checkpoint_id=folder)
+    model.load_state_dict(weights)
+    set_optimizer_state_dict(model, optimizer, state)
+    advance(model, optimizer, 2)
+    assert optimizer.state[model[0].weight]["step"].item() == 3
+    return {name: p.detach().full_tensor() if is_dtensor(p) else p.detach() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("option", STORED)
+def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_four(option: str, tmp_path: Any) -> None:
+    wanted = ranks.run(saves, 2, str(tmp_path), option)[0]
+    for size in (1, 2, 4):
+        for got in ranks.run(loads, size, str(tmp_path), option):
+            for name, value in wanted.items():
+                assert_same_bits(got[name], value, f"{option}, {size} ranks: {name}")
+
+
+def exchanged(wire: Any) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    values = gradients(((6, 4), (5,)), 0, torch.float32)
+    params = [[nn.Parameter(placed(v, mesh, (Shard(0),))) for v in values] for _ in range(2)]
+    ours, theirs = AdamW(params[0], lr=1e-2), torch.optim.AdamW(params[1], lr=1e-2)
+
+    def advance_both(step: int) -> None:
+        for some, optimizer in zip(params, (ours, theirs), strict=True):
+            for p, grad in zip(some, gradients(((6, 4), (5,)), step, torch.float32), strict=True):
+                p.grad = placed(grad, mesh, (Shard(0),))
+            optimizer.step()
+        for p, q in zip(*params, strict=True):
+            torch.testing.assert_close(local(p.detach()), local(q.detach()), rtol=1e-6, atol=1e-7)
+            assert ours.state[p]["exp_avg"].placements == theirs.state[q]["exp_avg"].placements
+
+    advance_both(1)
+    ours.load_state_dict(copy.deepcopy(theirs.state_dict()))  # torch, too, takes the tensors as they are
+    advance_both(2)
+    theirs.load_state_dict(copy.deepcopy(ours.state_dict()))
+    advance_both(3)
+    narrow = [nn.Parameter(p.detach().bfloat16()) for p in params[0]]
+    split = AdamW(narrow, lr=1e-2, master="split", state_dtype="bf16")
+    split.load_state_dict(convert(ours.state_dict(), split))
+    for p, q in zip(narrow, params[0], strict=True):
+        p.grad = torch.ones_like(p)
+        moments = split.state[p]["exp_avg"]
+        assert_same_bits(local(moments), local(ours.state[q]["exp_avg"]).bfloat16())
+        assert moments.placements == p.placements
+    split.step()
+
+
+def test_states_go_to_torch_and_come_back() -> None:
+    ranks.run(exchanged, 2)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fasttrain.kernels.item import Item
 from fasttrain.optim.checks import check_counter, check_gradient, plain, reals
+from fasttrain.optim.local import is_dtensor
 from fasttrain.optim.optimizer import Examined, Group, Optimizer
 from fasttrain.optim.report import StepReport
 from fasttrain.rule import Rule
@@ -61,6 +62,10 @@ class Itemwise(Optimizer):
         group, p, name = self.param_groups[where[0]], self._param(where), self._name(where)
         assert p.grad is not None
         memo.pop(p, None)
+        if is_dtensor(p) or is_dtensor(p.grad):
+            raise RuntimeError(f"{name} is a DTensor; {type(self).__name__} needs the whole of a parameter, and does "
+                               "not gather one: give it to an elementwise optimizer (AdamW, Lion, ...), or keep it whole "
+                               "on each rank (ignored_params of fully_shard; no parallelize_module for its layer)")
         check_gradient(name, p, p.grad)
         self._refuse(p)
         tensors = reals(name, p, p.grad, (), {})

@@ -49,8 +49,8 @@ def version(tensor: Any) -> int:
 def check_placed(name: str, p: Any) -> None:
     """Raise if a parameter, or its gradient, is cut in a way that cannot be stepped."""
     if is_dtensor(p) and any(placement.is_partial() for placement in p.placements):
-        raise ValueError(f"{name} is placed {p.placements}: each process holds an addend of it, and a step cannot change "
-                         "a sum; redistribute it to Replicate or Shard")
+        raise ValueError(f"{name} is placed {p.placements}: each process holds an addend of it, and a step cannot "
+                         "change a sum; redistribute it to Replicate or Shard")
     if is_dtensor(p.grad) and not is_dtensor(p):
         raise TypeError(f"{name} is no DTensor, and its gradient is one, placed {p.grad.placements}: distribute the "
                         "parameter (distribute_tensor), or give it grad.full_tensor()")
@@ -60,8 +60,8 @@ def check_placed(name: str, p: Any) -> None:
 def settle(p: Any) -> None:
     """Have the gradient placed as its parameter is: addends are summed, shards exchanged.
 
-    A collective where it has to be done, which puts the new gradient into the place of the old one: the norm and the step
-    need it both.
+    A collective where it has to be done, which puts the new gradient into the place of the old one: the norm and the
+    step need it both.
     """
     grad = p.grad
     if not is_dtensor(p) or not is_dtensor(grad) or (
@@ -134,8 +134,13 @@ def as_whole(values: Tensor, pattern: Any) -> Tensor:
 
 
 def part_of(whole: Tensor, pattern: Any) -> Tensor:
-    """What this process holds of a tensor that every process has, if it is placed like the pattern."""
-    return whole[torch.meshgrid(*positions(pattern), indexing="ij")] if pattern.dim() else whole
+    """What this process holds of a tensor that every process has, if it is placed as the pattern is."""
+    if not shares(pattern):
+        return whole
+    for dim, held in enumerate(positions(pattern)):
+        if len(held) != whole.shape[dim]:
+            whole = whole.index_select(dim, held.to(whole.device))
+    return whole.contiguous()
 
 
 def cuts(tensor: Any) -> list[tuple[int, Any]]:
@@ -160,9 +165,8 @@ def chunk(index: Tensor, count: int, number: int) -> Tensor:
 def positions(tensor: Any) -> list[Tensor]:
     """For each dimension, the indices in the whole that this process holds of it."""
     index = [torch.arange(size) for size in tensor.shape]
-    mine = tensor.device_mesh.get_coordinate() if cuts(tensor) else None
     for mesh_dim, placement in cuts(tensor):
-        count, number = tensor.device_mesh.size(mesh_dim), mine[mesh_dim]
+        count, number = tensor.device_mesh.size(mesh_dim), tensor.device_mesh.get_local_rank(mesh_dim)
         pieces = getattr(placement, "split_factor", 1)  # _StridedShard takes its chunk of each of so many pieces
         index[placement.dim] = torch.cat([chunk(chunk(index[placement.dim], pieces, piece), count, number)
                                           for piece in range(pieces)])
@@ -214,7 +218,7 @@ def place(name: str, tensor: Any) -> tuple[int, int, int]:
     apart = starts.diff()
     runs = index[inner].view(-1, run) if len(index[inner]) % run == 0 else None
     if runs is None or (runs.diff() != 1).any() or (apart != apart[0]).any():
-        raise ValueError(f"{name} is placed {tensor.placements}: stochastic rounding needs shards whose elements lie in "
-                         "runs of one length and distance in the whole; use another master, "
+        raise ValueError(f"{name} is placed {tensor.placements}: stochastic rounding needs shards whose elements lie "
+                         "in runs of one length and distance in the whole; use another master, "
                          "state_rounding='nearest', or other placements")
     return first, run * stride, int(apart[0])

@@ -16,7 +16,9 @@ from torch import Tensor
 from fasttrain.kernels import dispatch
 from fasttrain.kernels.item import Item, in_turns
 from fasttrain.optim.adamw import DECOUPLED
+from fasttrain.optim.checks import check_gradient, reals
 from fasttrain.optim.itemwise import Itemwise
+from fasttrain.optim.local import as_whole, check_placed, is_dtensor, local, part_of, settle
 from fasttrain.optim.newton_schulz import orthogonalize
 from fasttrain.optim.optimizer import Examined, Group, Optimizer
 from fasttrain.optim.workspace import Workspace
@@ -111,6 +113,10 @@ class Muon(Itemwise, torch.optim.Muon):
         adamw_lr, adamw_weight_decay: AdamW's; None takes the group's `lr` and `weight_decay`. Schedulers move `lr`.
         adamw_betas, adamw_eps: AdamW's.
         backend: a name from `fasttrain.kernels.dispatch`, or None to choose; the matrix products are torch's.
+
+    Sharded parameters (DTensor): the momentum is stepped shard by shard; the updates are gathered in bfloat16, one
+    parameter after the other, at most `BATCH` elements (or one parameter) at a time, each rank orthogonalises all of
+    them, and applies its part. The same bits as unsharded, where torch's products have the same for the same batch.
 
     State: `momentum_buffer`, as torch keeps it; under AdamW `step`, `exp_avg` and `exp_avg_sq`.
 
@@ -208,7 +214,22 @@ class Muon(Itemwise, torch.optim.Muon):
     def _examine(self, where, rule, report):
         if rule is DECOUPLED or self._param(where).dim() < 2:
             return Optimizer._examine(self, where, DECOUPLED, report)
-        return super()._examine(where, rule, report)
+        return self._examine_shard(where, rule, report) if is_dtensor(self._param(where)) else \
+            super()._examine(where, rule, report)
+
+    def _examine_shard(self, where, rule, report):
+        """An item of local parts; the matrices are put together in `_batch`."""
+        group, whole, name = self.param_groups[where[0]], self._param(where), self._name(where)
+        check_placed(name, whole)
+        settle(whole)
+        p, grad = local(whole), local(whole.grad)
+        check_gradient(name, p, grad)
+        self._refuse(whole)
+        fresh = self.init_state(whole, group, rule)
+        report.allocations += fresh
+        state = {key: local(value) for key, value in self.state[whole].items()}
+        return Examined(where, group, Item(name, rule, reals(name, p, grad, rule.state, state), (), None),
+                        1 if fresh else 2, fresh, None)
 
     def _describe(self, index, one):
         group = self.param_groups[self._places[index][0]]
@@ -224,20 +245,20 @@ class Muon(Itemwise, torch.optim.Muon):
 
     def _runs(self, examined, scale, report):
         """AdamW's items, and one run for each batch of matrices of one shape and the same options."""
-        batches: dict[Any, list[list[tuple[Item, Group]]]] = {}
+        batches: dict[Any, list[list[tuple[Item, Group, Tensor]]]] = {}
         plain: list[Examined] = []
         for one in examined:
             item, group = one.item, one.group
-            p = item.tensors[0]
+            p = self._param(one.where)
             if item.rule is DECOUPLED:
                 plain.append(one)
             elif p.numel():
                 key = (matrices(p, group)[1:], item.dtype, p.device, tuple(map(float, group["ns_coefficients"])),
                        group["ns_steps"], group["eps"])
                 together = batches.setdefault(key, [[]])
-                if together[-1] and sum(i.tensors[0].numel() for i, _ in together[-1]) + p.numel() > BATCH:
+                if together[-1] and sum(q.numel() for *_, q in together[-1]) + p.numel() > BATCH:
                     together.append([])
-                together[-1].append((item, group))
+                together[-1].append((item, group, p))
         return [*super()._runs(plain, scale, report),
                 *(self._batch(key, batch, scale) for key, together in batches.items() for batch in together)]
 
@@ -245,24 +266,31 @@ class Muon(Itemwise, torch.optim.Muon):
         (rows, columns), dtype, device, coefficients, steps, eps = key
         backend = dispatch.load(dispatch.choose(device, self.backend))
         kept = torch.float64 if dtype == torch.float64 else torch.bfloat16  # in which the rule writes the update
-        moved = [self._row(item.rule, group, 1, scale) for item, group in batch]
+        moved = [self._row(item.rule, group, 1, scale) for item, group, _ in batch]
         applied = [self._row(APPLY, {**group, "maximize": False,
                                      "ratio": adjustment(group["adjust_lr_fn"], rows, columns)}, 1, 1.0)
-                   for _, group in batch]
-        params = [item.tensors[0] for item, _ in batch]
-        elements = [p.numel() for p in params]
+                   for _, group, _ in batch]
+        params, wholes = [item.tensors[0] for item, *_ in batch], [whole for *_, whole in batch]
+        elements, shards = [whole.numel() for whole in wholes], [whole for whole in wholes if is_dtensor(whole)]
 
         def run():
             space = self._workspace = self._workspace or Workspace()
             updates = space.take("update", (sum(elements),), kept, device)
-            parts = [part.view(p.shape) for part, p in zip(updates.split(elements), params, strict=True)]
+            parts = [part.view(whole.shape) for part, whole in zip(updates.split(elements), wholes, strict=True)]
+            mine = [torch.empty_like(p, dtype=kept) if is_dtensor(whole) else part
+                    for p, whole, part in zip(params, wholes, parts, strict=True)]
             self._step_all(backend, [replace(item, row=row, tensors=(part, *item.tensors[1:]))
-                                     for (item, _), row, part in zip(batch, moved, parts, strict=True)])
+                                     for (item, *_), row, part in zip(batch, moved, mine, strict=True)])
+            for whole, part, own in zip(wholes, parts, mine, strict=True):
+                if is_dtensor(whole):
+                    part.copy_(as_whole(own, whole).full_tensor())
             x = updates.bfloat16().view(-1, rows, columns)
             x = orthogonalize(x, coefficients, steps, eps, space).view(-1)
-            parts = [part.view(p.shape) for part, p in zip(x.split(elements), params, strict=True)]
+            parts = [part_of(part.view(whole.shape), whole)
+                     for part, whole in zip(x.split(elements), wholes, strict=True)]
             self._step_all(backend, [Item(item.name, APPLY, (p, part), row, None)
-                                     for (item, _), p, row, part in zip(batch, params, applied, parts, strict=True)])
+                                     for (item, *_), p, row, part in zip(batch, params, applied, parts, strict=True)])
+            torch.autograd.graph.increment_version(shards)
         return run
 
     @staticmethod

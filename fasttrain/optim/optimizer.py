@@ -36,7 +36,17 @@ from fasttrain.optim import clip, ema, kept, statedict
 from fasttrain.optim.arrival import Arrival
 from fasttrain.optim.checks import check_counter, check_gradient, check_running, number, plain, reals
 from fasttrain.optim.equation import EQUATION, reads_step
-from fasttrain.optim.local import as_whole, check_placed, dtensor_type, is_dtensor, local, place, settle, shares, version
+from fasttrain.optim.local import (
+    as_whole,
+    check_placed,
+    dtensor_type,
+    is_dtensor,
+    local,
+    place,
+    settle,
+    shares,
+    version,
+)
 from fasttrain.optim.report import StepReport
 from fasttrain.precision import draws
 from fasttrain.precision.storage import DEFAULTS, describe, is_plain, normalised
