@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -116,10 +117,10 @@ def moments_of(model: torch.nn.Module, optimizer: Any) -> dict[str, Moments]:
     return kinds
 
 
-def run(steps: int = 300, **job: Any) -> dict[str, Any]:
-    """Train with fp32 states, then code them."""
+def run(steps: int = 300, source: Path | None = None, **job: Any) -> dict[str, Any]:
+    """Train with fp32 states, then code them; `source` is that of the text, as in `fasttrain.train.text.load`."""
     config = TrainConfig(processes=1, **job)
-    read = text.load(None, config.held_out, config.sequence)
+    read = text.load(source, config.held_out, config.sequence)
     model, optimizer = main_job.make(config, torch.float32, {})
     main_job.train(config, read, model, optimizer, steps)
     kinds = moments_of(model, optimizer)

@@ -16,7 +16,7 @@ from fasttrain.precision.storage import PRESETS
 from fasttrain.train import text
 from fasttrain.train.config import TrainConfig
 
-JOB = dict(steps=300, batch=8, sequence=128, layers=2, width=128, heads=4, ngrams=4, rows=4096, warmup=30)
+JOB = dict(steps=300, batch=8, sequence=128, layers=2, width=128, heads=4, ngrams=4, rows=4096, warmup=100)
 SEEDS = (0, 1, 2)
 PARTIAL = Path(__file__).parents[1] / "build/convergence.jsonl"  # one line a run; an interruption loses nothing
 WORSE = "worse than fp32 by more than the seeds differ"
@@ -52,22 +52,29 @@ ROWS = (Row("fp32", bf16=False), Row("bf16"), *(Row(name, {"storage": name}) for
 
 
 def run(job: dict[str, Any] = JOB, rows: Sequence[Row] = ROWS, seeds: Sequence[int] = SEEDS,
-        partial: Path = PARTIAL) -> dict[str, Any]:
-    """Bits per byte of the held-out text after each run; runs that `partial` has are not made again."""
+        partial: Path = PARTIAL, source: Path | None = None) -> dict[str, Any]:
+    """Bits per byte of the held-out text after each run; runs that `partial` has are not made again.
+
+    Arguments:
+        source: of the text, as in `fasttrain.train.text.load`.
+    """
     config = TrainConfig(processes=1, **job)
-    read = text.load(None, config.held_out, config.sequence)
-    partial.parent.mkdir(exist_ok=True)
+    read = text.load(source, config.held_out, config.sequence)
+    partial.parent.mkdir(parents=True, exist_ok=True)
     done = dict(map(_entry, partial.read_text().splitlines())) if partial.exists() else {}
+
+    def key_of(row: Row, seed: int) -> str:
+        return json.dumps([job, asdict(row), seed, torch.__version__, read.sha256])
+
     for seed in seeds:
         for row in rows:
-            key = json.dumps([job, asdict(row), seed, torch.__version__, read.sha256])
+            key = key_of(row, seed)
             if key not in done:
                 done[key] = _bits(TrainConfig(processes=1, seed=seed, **job), read, row)
                 with partial.open("a") as lines:
                     lines.write(json.dumps([key, done[key]]) + "\n")
                 print(f"  seed {seed}  {row.name:24} {done[key]:.4f}", flush=True)
-    bits = {row.name: [done[json.dumps([job, asdict(row), seed, torch.__version__, read.sha256])] for seed in seeds]
-            for row in rows}
+    bits = {row.name: [done[key_of(row, seed)] for seed in seeds] for row in rows}
     partial.unlink()
     return {"job": {**job, "parameters": _size(config), "held_out_bytes": len(read.held_out)}, "seeds": list(seeds),
             "rows": [_figure(row, bits) for row in rows]}

@@ -34,7 +34,7 @@ def bits(code: str) -> int:
 
 def convergence(figures: dict[str, Any]) -> str:
     """What the storages ended at."""
-    lines = ["| storage | bits per byte, seeds " + ", ".join(map(str, figures["seeds"])) + " | mean | largest - smallest "
+    lines = [f"| storage | bits per byte, seeds {', '.join(map(str, figures['seeds']))} | mean | largest - smallest "
              "| mean less fp32's | seed by seed | |",
              "|---|---|---|---|---|---|---|"]
     for row in figures["rows"]:

@@ -675,7 +675,8 @@ class Optimizer(torch.optim.Optimizer):
                 if self._layout(name, p, p.dtype, group, self.rule_of(group)).widened:
                     widened.append(name)
             if widened:
-                warnings.warn(f"group {index} keeps fp32 states for {', '.join(widened)} in spite of {describe(group)}: "
+                names = ", ".join(widened)
+                warnings.warn(f"group {index} keeps fp32 states for {names} in spite of {describe(group)}: "
                               f"its shards cut blocks of {kept.BLOCKS} elements", stacklevel=5)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
