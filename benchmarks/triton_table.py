@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks import disassembly
 from fasttrain.kernels.triton import compile_ahead, compile_kept_ahead
-from fasttrain.optim import COMMON_RULES, RULES
+from fasttrain.optim import COMMON_RULES, ELEMENTWISE_RULES, RULES
 from fasttrain.precision.codecs import NUMBER, POSITIVE, STOCHASTIC, codec
 from fasttrain.rule import Rule
 
@@ -21,8 +21,8 @@ ARCHITECTURES = (80, 90, 100)
 # Storages of p, g and each state.
 KEPT = {"f32, f32, f32": (0, 0, 0), "bf16, bf16, bf16": (2, 2, 2), "f16, f16, f16": (3, 3, 3),
         "f64, f64, f64": (1, 1, 1), "bf16, f32, bf16": (2, 0, 2), "bf16, bf16, f32": (2, 2, 0)}
-CASES = [(rule, name, ARCHITECTURES[(i + j) % 3]) for i, rule in enumerate(RULES) for j, name in enumerate(KEPT)
-         if rule in COMMON_RULES or name in ("f32, f32, f32", "f64, f64, f64")]
+CASES = [(rule, name, ARCHITECTURES[(i + j) % 3]) for i, rule in enumerate(ELEMENTWISE_RULES)
+         for j, name in enumerate(KEPT) if rule in COMMON_RULES or name in ("f32, f32, f32", "f64, f64, f64")]
 
 # Codecs of p, g, the states and the EMA, in the same order of architectures; + P: positive, + S: at random.
 STORAGES = (

@@ -693,8 +693,8 @@ struct SOAPApply {
 }  // namespace fasttrain
 
 // The order of this list is the number of a rule. For GPUs the common ones are compiled ahead of time in every usual
-// combination of storages, the others in float32 and in float64.
-#define FASTTRAIN_RULES(X) FASTTRAIN_COMMON_RULES(X) FASTTRAIN_OTHER_RULES(X)
+// combination of storages, the others in float32 and in float64, and those that are parts of an optimizer are not.
+#define FASTTRAIN_RULES(X) FASTTRAIN_COMMON_RULES(X) FASTTRAIN_OTHER_RULES(X) FASTTRAIN_PART_RULES(X)
 #define FASTTRAIN_COMMON_RULES(X) \
   X(AdamW) \
   X(AdamWAmsgrad) \
@@ -723,7 +723,8 @@ struct SOAPApply {
   X(RMSpropCenteredMomentum) \
   X(Rprop) \
   X(ScheduleFreeAdamW) \
-  X(ScheduleFreeSGD) \
+  X(ScheduleFreeSGD)
+#define FASTTRAIN_PART_RULES(X) \
   X(MuonMomentum) \
   X(MuonNesterov) \
   X(MuonApply) \

@@ -18,7 +18,7 @@ from torch import Tensor
 from fasttrain.kernels import cuda, native, reference, table
 from fasttrain.kernels.item import Item
 from fasttrain.kernels.trace import trace
-from fasttrain.optim import COMMON_RULES, RULES, SGD, Adam, Lion
+from fasttrain.optim import COMMON_RULES, ELEMENTWISE_RULES, RULES, SGD, Adam, Lion
 from fasttrain.rule import Rule
 
 pytestmark = needs_native
@@ -26,7 +26,8 @@ pytestmark = needs_native
 DTYPES = {"F32": torch.float32, "F64": torch.float64, "BF16": torch.bfloat16, "F16": torch.float16}
 COMBINATIONS = [("F32", "F32", "F32"), ("F64", "F64", "F64"), ("BF16", "BF16", "BF16"), ("F16", "F16", "F16"),
                 ("BF16", "F32", "BF16"), ("F16", "F32", "F16"), ("BF16", "BF16", "F32")]
-PAIRS = [(rule, kinds) for rule in RULES for kinds in (COMBINATIONS if rule in COMMON_RULES else COMBINATIONS[:2])]
+PAIRS = [(rule, kinds) for rule in ELEMENTWISE_RULES
+         for kinds in (COMBINATIONS if rule in COMMON_RULES else COMBINATIONS[:2])]
 PAIR_NAMES = ["-".join((rule.name, *kinds)) for rule, kinds in PAIRS]
 SIZES = (0, 1, 2, 7, 8, 9, 15, 16, 17, 63, 257, 1000, 4099)
 GUARD = 77.0

@@ -29,8 +29,8 @@ FOOTER = """\
 }  // namespace fasttrain
 
 // The order of this list is the number of a rule. For GPUs the common ones are compiled ahead of time in every usual
-// combination of storages, the others in float32 and in float64.
-#define FASTTRAIN_RULES(X) FASTTRAIN_COMMON_RULES(X) FASTTRAIN_OTHER_RULES(X)
+// combination of storages, the others in float32 and in float64, and those that are parts of an optimizer are not.
+#define FASTTRAIN_RULES(X) FASTTRAIN_COMMON_RULES(X) FASTTRAIN_OTHER_RULES(X) FASTTRAIN_PART_RULES(X)
 """
 
 
@@ -122,17 +122,18 @@ def stages_header(rules: Iterable[Rule]) -> str:
             + "".join(f" \\\n  X({rule.name})" for rule in rules) + "\n")
 
 
-def header(rules: Iterable[Rule], common: Iterable[Rule] = ()) -> str:
+def header(rules: Iterable[Rule], common: Iterable[Rule] = (), parts: Iterable[Rule] = ()) -> str:
     """The whole text of `csrc/rules.h`.
 
     Arguments:
         rules: each once, in the order of their numbers.
         common: the first of them, which are compiled ahead of time for GPUs in every usual combination of storages.
+        parts: more of them, which follow: rules of optimizers that are not elementwise, not compiled for GPUs.
     """
-    rules, common = list(rules), list(common)
+    rules, common, parts = list(rules), list(common), list(parts)
     if rules[: len(common)] != common:
         raise ValueError("the common rules must be the first ones, in their order")
-    body = "\n".join(struct(rule) for rule in rules)
+    body = "\n".join(struct(rule) for rule in (*rules, *parts))
     lists = [f"#define FASTTRAIN_{name}_RULES(X)" + "".join(f" \\\n  X({rule.name})" for rule in listed) + "\n"
-             for name, listed in (("COMMON", common), ("OTHER", rules[len(common) :]))]
+             for name, listed in (("COMMON", common), ("OTHER", rules[len(common) :]), ("PART", parts))]
     return HEADER + "\n" + body + "\n" + FOOTER + "".join(lists)

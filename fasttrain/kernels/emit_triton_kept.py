@@ -9,7 +9,7 @@ from fasttrain.kernels.emit_triton import coefficient_names, element
 from fasttrain.kernels.trace import trace
 from fasttrain.rule import Rule
 
-AVERAGE = "average"  # the operand after the rule's own
+AVERAGE = "ema"  # the operand after the rule's own
 
 
 def kernel(rule: Rule, codecs: Sequence[int]) -> str:

@@ -45,6 +45,7 @@ def rules_of(optimizers: tuple[type[Optimizer], ...]) -> tuple[Rule, ...]:
 
 
 # Every rule once, in the order of `csrc/rules.h`.
+ELEMENTWISE_RULES: tuple[Rule, ...] = rules_of(OPTIMIZERS)
 RULES: tuple[Rule, ...] = rules_of((*OPTIMIZERS, *COMPOSED))
 COMMON_RULES: tuple[Rule, ...] = rules_of(COMMON)
 # The stages of optimizers with reductions, in the order of `csrc/stage_rules.h`.

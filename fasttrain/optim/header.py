@@ -9,14 +9,14 @@ import sys
 from pathlib import Path
 
 from fasttrain.kernels.emit_cpp import header, stages_header
-from fasttrain.optim import COMMON_RULES, RULES, STAGES
+from fasttrain.optim import COMMON_RULES, ELEMENTWISE_RULES, RULES, STAGES
 
 
 def main(arguments: list[str]) -> None:
     if len(arguments) != 1:
         raise SystemExit("usage: python -m fasttrain.optim.header PATH")
     path = Path(arguments[0])
-    path.write_text(header(RULES, COMMON_RULES))
+    path.write_text(header(ELEMENTWISE_RULES, COMMON_RULES, RULES[len(ELEMENTWISE_RULES) :]))
     path.with_name("stage_rules.h").write_text(stages_header(STAGES))
 
 

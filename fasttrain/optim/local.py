@@ -133,6 +133,11 @@ def as_whole(values: Tensor, pattern: Any) -> Tensor:
                                      stride=stride)
 
 
+def gathered(values: Tensor, pattern: Any) -> Tensor:
+    """The whole of which each process has its part, placed as the pattern is; a collective."""
+    return as_whole(values, pattern).full_tensor()  # type: ignore[attr-defined]
+
+
 def part_of(whole: Tensor, pattern: Any) -> Tensor:
     """What this process holds of a tensor that every process has, if it is placed as the pattern is."""
     if not shares(pattern):

@@ -18,7 +18,7 @@ from fasttrain.kernels.item import Item, in_turns
 from fasttrain.optim.adamw import DECOUPLED
 from fasttrain.optim.checks import check_gradient, reals
 from fasttrain.optim.itemwise import Itemwise
-from fasttrain.optim.local import as_whole, check_placed, is_dtensor, local, part_of, settle
+from fasttrain.optim.local import check_placed, gathered, is_dtensor, local, part_of, settle
 from fasttrain.optim.newton_schulz import orthogonalize
 from fasttrain.optim.optimizer import Examined, Group, Optimizer
 from fasttrain.optim.workspace import Workspace
@@ -283,7 +283,7 @@ class Muon(Itemwise, torch.optim.Muon):
                                      for (item, *_), row, part in zip(batch, moved, mine, strict=True)])
             for whole, part, own in zip(wholes, parts, mine, strict=True):
                 if is_dtensor(whole):
-                    part.copy_(as_whole(own, whole).full_tensor())
+                    part.copy_(gathered(own, whole))
             x = updates.bfloat16().view(-1, rows, columns)
             x = orthogonalize(x, coefficients, steps, eps, space).view(-1)
             parts = [part_of(part.view(whole.shape), whole)

@@ -675,9 +675,8 @@ class Optimizer(torch.optim.Optimizer):
                 if self._layout(name, p, p.dtype, group, self.rule_of(group)).widened:
                     widened.append(name)
             if widened:
-                names = ", ".join(widened)
-                warnings.warn(f"group {index} keeps fp32 states for {names} in spite of {describe(group)}: "
-                              f"its shards cut blocks of {kept.BLOCKS} elements", stacklevel=5)
+                warnings.warn(f"group {index} keeps fp32 states for {', '.join(widened)} in spite of "
+                              f"{describe(group)}: its shards cut blocks of {kept.BLOCKS} elements", stacklevel=5)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, of this class or of torch's optimizer of the same name; every state keeps its own dtype.
