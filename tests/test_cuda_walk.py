@@ -18,7 +18,7 @@ from torch import Tensor
 from fasttrain.kernels import cuda, native, reference, table
 from fasttrain.kernels.item import Item
 from fasttrain.kernels.trace import trace
-from fasttrain.optim import COMMON_RULES, ELEMENTWISE_RULES, RULES, SGD, Adam, Lion
+from fasttrain.optim import COMMON_RULES, ELEMENTWISE_RULES, SGD, Adam, Lion
 from fasttrain.rule import Rule
 
 pytestmark = needs_native
