@@ -65,7 +65,7 @@ class Itemwise(Optimizer):
         if is_dtensor(p) or is_dtensor(p.grad):
             raise RuntimeError(f"{name} is a DTensor; {type(self).__name__} needs the whole of a parameter, and does "
                                "not gather one: give it to an elementwise optimizer (AdamW, Lion, ...), or keep it "
-                               "whole on each rank (ignored_params of fully_shard; no parallelize_module for its layer)")
+                               "whole on each rank (ignored_params of fully_shard, no parallelize_module of its layer)")
         check_gradient(name, p, p.grad)
         self._refuse(p)
         tensors = reals(name, p, p.grad, (), {})
