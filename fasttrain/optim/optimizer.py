@@ -382,7 +382,7 @@ class Optimizer(torch.optim.Optimizer):
         if (digits := self._remainders.pop(id(whole), None)) is not None and layout.extras[0] is not None:
             state[layout.extras[0]] = digits
             self.state[whole][layout.extras[0]] = as_whole(digits, whole)
-        made = kept.complete(p, state, layout, fresh or step == 1)  # torch makes states of some with the optimizer
+        made = kept.complete(p, state, layout, fresh or step == 1)  # torch makes Adagrad's with the optimizer
         self.state[whole].update((key, as_whole(state[key], whole)) for key in made)
         report.allocations += len(self.state[whole]) - known
         if layout.stochastic:
