@@ -26,7 +26,7 @@ def around_the_step() -> list[str]:
         spread = f"{ratio['low']:.2f} to {ratio['high']:.2f}"
         lines.append(f"| {row['work']} | {row['peer']} | {row['bytes']} | **{ratio['median']:.2f}x** | {spread} "
                      f"| {row['aim']}x | {row['of_ceiling']:.0%} |")
-    lines += ["", "Bytes are those that a step must move for each element; the bandwidth is that of the ceiling below.", "",
+    lines += ["", "Bytes are those that a step must move for each element; the bandwidth is that of the ceiling.", "",
               "| optimizer, fp32, 64M elements in 100 tensors (Muon: 100 x 256 x 256) | ours | torch's best | ratio "
               "| quartiles |", "|---|---|---|---|---|"]
     for row in newest("optimizers")["figures"]:
