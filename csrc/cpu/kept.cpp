@@ -85,22 +85,6 @@ void average(i64 n, T* __restrict ema, const T* __restrict p, const T keep, cons
   for (i64 i = 0; i < n; ++i) ema[i] = ema[i] * keep + p[i] * add;
 }
 
-// Asks for the piece after this one: each loop of a piece touches one or two operands, too briefly for the processor to
-// see how all of them go on.
-HOST_DEVICE void fetch(const char* at, i64 bytes) {
-  for (i64 b = 0; b < bytes; b += kAligned) __builtin_prefetch(at + b, 1, 2);
-  asm volatile("");  // GCC drops what does nothing but prefetch
-}
-
-void fetch_ahead(const Kept& kept, i64 from, i64 n) {
-  for (int o = 0; o < kept.count; ++o) {
-    const Operand& operand = kept.operands[o];
-    fetch(operand.main + main_bytes(operand.codec, from), main_bytes(operand.codec, n));
-    if (operand.extra != nullptr && block_of(operand.codec) == 0)
-      fetch(operand.extra + from * extra_size(operand.codec), n * extra_size(operand.codec));
-  }
-}
-
 template <class T>
 void step_kept(const RuleKernels& rule, const Kept& kept, i64 begin, i64 end, const double* row) {
   const Codec<T>* of = codecs<T>.of;
@@ -119,7 +103,6 @@ void step_kept(const RuleKernels& rule, const Kept& kept, i64 begin, i64 end, co
   float inverse[kMaxOperands][kPiece / 128];
   for (i64 from = begin; from < end; from += kPiece) {
     const i64 n = end - from < kPiece ? end - from : kPiece;
-    if (from + 2 * kPiece <= end) fetch_ahead(kept, from + kPiece, kPiece);
     T* at[kMaxOperands];
     Stream stream[kMaxStreams];
     for (int o = 0; o < kept.count; ++o) {
