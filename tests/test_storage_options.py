@@ -389,6 +389,8 @@ def test_stepping_on_arrival_is_stepping(backend: str) -> None:
     same([p.detach() for p in model.parameters()], [p.detach() for p in twin.parameters()], "weights")
     with pytest.raises(RuntimeError, match="as their gradients arrive"):
         a.clip_grad_norm_(1.0)
+    with pytest.raises(RuntimeError, match="before anything can divide by a loss scale"):
+        LossScaler().step(a)
     with pytest.raises(RuntimeError, match="already"):
         a.step_on_arrival()
     arrival.remove()

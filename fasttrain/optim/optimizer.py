@@ -531,7 +531,13 @@ class Optimizer(torch.optim.Optimizer):
         """Of all gradients: the sum of squares (float64), and whether any element is infinite or NaN; both of shape ().
 
         One pass over the gradients; of shards, the sum and the answer are those of the whole on every process.
+
+        Raises:
+            RuntimeError: parameters are stepped as their gradients arrive.
         """
+        if self.arriving is not None:
+            raise RuntimeError("parameters are stepped as their gradients arrive (step_on_arrival), before anything can "
+                               "divide by a loss scale or skip: remove() that, or train without a scaler")
         return clip.statistics([self])
 
     def step_scaled(self, scale: Tensor, found: Tensor, norm: Tensor, max_norm: float | None = None) -> None:
