@@ -536,8 +536,8 @@ class Optimizer(torch.optim.Optimizer):
             RuntimeError: parameters are stepped as their gradients arrive.
         """
         if self.arriving is not None:
-            raise RuntimeError("parameters are stepped as their gradients arrive (step_on_arrival), before anything can "
-                               "divide by a loss scale or skip: remove() that, or train without a scaler")
+            raise RuntimeError("parameters are stepped as their gradients arrive (step_on_arrival), before anything "
+                               "can divide by a loss scale or skip: remove() that, or train without a scaler")
         return clip.statistics([self])
 
     def step_scaled(self, scale: Tensor, found: Tensor, norm: Tensor, max_norm: float | None = None) -> None:
