@@ -7,6 +7,7 @@
 #include "cpu/on_demand.h"
 #include "cpu/plan.h"
 #include "cpu/reduce_bind.h"
+#include "cpu/step_once.h"
 #include "cpu/threads.h"
 #include "cuda/bind.h"
 #include "step.h"
