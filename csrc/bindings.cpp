@@ -39,9 +39,10 @@ PYBIND11_MODULE(_native, m) {
       .def(py::init<Reader, const std::vector<py::list>&>())
       .def("scan", &Plan::scan)
       .def("set", &Plan::set, py::arg("index"), py::arg("rule"), py::arg("wide"), py::arg("state"), py::arg("keys"),
-           py::arg("counted"), py::arg("fresh"), py::arg("kept") = py::none())
+           py::arg("counted"), py::arg("fresh"), py::arg("kept") = py::none(), py::arg("running") = py::tuple())
       .def("rows", &Plan::rows, py::arg("each") = false)
-      .def("run", &Plan::run)
+      .def("run", &Plan::run, py::arg("rows"), py::arg("keys"), py::arg("threads"), py::arg("increment"),
+           py::arg("replaced") = std::vector<py::tuple>())
       .def("release", &Plan::release)
       .def("squares", &Plan::squares)
       .def("version", &Plan::version)

@@ -12,7 +12,7 @@ from helpers import assert_same_bits, generator, needs_native, normal, usable
 from torch import Tensor
 from torch.nn import Parameter
 
-from fasttrain.optim import SGD, Adam, AdamW, Lion, NAdam, Optimizer, ScheduleFreeAdamW
+from fasttrain.optim import ASGD, SGD, Adam, AdamW, Lion, NAdam, Optimizer, ScheduleFreeAdamW
 
 BACKENDS = ["cpu", "reference"]
 
@@ -126,6 +126,13 @@ def new_step(optimizer: Optimizer, params: list[Parameter]) -> None:
         optimizer.state[params[2]]["step"] = torch.tensor(3)
 
 
+def new_numbers(optimizer: Optimizer, params: list[Parameter]) -> None:
+    for key in optimizer.running:
+        optimizer.state[params[0]][key] = torch.tensor(0.5, dtype=torch.float64)
+        optimizer.state[params[1]][key].mul_(0.5)
+        optimizer.state[params[2]][key].data = torch.tensor([0.25])
+
+
 def cleared(optimizer: Optimizer, params: list[Parameter]) -> None:
     optimizer.state.clear()
 
@@ -182,14 +189,15 @@ def in_place(optimizer: Optimizer, params: list[Parameter]) -> None:
 
 CHANGES = [
     none_and_back, all_none, grad_dtype, grad_strides, new_data, new_dtype, new_strides, new_shape, new_state,
-    new_exp_avg, new_step, cleared, cleared_one, loaded, new_group, edited_list, swapped, other_lr, decay,
+    new_exp_avg, new_step, new_numbers, cleared, cleared_one, loaded, new_group, edited_list, swapped, other_lr, decay,
     ascend, in_place,
 ]
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "AdamW": lambda params, **kw: AdamW(params, lr=0.1, **kw),
     "SGD": lambda params, **kw: SGD(params, lr=0.1, momentum=0.9, dampening=0.5, **kw),
     "Lion": lambda params, **kw: Lion(params, lr=0.1, **kw),
-    "NAdam": lambda params, **kw: NAdam(params, lr=0.1, **kw),  # never in the plan
+    "NAdam": lambda params, **kw: NAdam(params, lr=0.1, **kw),
+    "ASGD": lambda params, **kw: ASGD(params, lr=0.1, t0=2, **kw),
     "ScheduleFreeAdamW": lambda params, **kw: ScheduleFreeAdamW(params, lr=0.1, **kw),
 }
 

@@ -1,6 +1,7 @@
 #include "cpu/plan.h"
 
 #include <algorithm>
+#include <cstring>
 #include <stdexcept>
 
 #include "cpu/reduce_bind.h"
@@ -26,23 +27,34 @@ Plan::Plan(Reader reader, const std::vector<py::list>& groups) : reader_(std::mo
   }
 }
 
-std::vector<std::pair<int, double>> Plan::rows(bool each) {
+Plan::RowKey Plan::row_key(const Entry& entry, double step) const {
+  RowKey key{static_cast<u64>(entry.group)};
+  std::memcpy(&key[1], &step, sizeof step);
+  for (int i = 0; i < entry.running; ++i) {
+    const Number& number = entry.numbers[i];
+    std::memcpy(&key[static_cast<size_t>(2 + 2 * i)], number.at, number.bytes());
+    key[static_cast<size_t>(3 + 2 * i)] = static_cast<u64>(number.kind.storage());
+  }
+  return key;
+}
+
+std::vector<std::tuple<int, double, size_t>> Plan::rows(bool each) {
   rows_.clear();
-  std::vector<int> last(group_sizes_.size(), -1);  // the row of the group's previous parameter, most often the right one
-  for (Entry& entry : entries_) {
+  std::map<RowKey, int> known;
+  RowKey previous{};  // of the parameter before, most often the right one
+  int row = -1;
+  for (size_t i = 0; i < entries_.size(); ++i) {
+    Entry& entry = entries_[i];
     if (!entry.active) continue;
     const double step = entry.work.counter.type != Counter::kNone ? entry.work.counter.read() + 1 : entry.fresh ? 1 : 2;
+    const int next = static_cast<int>(rows_.size());
     if (each) {
-      entry.work.row = static_cast<int>(rows_.size());
-      rows_.emplace_back(entry.group, step);
-      continue;
+      row = next;
+    } else if (const RowKey key = row_key(entry, step); row < 0 || key != previous) {
+      row = known.emplace(key, next).first->second;
+      previous = key;
     }
-    int& row = last[static_cast<size_t>(entry.group)];
-    if (row < 0 || rows_[static_cast<size_t>(row)].second != step) {
-      const auto found = std::find(rows_.begin(), rows_.end(), std::make_pair(entry.group, step));
-      row = static_cast<int>(found - rows_.begin());
-      if (found == rows_.end()) rows_.emplace_back(entry.group, step);
-    }
+    if (row == next) rows_.emplace_back(entry.group, step, i);
     entry.work.row = row;
   }
   return rows_;
@@ -53,12 +65,13 @@ void Plan::arrange() {
   division_.clear();
   written_.clear();
   widest_ = 0;
-  any_random_ = false;
+  any_random_ = any_running_ = false;
   i64 listed = 0;
   for (const Entry& entry : entries_) {
     if (!entry.active) continue;
     division_.add(entry.work);
     widest_ = std::max(widest_, 1 + entry.work.rule->coefficients + (entry.arrays != nullptr ? kTail : 0));
+    any_running_ |= entry.running != 0;
     if (listed++ % kBlock == 0) written_.emplace_back();
     list_written(entry.param);
     for (int i = 0; i < entry.kept; ++i) list_written(entry.tensors[i]);
@@ -70,12 +83,30 @@ void Plan::arrange() {
   divided_ = true;
 }
 
+std::vector<Plan::Replaced> Plan::take_replaced(const std::vector<py::tuple>& replaced) const {
+  std::vector<Replaced> found(replaced.size());
+  for (size_t row = 0; row < replaced.size(); ++row) {
+    const Entry& first = entries_[std::get<2>(rows_.at(row))];
+    bool fit = static_cast<int>(replaced[row].size()) == first.running;
+    for (size_t i = 0; fit && i < replaced[row].size(); ++i) {
+      dlpack::Tensor now;
+      fit = reader_.read(replaced[row][i], &now) && first.numbers[i].kind.matches(now) && Layout(now).elements() == 1;
+      if (fit) found[row][i] = address(now);
+    }
+    if (!fit) throw std::invalid_argument("a running number is replaced by one of another type");
+  }
+  return found;
+}
+
 void Plan::run(const py::array_t<double, py::array::c_style>& rows, const py::object& keys, int threads,
-               const py::function& increment) {
+               const py::function& increment, const std::vector<py::tuple>& replaced) {
   if (rows.ndim() != 2 || rows.shape(0) != static_cast<py::ssize_t>(rows_.size()))
     throw std::invalid_argument("one row of coefficients for each of rows() is needed");
   if (!divided_) arrange();
   if (rows.shape(1) < widest_) throw std::invalid_argument("a rule has more coefficients than a row");
+  if (any_running_ && replaced.size() != rows_.size())
+    throw std::invalid_argument("for each of rows() the running numbers after the step are needed");
+  const std::vector<Replaced> numbers = take_replaced(replaced);
   if (any_random_) {
     const auto step_keys = py::array_t<u64, py::array::c_style>::ensure(keys);
     if (keys.is_none() || !step_keys || step_keys.ndim() != 1 || step_keys.shape(0) != rows.shape(0))
@@ -96,6 +127,11 @@ void Plan::run(const py::array_t<double, py::array::c_style>& rows, const py::ob
     const py::gil_scoped_release release;
     division_.walk(rows.data(), rows.shape(1), one_by_one_ ? 1 : threads);
   }
+  if (any_running_)
+    for (Entry& entry : entries_)
+      for (int i = 0; entry.active && i < entry.running; ++i)
+        std::memmove(entry.numbers[i].at, numbers[static_cast<size_t>(entry.work.row)][static_cast<size_t>(i)],
+                     entry.numbers[i].bytes());
   if (any_fresh_)
     for (Entry& entry : entries_) entry.fresh = entry.fresh && !entry.active;
   any_fresh_ = false;

@@ -47,6 +47,8 @@ bool Plan::patch(Entry& entry, py::handle grad, py::handle state) {
       if (!alike(param, now)) return false;
       placed_ &= work.streams[2 + i].at == address(now);
       work.streams[2 + i].at = address(now);
+    } else if (i >= entry.kept - entry.running) {
+      if (!entry.numbers[i - (entry.kept - entry.running)].take(now)) return false;
     } else {
       if (now.ndim != 0) return false;
       work.counter.at = address(now);
@@ -94,6 +96,7 @@ void Plan::fetch_ahead(size_t index) const {
     ahead_.inside(entry.param);
     for (int i = 0; i < entry.kept; ++i) ahead_.inside(entry.tensors[i]);
     if (entry.work.counter.at != nullptr) Ahead::lines(entry.work.counter.at, 1);
+    for (int i = 0; i < entry.running; ++i) Ahead::lines(entry.numbers[i].at, 1);
   }
 }
 

@@ -9,15 +9,30 @@
 
 namespace fasttrain {
 
+bool Plan::Number::take(const dlpack::Tensor& tensor) {
+  kind = Kind(tensor);
+  at = address(tensor);
+  return kind.storage() >= 0 && !kind.complex() && kind.device.type == dlpack::kCPU && Layout(tensor).elements() == 1;
+}
+
+// A running number that is missing, or no plain tensor: Python says what is wrong with it.
+bool Plan::has_numbers(const py::dict& state, const py::tuple& running) const {
+  return running.size() <= kMaxRunning && std::all_of(running.begin(), running.end(), [&](py::handle key) {
+           return state.contains(key) && reader_.local(state[key]).is_none();
+         });
+}
+
 bool Plan::set(int index, int rule, bool wide, py::dict state, const py::tuple& keys, bool counted, bool fresh,
-               const py::object& kept) {
+               const py::object& kept, const py::tuple& running) {
   Entry& entry = entries_.at(static_cast<size_t>(index));
   const RuleKernels& kernels = rule_at(rule);
   entry.arrays = nullptr;
+  entry.running = static_cast<int>(running.size());
+  entry.ready = entry.active = divided_ = placed_ = false;
+  entry.kept = 0;  // those of `tensors` that are set, also where the rest is refused
+  if (!has_numbers(state, running)) return false;
   if (!kept.is_none()) {
-    entry.ready = entry.active = divided_ = placed_ = false;
-    entry.kept = 0;
-    if (!set_arrays(entry, kernels, wide, state, keys, counted, kept.cast<py::tuple>())) return false;
+    if (!set_arrays(entry, kernels, wide, state, keys, counted, kept.cast<py::tuple>(), running)) return false;
     entry.fresh = fresh;
     any_fresh_ |= fresh;
     entry.ready = entry.active = any_arrays_ = true;
@@ -26,9 +41,7 @@ bool Plan::set(int index, int rule, bool wide, py::dict state, const py::tuple& 
   }
   if (static_cast<int>(keys.size()) != kernels.states + (counted ? 1 : 0))
     throw std::invalid_argument(std::string(kernels.name) + " has " + std::to_string(kernels.states) + " states");
-  entry.ready = entry.active = divided_ = placed_ = false;
   entry.state = state;
-  entry.kept = 0;  // those of `tensors` that are set, also where the rest is refused
   dlpack::Tensor now;
   if (!reader_.read(entry.param, &now)) return false;
   const Kind param = entry.kinds[0] = Kind(now);
@@ -38,14 +51,17 @@ bool Plan::set(int index, int rule, bool wide, py::dict state, const py::tuple& 
   if (!reader_.read_gradient(grad, entry.param, &now) || !take(entry.work, 1, now, entry.layout, param)) return false;
   entry.kinds[1] = Kind(now);
   entry.work.counter = Counter();
-  for (int i = 0; i < static_cast<int>(keys.size()); ++i) {
-    entry.keys[i] = keys[static_cast<size_t>(i)];
+  const int own = static_cast<int>(keys.size());
+  for (int i = 0; i < own + entry.running; ++i) {
+    entry.keys[i] = i < own ? keys[static_cast<size_t>(i)] : running[static_cast<size_t>(i - own)];
     entry.tensors[i] = state[entry.keys[i]];
     entry.kept = i + 1;
     if (!reader_.read(entry.tensors[i], &now)) return false;
     entry.kinds[2 + i] = Kind(now);
     if (i < kernels.states) {
       if (!take(entry.work, 2 + i, now, entry.layout, param)) return false;
+    } else if (i >= own) {
+      if (!entry.numbers[i - own].take(now)) return false;
     } else {
       entry.work.counter = {counter_type(now), address(now)};
       if (entry.work.counter.type == Counter::kNone || now.ndim != 0) return false;
@@ -61,7 +77,7 @@ bool Plan::set(int index, int rule, bool wide, py::dict state, const py::tuple& 
 
 // False if its tensors cannot be walked; then the entry is not ready, and what was set of it does not matter.
 bool Plan::set_arrays(Entry& entry, const RuleKernels& rule, bool wide, py::dict state, const py::tuple& keys,
-                      bool counted, const py::tuple& kept) {
+                      bool counted, const py::tuple& kept, const py::tuple& running) {
   const auto codecs = kept[0].cast<std::vector<int>>();
   const auto extra_keys = kept[1].cast<py::tuple>();
   const bool averaged = kept[2].cast<bool>();
@@ -112,6 +128,8 @@ bool Plan::set_arrays(Entry& entry, const RuleKernels& rule, bool wide, py::dict
     work.counter = {counter_type(now), address(now)};
     if (work.counter.type == Counter::kNone || now.ndim != 0) return false;
   }
+  for (size_t i = 0; i < running.size(); ++i)
+    if (!add(running[i], &entry.numbers[i].at) || !entry.numbers[i].take(now)) return false;
   if (arrays->watched) arrays->version = reader_.version(entry.param);
   prepare(work, rule, wide, entry.layout, entry.kinds[0]);
   work.kept_kernel = wide ? kept_kernels().wide : kept_kernels().narrow;

@@ -6,7 +6,7 @@ One step goes through four phases:
    returns the few that it does not know: new ones, and ones whose dtype, layout, device or state changed.
 2. *Examine.* Those are checked here, in Python, their states are made where missing, and they are described to the
    plan. What no flat loop can walk (strided views, other devices, subclasses) is kept apart as items.
-3. *Coefficients*, one row for each (parameter group, step count), in double precision.
+3. *Coefficients*, one row for each (parameter group, step count, running numbers), in double precision.
 4. *Run.* The plan is walked, items go to the backend of their device.
 
 Nothing is written before every parameter has been examined: bad input raises and leaves all as it was, without the
@@ -172,7 +172,8 @@ class Optimizer(torch.optim.Optimizer):
     def advance(self, state: dict[str, Any], group: Group, step: float) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         """The numbers of `running` that `coefficients` reads in a step, and those that are kept after it.
 
-        The first are in double precision; `state` itself changes only when every parameter has been stepped.
+        The first are in double precision. `state` has the numbers of `running` only, and is not changed here: equal
+        numbers are advanced once for all parameters of a group and step that have them.
         """
         raise NotImplementedError
 
@@ -283,13 +284,22 @@ class Optimizer(torch.optim.Optimizer):
 
     def _advance(self, one: Examined) -> tuple[Examined, list[tuple[Tensor, Any]]]:
         """The hyperparameters with the running numbers of one parameter, and what replaces these when all is done."""
+        group, before, after = self._advanced(one.where, one.step)
+        return one._replace(group=group), list(zip(before, after, strict=True))
+
+    def _advanced(self, where: tuple[int, int], step: float) -> tuple[Group, list[Tensor], list[Tensor]]:
+        """The hyperparameters with the running numbers of a step; those before it, those after it, of equal types."""
+        group = self.param_groups[where[0]]
         if not self.running:
-            return one, []
-        state = self.state[self._param(one.where)]
+            return group, [], []
+        kept = self.state[self._param(where)]
         for key in self.running:
-            check_running(one.item.name, key, state)
-        now, later = self.advance(state, one.group, one.step)
-        return one._replace(group={**one.group, **now}), [(state[key], value) for key, value in later.items()]
+            check_running(self._name(where), key, kept)
+        before = {key: kept[key] for key in self.running}
+        now, later = self.advance(before, group, step)
+        after = {**before, **{key: torch.as_tensor(value).to(before[key]).reshape(before[key].shape)
+                              for key, value in later.items()}}
+        return {**group, **now}, list(before.values()), list(after.values())
 
     def _scale(self, report: StepReport) -> float | None:
         """What the gradients are multiplied with; None if the step is to be skipped."""
@@ -411,7 +421,7 @@ class Optimizer(torch.optim.Optimizer):
     def _describe(self, index: int, one: Examined) -> bool:
         """Give a parameter to the plan, if it can take it."""
         rule, p = one.item.rule, self._param(self._places[index])
-        if self._plan is None or self.running or p.is_complex() or p.device.type != "cpu":
+        if self._plan is None or p.is_complex() or p.device.type != "cpu":
             return False
         if shares(p) and one.group.get("clip_each") is not None:  # the plan knows the norm of the local part
             return False
@@ -421,12 +431,12 @@ class Optimizer(torch.optim.Optimizer):
         wide = one.item.dtype == torch.float64
         if one.kept is None:
             keys = (*rule.state, *counted)
-            return self._plan.set(index, native.number_of(rule), wide, self.state[p] if keys else {}, keys,
-                                  self.counts_steps, one.fresh)
+            return self._plan.set(index, native.number_of(rule), wide, self.state[p] if keys or self.running else {},
+                                  keys, self.counts_steps, one.fresh, None, self.running)
         told = (one.kept.codecs, one.kept.extras, one.kept.averaged, one.item.zero, self._identity(one.where),
                 one.item.place, one.kept.extras[0] is not None)
         return self._plan.set(index, native.number_of(rule), wide, self.state[p], (*one.kept.keys[2:], *counted),
-                              self.counts_steps, one.fresh, told)
+                              self.counts_steps, one.fresh, told, self.running)
 
     def _row(self, rule: Rule, group: Group, step: float, scale: float) -> list[float]:
         """The gradient's scale, the coefficients of one group and step count, and the tail where there is one."""
@@ -453,16 +463,18 @@ class Optimizer(torch.optim.Optimizer):
         scales = [scale] * len(at)
         if each:
             squares, _ = self._plan.squares(torch.get_num_threads())
-            limits = [self.param_groups[group].get("clip_each") for group, _ in at]
+            limits = [self.param_groups[group].get("clip_each") for group, _, _ in at]
             scales = [scale * clip.coefficient(abs(scale) * math.sqrt(square), limit)
                       for square, limit in zip(squares, limits, strict=True)]
-        rows = [self._row(rules[group], self.param_groups[group], step, own)
-                for (group, step), own in zip(at, scales, strict=True)]
-        keys = np.array([self._key(self.param_groups[group]) for group, _ in at], np.uint64)
+        advanced = [self._advanced(self._places[first], step) for _, step, first in at]
+        rows = [self._row(rules[number], group, step, own)
+                for (number, step, _), (group, _, _), own in zip(at, advanced, scales, strict=True)]
+        keys = np.array([self._key(group) for group, _, _ in advanced], np.uint64)
+        replaced = [tuple(after) for _, _, after in advanced]
 
         def walk(report: StepReport) -> None:
             self._plan.run(table_of_rows(rows), keys, torch.get_num_threads(),
-                           torch.autograd.graph.increment_version)
+                           torch.autograd.graph.increment_version, replaced)
             done = self._plan.last
             report.launches += 1 + each
             report.parameters += done["parameters"]
