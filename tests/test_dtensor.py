@@ -277,6 +277,25 @@ def test_a_norm_counts_every_element_once() -> None:
     ranks.run(norms, 4)
 
 
+def resting(wire: Any) -> None:
+    """What a parameter without a gradient draws for its EMA is that of the whole."""
+    for shape, placements in LAYOUTS.values():
+        mesh = init_device_mesh("cpu", shape)
+        value, grad = gradients(((8, 12),), 5, torch.float32)[0], torch.ones(8, 12)
+        whole, part = nn.Parameter(value), nn.Parameter(placed(value, mesh, placements))
+        ours, theirs = (SGD([("w", p)], lr=0.1, ema_decay=0.99, ema_dtype="bf16") for p in (part, whole))
+        part.grad, whole.grad = placed(grad, mesh, placements), grad
+        for step in range(4):
+            ours.step()
+            theirs.step()
+            assert_same_parts(ours.state[part]["ema"], theirs.state[whole]["ema"], f"{placements}, step {step}")
+            part.grad = whole.grad = None
+
+
+def test_a_resting_average_is_rounded_as_the_whole() -> None:
+    ranks.run(resting, 4)
+
+
 def skips(wire: Any) -> None:
     mesh = init_device_mesh("cpu", (2,))
     params = [nn.Parameter(placed(value, mesh, (Shard(0),))) for value in gradients(((6, 4), (1, 4)), 0, torch.float32)]

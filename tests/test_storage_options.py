@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +15,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from fasttrain import LossScaler
-from fasttrain.optim import SGD, AdamW, Lion, clip_grad_norm, convert
+from fasttrain.optim import ASGD, SGD, AdamW, Lion, NAdam, clip_grad_norm, convert
+from fasttrain.precision.codecs import STOCHASTIC
 from fasttrain.precision.storage import PRESETS
 from tests.helpers import assert_same_bits, generator
 
@@ -125,10 +128,11 @@ def test_small_steps_are_not_lost() -> None:
     assert moved["stochastic"] == pytest.approx(1e-3, rel=0.3)  # five standard errors of 4,096 weights
 
 
-def test_second_moments_in_bf16_decay() -> None:
+@pytest.mark.parametrize("of", [AdamW, NAdam])
+def test_second_moments_in_bf16_decay(of: Any) -> None:
     """After a drop of the gradients; rounded to nearest they would stay where they were."""
     p = Parameter(torch.zeros(4096))
-    optimizer = AdamW([p], lr=0.0, betas=(0.9, 0.999), state_dtype="bf16")
+    optimizer = of([p], lr=0.0, betas=(0.9, 0.999), state_dtype="bf16")
     for step in range(3000):
         p.grad = torch.full_like(p, 1.0 if step < 1000 else 0.1)
         optimizer.step()
@@ -136,6 +140,28 @@ def test_second_moments_in_bf16_decay() -> None:
     assert kept.dtype == torch.bfloat16
     truth = (1 - 0.999**1000) * 0.999**2000 + 0.01 * (1 - 0.999**2000)
     assert kept.double().mean().item() == pytest.approx(truth, rel=0.02)
+
+
+def test_what_is_rounded_at_random() -> None:
+    """What retains nearly everything in fewer bits than it would have; of running numbers the betas know nothing."""
+    def rounded(of: Any, dtype: torch.dtype, **options: Any) -> list[bool]:
+        optimizer = of([Parameter(torch.zeros(4096, dtype=dtype))], **options)
+        codecs = optimizer._layout("p", optimizer._param((0, 0)), dtype, optimizer.param_groups[0], of.rules[0]).codecs
+        return [bool(number & STOCHASTIC) for number in codecs[2:]]
+
+    for of in (AdamW, NAdam):
+        assert rounded(of, torch.float32, state_dtype="bf16") == [False, True]
+        assert rounded(of, torch.float32, state_dtype="bf16", betas=(0.999, 0.99)) == [True, False]
+        assert rounded(of, torch.bfloat16, state_dtype="bf16") == [False, False]  # as torch keeps them
+        assert rounded(of, torch.bfloat16, storage="10-byte") == [False, True]
+        assert rounded(of, torch.bfloat16, storage="8-byte") == [False, True]
+        assert rounded(of, torch.float32, state_dtype="bf16", state_rounding="nearest") == [False, False]
+    assert rounded(ASGD, torch.float32, state_dtype="bf16") == [False]  # a weight: fp32
+
+    class Averaging(NAdam):  # what the second state retains depends on a running number
+        rules = (replace(NAdam.rules[0], retain={"exp_avg": "b1", "exp_avg_sq": "now"}),)
+
+    assert rounded(Averaging, torch.float32, state_dtype="bf16") == [False, True]
 
 
 def test_what_stays_fp32() -> None:
@@ -223,6 +249,49 @@ def test_ema_is_the_average_of_the_weights(dtype: torch.dtype, backend: str) -> 
     tolerance = 1e-13 if dtype == torch.float64 else 2e-6  # 20 steps of three fp32 roundings each
     for p, average in zip(params, averages, strict=True):
         assert torch.allclose(optimizer.state[p]["ema"].double(), average, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "decay", "unit"), [("bf16", 0.999, 2.0**-8), ("fp16", 0.9999, 2.0**-11)])
+def test_the_ema_of_a_resting_parameter_is_rounded_at_random(dtype: str, decay: float, unit: float) -> None:
+    """Rounded to nearest, an average would not move: below 1 it goes by less than half of a unit."""
+    ends = []
+    for seed in (1, 1, 2):
+        params = [Parameter(torch.ones(4096)), Parameter(torch.ones(1))]
+        optimizer = SGD(params, lr=0.0, ema_decay=decay, ema_dtype=dtype, seed=seed)
+        give_gradients(params, 0)
+        optimizer.step()
+        params[0].data.zero_()
+        params[0].grad = None
+        averages = [optimizer.state[params[0]]["ema"].clone()]
+        for step in range(1, 201):
+            give_gradients(params[1:], step)
+            optimizer.step()
+            averages.append(optimizer.state[params[0]]["ema"].clone())
+        ends.append(averages)
+    assert optimizer.param_groups[0]["draws"] == 201
+    one, again, other = ends
+    for average, the_same in zip(one, again, strict=True):
+        assert_same_bits(average, the_same)
+    assert not torch.equal(one[-1], other[-1])
+    assert one[0].eq(1).all()
+    # The error of 200 draws is at most sqrt(200) / 2 units, that of a mean of 4,096 elements 1/64 of it.
+    assert one[-1].double().mean().item() == pytest.approx(decay**200, abs=5 * 200**0.5 * unit / 2 / 64)
+    moved = [(after != before).double().mean().item() for before, after in itertools.pairwise(one)]
+    assert all(0.0 < share < 1.0 for share in moved)
+
+
+def test_an_ema_moves_once_where_parameters_are_stepped_on_arrival() -> None:
+    arriving, usual = (AdamW(parameters(), lr=1e-2, ema_decay=0.9, ema_dtype="bf16", master="split") for _ in range(2))
+    arriving.step_on_arrival()
+    for step in range(4):
+        for optimizer in (arriving, usual):
+            params = optimizer.param_groups[0]["params"]
+            numbers = generator(step)
+            loss = sum((p * torch.randn(p.shape, generator=numbers)).sum() for p in params[step == 2:])
+            loss.backward()  # type: ignore[union-attr]
+            optimizer.step()
+            optimizer.zero_grad()
+    same(*(states(optimizer, optimizer.param_groups[0]["params"]) for optimizer in (arriving, usual)), "on arrival")
 
 
 def test_ema_weights_are_swapped_in_and_out() -> None:

@@ -146,6 +146,7 @@ class Optimizer(torch.optim.Optimizer):
         self.backend = options.pop("backend", None)
         self._storage = normalised(options)
         self._remainders: dict[int, Tensor] = {}  # second arrays of parameters that have no state yet, by id
+        self._arrived: set[int] = set()  # parameters that were stepped before `step`, by id
         self._versions: dict[int, int] = {}  # of parameters stepped as items and watched, by id, after our last write
         if unknown := [name for name in options if name != "storage" and name not in DEFAULTS]:
             raise TypeError(f"{type(self).__name__} has no option {', '.join(map(repr, unknown))}")
@@ -260,7 +261,7 @@ class Optimizer(torch.optim.Optimizer):
         for run in runs:
             run()
         for tensor, value in after:
-            tensor.copy_(torch.as_tensor(value))
+            tensor.copy_(value)
         self.stepped()
         self._finish(report)
 
@@ -280,7 +281,8 @@ class Optimizer(torch.optim.Optimizer):
             for run in runs:
                 run()
             for tensor, value in after:
-                tensor.copy_(torch.as_tensor(value))
+                tensor.copy_(value)
+        self._arrived.add(id(p))
 
     def _advance(self, one: Examined) -> tuple[Examined, list[tuple[Tensor, Any]]]:
         """The hyperparameters with the running numbers of one parameter, and what replaces these when all is done."""
@@ -315,16 +317,17 @@ class Optimizer(torch.optim.Optimizer):
     def _finish(self, report: StepReport) -> None:
         """What a step does after the kernels."""
         self._clip = 1.0
-        for group in self.param_groups:
+        for index, group in enumerate(self.param_groups):
             if not report.skipped:
+                if group.get("ema_decay") is not None:
+                    ema.follow_resting(self, index)
                 if "draws" in group:
                     group["draws"] += 1
-                if group.get("ema_decay") is not None:
-                    ema.follow_resting(self, group)
             elif group.get("zero_gradients"):
                 for p in group["params"]:
                     if p.grad is not None:
                         p.grad.detach_().zero_()
+        self._arrived.clear()
         self.last_step = report
 
     def _restore_states(self, before: list[tuple[Tensor, dict[str, Any]]]) -> None:
@@ -407,8 +410,9 @@ class Optimizer(torch.optim.Optimizer):
     def _layout(self, name: str, p: Tensor, grad_dtype: torch.dtype, group: Group, rule: Rule) -> kept.Layout:
         """How the options of a group keep a parameter."""
         retained = {}
-        if rule.retain and not self.running:
-            retained = rule.scalars(LATE, {key: number(group[key]) for key in rule.hyperparameters})
+        if rule.retain:
+            known = {**dict.fromkeys(self.running, math.nan), **group}  # these are not known: nor what depends on them
+            retained = rule.scalars(LATE, {key: number(known[key]) for key in rule.hyperparameters})
         return kept.layout(name, p, grad_dtype, group, rule, retained)
 
     def _written_outside(self, where: tuple[int, int], p: Tensor) -> bool:
@@ -728,7 +732,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plan, self._versions, self._remainders, self._clip = None, {}, {}, 1.0
+        self._plan, self._versions, self._remainders, self._arrived, self._clip = None, {}, {}, set(), 1.0
         for group in self.param_groups:
             group.setdefault("maximize", False)
         if self._loading is not None:
