@@ -5,7 +5,6 @@
 #include <pybind11/pybind11.h>
 
 #include <array>
-#include <map>
 #include <memory>
 #include <tuple>
 #include <vector>
@@ -81,7 +80,7 @@ class Plan {
       py::object key, tensor;
       Kind kind;
       Layout layout;
-      char** at;  // in `kept`, or the counter's
+      char** at;  // in `kept`, or that of the counter or of a running number
     };
     std::vector<Array> all;  // all but p and g themselves
     Kept kept;
