@@ -8,7 +8,6 @@ from torch import Tensor
 
 from fasttrain.optim import AdamW
 
-# --- Step counts ------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("count", [torch.tensor(3.0), torch.tensor(3.0, dtype=torch.float64), torch.tensor(3),
                                    torch.tensor(3, dtype=torch.int32), torch.tensor([3.0])], ids=str)

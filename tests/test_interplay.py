@@ -13,7 +13,6 @@ from torch.nn import Parameter
 
 from fasttrain.optim import OPTIMIZERS, SGD, Adam, AdamW, Optimizer
 
-# --- Calls and hooks --------------------------------------------------------------------------------------------------
 
 def test_closures(backend: str) -> None:
     p = Parameter(torch.tensor([2.0]))

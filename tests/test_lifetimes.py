@@ -11,7 +11,6 @@ from helpers import assert_same_bits, needs_native
 
 from fasttrain.optim import SGD, AdamW, Optimizer
 
-# --- What changes between two steps -----------------------------------------------------------------------------------
 
 @needs_native
 def test_a_freed_gradient_is_never_read() -> None:
