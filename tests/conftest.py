@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from compiling import compiler as compiler
+from compiling import forget as forget
+from compiling import module as module
 from helpers import usable
 
 import fasttrain
