@@ -8,20 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_same_bits, generator, normal, usable
+from helpers import assert_same_bits, generator, normal
 from torch.nn import Parameter
 
 from fasttrain.kernels import dispatch
 from fasttrain.optim import ASGD, Adagrad, NAdam, Optimizer
 
 RUNNING = pytest.mark.parametrize("optimizer", [NAdam, ASGD])
-
-
-@pytest.fixture(params=["cpu", "reference"])
-def backend(request: pytest.FixtureRequest) -> str:
-    if reason := usable(request.param):
-        pytest.skip(reason)
-    return request.param
 
 
 def parameters(seed: int = 3) -> list[Parameter]:
