@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fasttrain.optim.kept import EMA
 from fasttrain.optim.local import is_dtensor, local, place
+from fasttrain.optim.runs import key_of
 from fasttrain.precision import draws
 from fasttrain.precision.codecs import STOCHASTIC, encode
 from fasttrain.precision.storage import ema_codec
@@ -37,7 +38,7 @@ def _bits(optimizer: Any, where: tuple[int, int], average: Tensor) -> Tensor:
     """The random bits of a parameter's EMA in this step."""
     group, p = optimizer.param_groups[where[0]], optimizer._param(where)
     group.setdefault("draws", 0)
-    key = draws.parameter_key(optimizer._key(group), optimizer._identity(where))
+    key = draws.parameter_key(key_of(group), optimizer._identity(where))
     at = draws.full_index(place(optimizer._name(where), p), average.numel(), average.device).view(average.shape)
     return draws.random_bits(draws.operand_key(key, 2 + len(optimizer.rule_of(group).state)), at)
 
