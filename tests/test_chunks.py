@@ -8,6 +8,7 @@ import torch
 from helpers import REALS, assert_same_bits, generator, needs_native, normal, python, specials, usable
 from torch import Tensor
 
+from benchmarks import bench_pack
 from fasttrain.kernels import native, norm
 from fasttrain.kernels.chunks import encode_int8, sum_chunks, sum_int8, traffic
 from fasttrain.precision import codecs
@@ -237,3 +238,10 @@ def test_bytes() -> None:
     n = 1 << 20
     assert traffic(n, [torch.float32], [torch.bfloat16]) == {"bytes_read": 4 * n, "bytes_written": 2 * n}
     assert traffic(n, [], [torch.float32], coded_read=4) == {"bytes_read": 4 * (n + n // 64), "bytes_written": 4 * n}
+
+
+@needs_native
+def test_the_benchmark_runs() -> None:
+    figures = bench_pack.run(tensors=3, elements=1000, rounds=2)
+    assert [row["bytes"] // 3000 for row in figures["rows"]] == [8, 8, 6, 6, 8, 12, 10, 13, 8]
+    assert all(row["work"] in bench_pack.report(figures) for row in figures["rows"])

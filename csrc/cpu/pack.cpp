@@ -2,6 +2,8 @@
 // writes a storage are its codec's functions, so that every storage is moved to and added from.
 #include "cpu/pack.h"
 
+#include "codecs.h"
+
 namespace fasttrain {
 inline namespace FT_ISA {
 
@@ -68,14 +70,32 @@ void move(const Move& m, i64 begin, i64 end) {
   }
 }
 
+// Without a stage in between, where there is no residual. An element may be written where it was read.
+template <u8 From, u8 To, class T>
+void move_at_once(const Move& m, i64 begin, i64 end) {
+  const T scale = static_cast<T>(m.scale);
+#pragma GCC ivdep
+  for (i64 i = begin; i < end; ++i) store_element<T>(m.to.main, To, i, load_element<T>(m.from.main, From, i) * scale);
+}
+
+template <u8 From>
+void move_to(const Move& m, i64 begin, i64 end) {
+  switch (m.to.codec) {
+    case kF32: return move_at_once<From, kF32, float>(m, begin, end);
+    case kBF16: return move_at_once<From, kBF16, float>(m, begin, end);
+    default: return move_at_once<From, kF16, float>(m, begin, end);
+  }
+}
+
 void move_any(const Move& m, i64 begin, i64 end) {
-  const bool plain = m.from.codec < kStorages && m.from.codec == m.to.codec;
-  if (plain && m.scale == 1.0 && !m.feedback) {
+  if (m.from.codec == m.to.codec && m.scale == 1.0 && !m.feedback) {
     const i64 size = storage_bytes(m.from.codec);
     if (m.from.main != m.to.main)
       __builtin_memcpy(m.to.main + begin * size, m.from.main + begin * size, static_cast<u64>((end - begin) * size));
-  } else {
+  } else if (m.wide || m.feedback || m.to.codec >= kStorages) {
     (m.wide ? move<double> : move<float>)(m, begin, end);
+  } else {
+    (m.from.codec == kF32 ? move_to<kF32> : m.from.codec == kBF16 ? move_to<kBF16> : move_to<kF16>)(m, begin, end);
   }
 }
 
@@ -98,7 +118,51 @@ void sum(const Sum& s, i64 begin, i64 end) {
   }
 }
 
-void sum_any(const Sum& s, i64 begin, i64 end) { (s.wide ? sum<double> : sum<float>)(s, begin, end); }
+// The first two chunks at once, and no chunk staged. How many elements is not said to the compiler, which would keep a
+// known number of them in registers, one by one.
+template <u8 From>
+void add_two(float* __restrict total, const void* one, const void* other, i64 from, i64 n) {
+  for (i64 i = 0; i < n; ++i)
+    total[i] = load_element<float>(one, From, from + i) + load_element<float>(other, From, from + i);
+}
+
+template <u8 From>
+void add_one(float* __restrict total, const void* one, i64 from, i64 n) {
+  for (i64 i = 0; i < n; ++i) total[i] += load_element<float>(one, From, from + i);
+}
+
+template <u8 To>
+void store_scaled(void* to, const float* __restrict total, i64 from, i64 n, float scale) {
+  for (i64 i = 0; i < n; ++i) store_element<float>(to, To, from + i, total[i] * scale);
+}
+
+template <u8 From, u8 To>
+void sum_at_once(const Sum& s, i64 begin, i64 end) {
+  alignas(64) float total[kPiece];
+  const i64 count = static_cast<i64>(s.chunks.size());
+  for (i64 from = begin; from < end; from += kPiece) {
+    const i64 n = end - from < kPiece ? end - from : kPiece;
+    add_two<From>(total, s.chunks[0].main, s.chunks[1].main, from, n);
+    for (i64 c = 2; c < count; ++c) add_one<From>(total, s.chunks[c].main, from, n);
+    store_scaled<To>(s.to.main, total, from, n, static_cast<float>(s.scale));
+  }
+}
+
+template <u8 From>
+void sum_to(const Sum& s, i64 begin, i64 end) {
+  switch (s.to.codec) {
+    case kF32: return sum_at_once<From, kF32>(s, begin, end);
+    case kBF16: return sum_at_once<From, kBF16>(s, begin, end);
+    default: return sum_at_once<From, kF16>(s, begin, end);
+  }
+}
+
+void sum_any(const Sum& s, i64 begin, i64 end) {
+  const u8 kind = s.chunks[0].codec;
+  if (s.wide) return sum<double>(s, begin, end);
+  if (s.chunks.size() == 1 || kind >= kStorages) return sum<float>(s, begin, end);
+  (kind == kF32 ? sum_to<kF32> : kind == kBF16 ? sum_to<kBF16> : sum_to<kF16>)(s, begin, end);
+}
 
 }  // namespace
 }  // namespace FT_ISA

@@ -96,17 +96,16 @@ def encode_int8(bucket: Tensor, codes: Tensor, units: Tensor, scale: float = 1.0
         if residual.dtype == torch.float64:
             raise TypeError("the residual is float64: codes are made in float32, so give it that or fewer bits")
     backend = backend_of(bucket.device, backend)
-    written = [codes, units] if residual is None else [codes, units, residual.detach()]
+    bucket, residual = bucket.detach(), None if residual is None else residual.detach()
     if backend == "cpu":
-        native.module().encode_chunk(native.reader(), bucket.detach(), codes, units, scale, *written[2:] or [None],
-                                     torch.get_num_threads())
+        native.module().encode_chunk(native.reader(), bucket, codes, units, scale, residual, torch.get_num_threads())
     elif backend == "triton":
         from fasttrain.kernels import triton_pack
 
-        triton_pack.encode(bucket.detach(), codes, units, scale, residual)
+        triton_pack.encode(bucket, codes, units, scale, residual)
     else:
-        _encode(bucket.detach(), codes, units, scale, residual)
-    torch.autograd.graph.increment_version(written)
+        _encode(bucket, codes, units, scale, residual)
+    torch.autograd.graph.increment_version([codes, units] if residual is None else [codes, units, residual])
 
 
 def sum_int8(codes: Tensor | Sequence[Tensor], units: Tensor | Sequence[Tensor], out: Tensor, scale: float = 1.0,

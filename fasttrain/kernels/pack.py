@@ -106,8 +106,10 @@ class Slots:
         self.views = [view_of(self.bucket, tensor, offset) for tensor, offset in zip(like, offsets, strict=True)]
         self.backend = backend_of(bucket.device, backend)
         self._written = [self.bucket] if residual is None else [self.bucket, residual.detach()]
-        self._native = native.module().Bucket(native.reader(), self.bucket, self.views, self.offsets,
-                                              *self._written[1:] or [None]) if self.backend == "cpu" else None
+        self._native = None
+        if self.backend == "cpu":
+            self._native = native.module().Bucket(native.reader(), self.bucket, self.views, self.offsets,
+                                                  None if residual is None else residual.detach())
         self._moved = [0, 0, 0, 0]
 
     def pack(self, index: int, tensor: Tensor, scale: float = 1.0) -> Tensor:
