@@ -58,12 +58,13 @@ def sum_chunks(chunks: Tensor | Sequence[Tensor], out: Tensor, scale: float = 1.
     check_flat(out, "out")
     if not chunks:
         raise ValueError("there is no chunk: give one for each rank")
+    place = span_of(out)
     for rank, chunk in enumerate(chunks):
         check_flat(chunk, f"chunk {rank}", len(out), out.device)
         if chunk.dtype != chunks[0].dtype:
             raise ValueError(f"chunk {rank} is {chunk.dtype} and chunk 0 {chunks[0].dtype}: give chunks of one dtype")
         same = chunk.data_ptr() == out.data_ptr() and chunk.element_size() == out.element_size()
-        if span_of(chunk).overlaps(span_of(out)) and not same:
+        if not same and span_of(chunk).overlaps(place):
             raise ValueError(f"chunk {rank} shares a part of its memory with out: give out memory of its own")
     return _sum(chunks, None, out, scale, squares, backend_of(out.device, backend))
 

@@ -252,8 +252,11 @@ def span_of(tensor: Tensor) -> Span:
     """Where a tensor lies; nowhere if it is empty."""
     if tensor.numel() == 0:
         return Span((0, 0))
+    begin = tensor.data_ptr()
+    if tensor.is_contiguous():
+        return Span((begin, begin + tensor.nbytes))
     reach = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return Span((tensor.data_ptr(), tensor.data_ptr() + reach * tensor.element_size()))
+    return Span((begin, begin + reach * tensor.element_size()))
 
 
 def same_memory(a: Tensor, b: Tensor) -> bool:

@@ -190,8 +190,8 @@ def _launch_moves(kind: tuple[int, int, int], group: Sequence[tuple[Tensor, Tens
     table[:, 5] = _bits(scale, wide)
     table[:, 6] = (table[:, [0, 1, 3]] % 16 == 0).all(axis=1)
     if len(table):
-        _start("move_chunk", device, len(table), torch.from_numpy(table).to(device), source=kind[0], target=kind[1],
-               lost=kind[2], wide=wide, block=block)
+        _start("move_chunk", device, len(table), _upload(table, device), source=kind[0], target=kind[1], lost=kind[2],
+               wide=wide, block=block)
 
 
 def sum_chunks(chunks: Sequence[Tensor], units: Sequence[Tensor] | None, out: Tensor, scale: float,
@@ -207,7 +207,7 @@ def sum_chunks(chunks: Sequence[Tensor], units: Sequence[Tensor] | None, out: Te
     sums = torch.zeros(programs if squares else 0, dtype=torch.float64, device=device)
     flags = torch.zeros(programs if squares else 0, dtype=torch.int32, device=device)
     if programs:
-        _start("sum_chunk", device, programs, torch.tensor(table).to(device), sums, flags,
+        _start("sum_chunk", device, programs, _upload(np.array(table, np.int64), device), sums, flags,
                source=STORAGES[chunks[0].dtype] if units is None else INT8, target=STORAGES[out.dtype],
                ranks=len(chunks), wide=wide, squares=squares, block=block)
     return (sums.sum(), flags.any()) if squares else None
@@ -217,6 +217,12 @@ def _bits(scale: float, wide: bool) -> int:
     """Of a float64 that is the scale in the type of the computation."""
     exact = torch.tensor(scale, dtype=torch.float64 if wide else torch.float32).double()
     return int(exact.view(torch.int64).item())
+
+
+def _upload(array: np.ndarray, device: torch.device) -> Tensor:
+    """A copy on the device, ordered on the current stream; the host does not wait."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _start(name: str, device: torch.device, programs: int, *arrays: Tensor, **constants: Any) -> None:
