@@ -191,6 +191,17 @@ def gathered(values: Tensor, pattern: Any) -> Tensor:
     return as_whole(values, pattern).full_tensor()  # type: ignore[attr-defined]
 
 
+def whole_of(tensor: Any) -> Tensor:
+    """The whole of a DTensor, in any dtype; a collective.
+
+    Neither gloo nor NCCL carries all of 8 and 16 bits (no int16, gloo no float8): the bytes go as uint8 and float16.
+    """
+    carrier = {1: torch.uint8, 2: torch.float16}.get(tensor.dtype.itemsize, tensor.dtype)
+    if any(placement.is_partial() for placement in tensor.placements):
+        return tensor.full_tensor()
+    return gathered(local(tensor.detach()).view(carrier), tensor).view(tensor.dtype)
+
+
 def part_of(whole: Tensor, pattern: Any) -> Tensor:
     """What this process holds of a tensor that every process has, if it is placed as the pattern is."""
     if not shares(pattern):
