@@ -55,16 +55,19 @@ class Itemwise(Optimizer):
 
     def _examine(self, where: tuple[int, int], rule: Rule, report: StepReport) -> Examined:
         p, group = self._param(where), self.param_groups[where[0]]
-        if is_dtensor(p) or is_dtensor(p.grad):
+        distributed = is_dtensor(p) or is_dtensor(p.grad)
+        own, grad = p, p.grad
+        if distributed:
             check_placed(self._name(where), p)
             settle(p)
-        own, grad = local(p), local(p.grad)
+            own, grad = local(p), local(p.grad)
+        assert grad is not None
         memo = self._memo = self._memo if self._memo is not None else {}
         signature = (rule, p.dtype, own.shape, own.stride(), p.device, type(grad), grad.dtype, grad.shape,
                      grad.stride(), grad.device, grad.is_neg())
         known, state = memo.get(p), self.state.get(p)
         if known is not None and known[0] == signature and known[1] is own and state is not None and \
-                all(local(state.get(key)) is kept for key, kept in known[2]):
+                all((local(state.get(key)) if distributed else state.get(key)) is kept for key, kept in known[2]):
             _, _, _, name, param, states, counter = known
             step = counter.item() + 1 if counter is not None else 2
             return Examined(where, group, Item(name, rule, (param, grad, *states), (), counter), step, False, None)
