@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import ranks
 import torch
-from test_dtensor import LAYOUTS, gradients, placed
+from shards import LAYOUTS, gradients, placed
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,

@@ -11,7 +11,7 @@ import pytest
 import ranks
 import torch
 import torch.distributed.checkpoint as dcp
-from test_dtensor import LAYOUTS, assert_same_parts, backward, gradients, parallel, placed
+from shards import LAYOUTS, assert_same_parts, backward, gradients, parallel, placed
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import generator, normal, usable
+from helpers import generator, normal
 from papers_soap import soap
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -34,13 +34,6 @@ CASES: list[tuple[dict[str, Any], tuple[int, ...], tuple[int, ...], tuple[int, .
 
 # When the bases change: estimates of the eigenvalues, and QR.
 TURNING = {"mul.Tensor", "sum.dim_IntList", "sort.default", "index.Tensor", "linalg_qr.default"}
-
-
-@pytest.fixture(params=["cpu", "reference"])
-def backend(request: pytest.FixtureRequest) -> str:
-    if reason := usable(request.param):
-        pytest.skip(reason)
-    return request.param
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from fasttrain.kernels.item import Item
 from fasttrain.optim.checks import check_counter, check_gradient, plain, reals
+from fasttrain.optim.examine import Examined
 from fasttrain.optim.local import check_placed, dtensor_type, is_dtensor, local, settle, shares
-from fasttrain.optim.optimizer import Examined, Group, Optimizer
+from fasttrain.optim.optimizer import Optimizer
+from fasttrain.optim.page import Group
 from fasttrain.optim.report import StepReport
 from fasttrain.rule import Rule
 

@@ -16,10 +16,12 @@ from torch import Tensor
 from fasttrain.kernels import dispatch
 from fasttrain.kernels.item import Item, in_turns
 from fasttrain.optim.adamw import DECOUPLED
+from fasttrain.optim.examine import Examined
 from fasttrain.optim.itemwise import Itemwise
 from fasttrain.optim.local import gathered, is_dtensor, part_of
 from fasttrain.optim.newton_schulz import orthogonalize
-from fasttrain.optim.optimizer import Examined, Group, Optimizer
+from fasttrain.optim.optimizer import Optimizer
+from fasttrain.optim.page import Group
 from fasttrain.optim.workspace import Workspace
 from fasttrain.rule import Rule
 
