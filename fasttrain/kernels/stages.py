@@ -6,7 +6,7 @@ the reference. What a stage does not change is not written.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any
 
@@ -17,6 +17,7 @@ from fasttrain.kernels import dispatch, native, norm
 from fasttrain.kernels.emit_cpp import digest
 from fasttrain.kernels.item import Item, dense, table_of_rows
 from fasttrain.kernels.reference import evaluate
+from fasttrain.kernels.table import grouped
 from fasttrain.kernels.trace import trace
 from fasttrain.rule import Rule
 
@@ -46,6 +47,13 @@ def measure(items: Sequence[Item], backend: str) -> torch.Tensor:
     if backend == "cpu" and not all(number_of(item.rule) is not None for item in items):
         backend = "reference"
     return dispatch.choose_from(STAGES, backend, items[0].tensors[0].device)(items)
+
+
+def launches(items: Iterable[Item], sums: bool, backend: str, device: torch.device) -> int:
+    """How many kernels that is, or walks of all: with Triton one for each (rule, storages), and one for all sums."""
+    if dispatch.choose_from(STAGES, backend, device) is not _triton:
+        return 1
+    return len(grouped([item for item in items if item.tensors[0].numel()])) + sums
 
 
 def _native(items: Sequence[Item]) -> torch.Tensor:

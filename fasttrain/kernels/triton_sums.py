@@ -56,7 +56,7 @@ def shape(blocks: int) -> dict[str, int]:
 
 def squares(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """As `norm.squares`: one launch for each dtype, and one for all sums. The host does not wait."""
-    flat = [norm.memory_order(tensor) for tensor in tensors]
+    flat = [norm.memory_order(tensor).contiguous() for tensor in tensors]
     device, interpreted = flat[0].device, flat[0].device.type == "cpu"
     kinds: dict[torch.dtype, list[int]] = {}
     for index, tensor in enumerate(flat):

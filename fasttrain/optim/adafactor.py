@@ -115,9 +115,8 @@ class Adafactor(Itemwise, torch.optim.Adafactor):
             if device not in chosen:
                 chosen[device] = dispatch.choose(device, self.backend), []
             chosen[device][1].append((item, rows[key]))
-        report.launches += len(chosen)
-        return [partial(factored.step_native if backend == "cpu" else factored.step_reference, work)
-                for backend, work in chosen.values()]
+        report.launches += sum(factored.launches(work, backend) for backend, work in chosen.values())
+        return [partial(factored.step, work, backend) for backend, work in chosen.values()]
 
     @staticmethod
     def _numbers(group, step, dtype, scale):

@@ -57,10 +57,14 @@ class TwoStage(Itemwise):
             report.count(one.item)
             key = dispatch.choose(one.item.tensors[0].device, self.backend), len(one.item.rule.sums or ())
             by_backend.setdefault(key, []).append(one)
-        report.launches += 2 * len(by_backend)
         runs: list[Callable[[], None]] = []
-        for (backend, _), chosen in by_backend.items():
-            report.host_syncs += chosen[0].item.tensors[0].device.type != "cpu"
+        for (backend, sums), chosen in by_backend.items():
+            device = chosen[0].item.tensors[0].device
+            second = (replace(one.item, rule=self.second_of(one.group), tensors=self.second_tensors(one.item))
+                      for one in chosen)
+            report.launches += (stages.launches((one.item for one in chosen), sums > 0, backend, device)
+                                + stages.launches(second, False, backend, device))
+            report.host_syncs += device.type != "cpu"
             turns = [chosen] if len(in_turns([one.item for one in chosen])) == 1 else [[one] for one in chosen]
             runs += [partial(self._both, backend, together, scale) for together in turns]
         return runs
