@@ -109,7 +109,8 @@ def test_the_launches_that_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
             return super().__getitem__(name)
 
     for module in (triton_factored, triton_sums):
-        monkeypatch.setattr(module, "kernels", lambda interpreted, kept=Counted(module.kernels(True)): kept)
+        counted = Counted(module.kernels(True))
+        monkeypatch.setattr(module, "kernels", lambda interpreted, counted=counted: counted)
     params = [Parameter(torch.ones(shape, dtype=dtype)) for dtype in (torch.float32, torch.bfloat16)
               for shape in ((3, 4), (5,), (2, 3))]
     optimizer = Adafactor(params, backend="triton")

@@ -34,7 +34,6 @@ RESERVED = KEYWORDS | frozenset("""
     p g k K row states coefficients digest element square_root absolute
     tl jit load store divide without_denormal wide block table rows width chunk offsets keep count scale interpreted
     fetch put clip clipped limit ema flags index inside zeros full_index random_bits
-    program partials places line first nothing blocks together put_partial tile_of
 """.split())
 
 

@@ -66,10 +66,24 @@ def _step(given: Sequence[Item], rows: Sequence[Sequence[float]]) -> None:
     count_up(given)
 
 
-def shape_of(name: str, interpreted: bool = False) -> dict[str, int]:
-    """How a kernel walks a tile."""
-    columns = WIDTH if interpreted else COLUMNS[name]
-    return {"rows": ROWS, "columns": columns, "steps": WIDTH // columns}
+def constants(name: str, interpreted: bool = False) -> dict[str, int]:
+    """How a kernel walks."""
+    if name in COLUMNS:
+        columns = WIDTH if interpreted else COLUMNS[name]
+        return {"rows": ROWS, "columns": columns, "steps": WIDTH // columns}
+    if name == "move_lines":
+        return {"together": TOGETHER, "count": ROWS}
+    return {"block": BLOCK_INTERPRETED if interpreted else BLOCK}
+
+
+def options(name: str) -> dict[str, Any]:
+    """How a kernel is compiled."""
+    return OPTIONS if name in COLUMNS else LINE_OPTIONS
+
+
+def elements_per_thread(name: str) -> int:
+    """Of each operand at once."""
+    return (ROWS * COLUMNS[name] if name in COLUMNS else BLOCK) // (32 * options(name)["num_warps"])
 
 
 class Tables:
@@ -85,9 +99,9 @@ class Tables:
         known.append(rows)
         return kind, begin
 
-    def begins(self) -> dict[tuple[Any, ...], int]:
-        """The number of the first program of each launch, counted over all."""
-        starts, begin = {}, 0
+    def begins(self, begin: int = 0) -> dict[tuple[Any, ...], int]:
+        """The number of the first program of each launch, counted over all from a number on."""
+        starts = {}
         for kind, parts in self.kinds.items():
             starts[kind] = begin
             begin += sum(map(len, parts))
@@ -103,7 +117,6 @@ class Launches:
     def __init__(self, works: Sequence[Work]) -> None:
         self.device = works[0][0].tensors[0].device
         self.interpreted = self.device.type == "cpu"
-        self.block = BLOCK_INTERPRETED if self.interpreted else BLOCK
         self.parameters = len(works)
         self.numbers = np.array([[*row, item.tensors[0].numel()] for item, row in works], np.float64)
         self.parts = self.lines = self.matrices = 0  # sizes of workspaces
@@ -168,7 +181,7 @@ class Launches:
 
     def _whole(self, parameter: int, item: Item) -> None:
         plain = replace(item, rule=None, row=())  # type: ignore[arg-type]
-        rows = table.build([plain], self.block, table.describe([plain], [parameter]))
+        rows = table.build([plain], constants("apply_whole", self.interpreted)["block"], table.describe([plain], [parameter]))
         kind, begin = self.chunks.add((*(STORAGES[tensor.dtype] for tensor in item.tensors),
                                        item.dtype == torch.float64), rows)
         self.sum_of.append((self.chunks, kind, begin, len(rows)))
@@ -185,37 +198,29 @@ class Launches:
         partials = self._space(len(self.tiles) + len(self.chunks), 2)
         means = self._space(1)
         if len(self.tiles):
-            row_means = self._space(len(self.moves), 1)
-            begins = self.moves.begins()
-            self._launch("square_tile", self.squares, lambda kind: (parts,), OPTIONS, **shape_of("square_tile", self.interpreted))
-            self._launch("move_lines", self.moves, lambda kind: (numbers, parts, lines, row_means[begins[kind]:]),
-                         LINE_OPTIONS, together=TOGETHER, count=ROWS)
-            segments = [np.stack([begins[kind] + begin + np.arange(matrices) * groups, np.full(matrices, groups)], 1)
+            row_means, starts = self._space(len(self.moves), 1), self.moves.begins()
+            self._launch("square_tile", self.squares, lambda kind: (parts,))
+            self._launch("move_lines", self.moves, lambda kind: (numbers, parts, lines, row_means[starts[kind]:]))
+            segments = [np.stack([starts[kind] + begin + np.arange(matrices) * groups, np.full(matrices, groups)], 1)
                         for kind, begin, matrices, groups in self.mean_of]
             means = add_up(row_means, np.concatenate(segments), self.device)
-        begins = self.tiles.begins()
-        self._launch("measure_tile", self.tiles, lambda kind: (numbers, lines, means, partials[begins[kind]:]), OPTIONS,
-                     **shape_of("measure_tile", self.interpreted))
-        chunk_begins = {kind: begin + len(self.tiles) for kind, begin in self.chunks.begins().items()}
-        self._launch("measure_whole", self.chunks, lambda kind: (numbers, partials[chunk_begins[kind]:]), LINE_OPTIONS,
-                     block=self.block)
-        firsts = {id(self.tiles): begins, id(self.chunks): chunk_begins}
-        sums = add_up(partials, np.array([[firsts[id(tables)][kind] + begin, programs]
+        begins = {id(self.tiles): self.tiles.begins(), id(self.chunks): self.chunks.begins(len(self.tiles))}
+        self._launch("measure_tile", self.tiles,
+                     lambda kind: (numbers, lines, means, partials[begins[id(self.tiles)][kind]:]))
+        self._launch("measure_whole", self.chunks, lambda kind: (numbers, partials[begins[id(self.chunks)][kind]:]))
+        sums = add_up(partials, np.array([[begins[id(tables)][kind] + begin, programs]
                                           for tables, kind, begin, programs in self.sum_of], np.int64), self.device)
-        self._launch("apply_tile", self.tiles, lambda kind: (numbers, lines, means, sums, self.parameters), OPTIONS,
-                     **shape_of("apply_tile", self.interpreted))
-        self._launch("apply_whole", self.chunks, lambda kind: (numbers, sums, self.parameters), LINE_OPTIONS,
-                     block=self.block)
+        self._launch("apply_tile", self.tiles, lambda kind: (numbers, lines, means, sums, self.parameters))
+        self._launch("apply_whole", self.chunks, lambda kind: (numbers, sums, self.parameters))
 
     def _space(self, *size: int) -> Tensor:
         return torch.empty(size, dtype=torch.float64, device=self.device)
 
-    def _launch(self, name: str, tables: Tables, arguments: Callable[[tuple[Any, ...]], tuple[Any, ...]],
-                options: dict[str, Any], **constants: int) -> None:
+    def _launch(self, name: str, tables: Tables, arguments: Callable[[tuple[Any, ...]], tuple[Any, ...]]) -> None:
         for kind, array in self.arrays[id(tables)].items():
             kernels(self.interpreted)[name][(len(array),)](
-                array, *arguments(kind), *kind, **constants, interpreted=self.interpreted,
-                **({} if self.interpreted else options))
+                array, *arguments(kind), *kind, **constants(name, self.interpreted), interpreted=self.interpreted,
+                **({} if self.interpreted else options(name)))
 
 
 def launches(works: Sequence[Work]) -> int:
@@ -247,10 +252,10 @@ def compile_ahead(name: str, storages: tuple[int, ...], arch: int) -> Any:
     """
     function = kernels(False)[name]
     stated = [argument for argument in function.arg_names if argument.endswith("storage")]
-    constants = {"wide": storages[0] == 1, "together": TOGETHER, "count": ROWS, "block": BLOCK, "interpreted": False,
-                 **dict(zip(stated, storages, strict=True)), **(shape_of(name) if name in COLUMNS else {})}
+    values = {"wide": storages[0] == 1, "interpreted": False, **dict(zip(stated, storages, strict=True)),
+              **constants(name)}
     types = {"table": "*i64", "parameters": "i32"} | dict.fromkeys(
         ("numbers", "parts", "lines", "means", "partials", "sums"), "*fp64")
-    return compile_for(function, arch, OPTIONS if name in COLUMNS else LINE_OPTIONS,
-                       {key: kind for key, kind in types.items() if key in function.arg_names},
-                       {key: value for key, value in constants.items() if key in function.arg_names})
+    return compile_for(function, arch, options(name), {key: kind for key, kind in types.items()
+                                                          if key in function.arg_names},
+                       {key: value for key, value in values.items() if key in function.arg_names})

@@ -19,10 +19,10 @@ from fasttrain.kernels.triton import compile_for, compile_stage, count_up, guard
 from fasttrain.rule import Rule
 
 BLOCKS_INTERPRETED = 16
-BRANCH = 512  # partial sums that are added at once; with 1,024 ptxas spills
+BRANCH = 512  # partial sums that are added at once; with 1,024, or on more warps, ptxas spills
 OPTIONS = {"num_warps": 1, "maxnreg": 168, "enable_fp_fusion": False}  # of a norm's walk
 STAGE_OPTIONS = {**OPTIONS, "maxnreg": 255}  # LAMB takes up to 221
-ADDING = {"num_warps": 4, "enable_fp_fusion": False}
+ADDING = {"num_warps": 2, "enable_fp_fusion": False}
 NOTHING = Rule("", (), lambda step: {}, lambda p, g, k: p)  # of items that are tensors to be walked
 
 
@@ -35,6 +35,11 @@ def kernels(interpreted: bool) -> dict[str, Any]:
 def blocks_of(storages: Sequence[int], interpreted: bool = False) -> int:
     """Blocks of 4,096 elements in a chunk: so many that a warp reads 16 bytes per thread of the narrowest operand."""
     return BLOCKS_INTERPRETED if interpreted else 8 if all(storage in (0, 1) for storage in storages) else 16
+
+
+def elements_per_thread(storages: Sequence[int]) -> int:
+    """Of each operand in a row of every block."""
+    return blocks_of(storages) * norm.LANES // 32
 
 
 def together_in_norm(storage: int) -> int:

@@ -103,8 +103,8 @@ def square_tile(table, parts, storage: tl.constexpr, rows: tl.constexpr, columns
     tl.store(parts + tl.load(chunk + 7) + row, total(sums, 1, interpreted), mask=row < rows_here)
 
 
-def move_lines(table, numbers, parts, lines, partials, storage: tl.constexpr, wide: tl.constexpr, together: tl.constexpr,
-               count: tl.constexpr, interpreted: tl.constexpr):
+def move_lines(table, numbers, parts, lines, partials, storage: tl.constexpr, wide: tl.constexpr,
+               together: tl.constexpr, count: tl.constexpr, interpreted: tl.constexpr):
     """New means of some rows or columns: stored as states, in float64 for the passes to come, and their sum."""
     program = tl.program_id(0).to(tl.int64)
     chunk = table + program * 8
