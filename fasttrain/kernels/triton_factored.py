@@ -181,7 +181,8 @@ class Launches:
 
     def _whole(self, parameter: int, item: Item) -> None:
         plain = replace(item, rule=None, row=())  # type: ignore[arg-type]
-        rows = table.build([plain], constants("apply_whole", self.interpreted)["block"], table.describe([plain], [parameter]))
+        block = constants("apply_whole", self.interpreted)["block"]
+        rows = table.build([plain], block, table.describe([plain], [parameter]))
         kind, begin = self.chunks.add((*(STORAGES[tensor.dtype] for tensor in item.tensors),
                                        item.dtype == torch.float64), rows)
         self.sum_of.append((self.chunks, kind, begin, len(rows)))

@@ -37,7 +37,7 @@ class Adafactor(Itemwise, torch.optim.Adafactor):
         foreach: accepted for torch's sake; every step here is fused.
         maximize: ascend instead of descend.
         backend: a name from `fasttrain.kernels.dispatch`, or None to choose. In CPU memory a step makes three passes
-            (24 bytes an element in fp32, from the cache where a parameter fits it), on a GPU the same in eight launches.
+            (24 bytes an element in fp32, from the cache where a parameter fits it), on a GPU eight launches.
 
     State: `step`, and `row_var` and `col_var` or `variance`, as torch keeps them.
 
