@@ -14,8 +14,8 @@ from benchmarks import harness
 NAMES = ("Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop",
          "SGD", "Muon")
 OPTIONS: dict[str, dict[str, Any]] = {"SGD": {"momentum": 0.9}}
-TENSORS, ROUNDS = 30, 5
-SHAPE, SHAPE_OF_MUON = (640, 1024), (256, 256)  # 79 MB a stream: more than the caches hold
+TENSORS, ROUNDS = 100, 5
+SHAPE, SHAPE_OF_MUON = (640, 1024), (256, 256)
 
 
 def rivals(name: str) -> dict[str, Callable[[list], torch.optim.Optimizer]]:

@@ -13,7 +13,7 @@ from benchmarks.bench_step import update_of_streams
 from fasttrain import LossScaler
 from fasttrain.optim import AdamW
 
-TENSORS, ELEMENTS, ROUNDS = 300, 1 << 16, 7  # 79 MB a stream: more than the caches hold
+TENSORS, ELEMENTS, ROUNDS = 1000, 1 << 16, 7
 RESTING = 0.9  # share of an embedding's rows that have had no gradient for a long time
 
 

@@ -19,7 +19,7 @@ def newest(suite: str) -> dict[str, Any]:
 
 def around_the_step() -> list[str]:
     """What a step takes in beside the update, and every optimizer of torch."""
-    lines = ["", "| 20M elements in 300 tensors | against | bytes | ratio | quartiles | aim | of bandwidth |",
+    lines = ["", "| 64M elements in 1,000 tensors | against | bytes | ratio | quartiles | aim | of bandwidth |",
              "|---|---|---|---|---|---|---|"]
     for row in newest("pass")["figures"]:
         ratio = row["ratio"]
@@ -27,7 +27,7 @@ def around_the_step() -> list[str]:
         lines.append(f"| {row['work']} | {row['peer']} | {row['bytes']} | **{ratio['median']:.2f}x** | {spread} "
                      f"| {row['aim']}x | {row['of_ceiling']:.0%} |")
     lines += ["", "Bytes are those that a step must move for each element; the bandwidth is that of the ceiling.", "",
-              "| optimizer, fp32, 20M elements in 30 tensors (Muon: 30 x 256 x 256) | ours | torch's best | ratio "
+              "| optimizer, fp32, 64M elements in 100 tensors (Muon: 100 x 256 x 256) | ours | torch's best | ratio "
               "| quartiles |", "|---|---|---|---|---|"]
     for row in newest("optimizers")["figures"]:
         seconds, ratio = row["seconds"], row["ratio"]

@@ -10,7 +10,7 @@ enum Base : u8 {
 };
 constexpr u8 kBaseMask = 15, kPositive = 16, kStochastic = 32;
 constexpr int kCodecs = 64;
-constexpr i64 kPiece = 1024;  // elements that the CPU stages at once, in the L1 cache: whole blocks of every codec
+constexpr i64 kPiece = 512;   // elements that the CPU stages at once, in the L1 cache: whole blocks of every codec
 
 HOST_DEVICE constexpr u8 base_of(u8 codec) { return codec & kBaseMask; }
 

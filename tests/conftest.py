@@ -12,6 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from compiling import compiler as compiler
+from compiling import forget as forget
+from compiling import module as module
+from helpers import usable
 
 import fasttrain
 
@@ -20,6 +24,14 @@ if importlib.util.find_spec("hypothesis"):  # absent on a bare GPU machine
 
     hypothesis.settings.register_profile("fasttrain", deadline=None)  # a shared machine's clock proves nothing
     hypothesis.settings.load_profile("fasttrain")
+
+
+@pytest.fixture(params=["cpu", "reference"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each backend that steps CPU tensors by itself; the tests of the others name them."""
+    if reason := usable(request.param):
+        pytest.skip(reason)
+    return request.param
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from helpers import assert_same_bits, normal
+from helpers import assert_same_bits, generator, normal
 from torch import Tensor
 
 from fasttrain.kernels import reference
@@ -62,6 +62,20 @@ class Case:
         return Item(f"size {values[0].numel()}", BY_NAME[self.rule], tuple(main for main, _ in pairs),
                     self.row(step, scale), torch.zeros(()), codecs, tuple(extra for _, extra in pairs), self.zero, key,
                     self.place)
+
+    @classmethod
+    def of(cls, rule: str, p: str, g: str, signed: str, positive: str, average: str = "", **more) -> Case:
+        """A case whose states are all kept in one of two ways, by whether they have signs; no average if it is ""."""
+        kept_so = [positive if name in BY_NAME[rule].positive else signed for name in BY_NAME[rule].state]
+        return cls(rule, " ".join((p, g, *kept_so, average)).strip(), **more)
+
+    def like(self, values: Tensor, numbers: torch.Generator) -> Item:
+        """An item whose parameter holds the values, and every other operand the same in another order."""
+        rule, made = BY_NAME[self.rule], [values]
+        for name in ("gradient", *rule.state, "average")[: len(numbers_of(self.codecs)) - 1]:
+            mixed = values[torch.randperm(len(values), generator=numbers)]
+            made.append(mixed.abs() if name in rule.positive else mixed)
+        return self.item(made)
 
     def random(self, size: int, numbers: torch.Generator, **more) -> Item:
         """An item with random values, of blocks that differ in magnitude."""
@@ -120,6 +134,7 @@ def compare(items: Sequence[Item], wanted: Sequence[Item], what: str) -> None:
         for name, got, expected in zip(names, item.tensors, right.tensors, strict=False):
             assert_same_bits(raw(got), raw(expected), f"{what}, {item.name}, {name}")
         for name, got_extra, expected_extra in zip(names, item.extras, right.extras, strict=False):
+            assert (got_extra is None) == (expected_extra is None), f"{what}, {item.name}, second array of {name}"
             if got_extra is not None and expected_extra is not None:
                 assert_same_bits(raw(got_extra), raw(expected_extra), f"{what}, {item.name}, second array of {name}")
         if item.counter is not None and right.counter is not None:
@@ -141,10 +156,33 @@ GRADS = ("f32", "bf16", "f16")
 BLOCKS = [base + flags for base in ("int8", "e4m3", "e5m2", "int4") for flags in ("", "+P", "+S", "+P+S")]
 STATES = ("f32", "f64", "bf16", "bf16+S", "f16", "f16+S", *BLOCKS)
 AVERAGES = ("", "f32", "bf16+S", "f16+S")
+SIGNED = ("f32", "bf16", "bf16+S", "f16+S", *(name for name in BLOCKS if "+P" not in name))
+UNSIGNED = ("f32", "bf16+S", "f16", *(name for name in BLOCKS if "+P" in name))
+PLACES = ((0, 0, 0), (7, 0, 0), ((1 << 32) - 300, 0, 0), (5, 100, 1000), ((1 << 33) - 9, 7, (1 << 32) + 1))
+CLIPS = (math.inf, 0.5, 0.0)
+MIXED = ("AdamW", "SGDMomentum", "Lion", "AdamWAmsgrad", "SGD")  # rules
+
+
+def mixtures() -> list[Case]:
+    """With every rule, every codec in every place and everything else of an item, in mixtures that a generator draws:
+    for backends that are quick.
+    """
+    numbers, cases, count = generator(11), [], 20
+    columns = (PARAMS, GRADS, SIGNED, UNSIGNED, AVERAGES, PLACES, CLIPS, (True, False))
+    for rule in MIXED:
+        drawn = []
+        for column in columns:
+            orders = [torch.randperm(len(column), generator=numbers) for _ in range(-(-count // len(column)))]
+            drawn.append([column[i] for i in torch.cat(orders)[:count]])
+        cases += [Case.of(rule, *codecs, place=place, clip=clip, zero=zero)
+                  for *codecs, place, clip, zero in zip(*drawn, strict=True)]
+    return cases
 
 
 def some_cases() -> list[Case]:
-    """Every codec in every place, with everything else of an item in turn; and items computed in float64."""
+    """Every codec in every place, with everything else of an item in turn; and items computed in float64: for backends
+    that are slow.
+    """
     cases = []
     for i in range(len(STATES)):
         second, average = STATES[(7 * i + 3) % len(STATES)], AVERAGES[i // 2 % 4]

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_same_bits, generator, needs_native, normal, python, ulp, usable
+from helpers import generator, needs_native, normal, ulp
+from invariance import check_instruction_sets, check_threads_and_neighbours
 from torch import Tensor
 from torch.nn import Parameter
 
-from fasttrain.kernels import native
 from fasttrain.optim import Adafactor
 
 pytest.importorskip("expecttest", reason="torch's optim_db needs expecttest")
@@ -21,13 +21,6 @@ OPTIONS: list[dict[str, Any]] = [
     dict(lr=0.5, eps=(1e-30, 1e-2), d=1.25, weight_decay=0.1, beta2_decay=-0.5, maximize=True)]
 # Vectors and scalars, one tile and many, tiles cut on either side, batches of matrices, single rows and columns.
 SHAPES = ((7,), (), (5, 3), (65, 40), (3, 2100), (66, 2049), (3, 5, 7, 4), (1, 9), (9, 1), (4100,), (2, 1, 1))
-
-
-@pytest.fixture(params=["cpu", "reference"])
-def backend(request: pytest.FixtureRequest) -> str:
-    if reason := usable(request.param):
-        pytest.skip(reason)
-    return request.param
 
 
 def give(step: int, dtype: torch.dtype, numbers: torch.Generator, *lists: list[Parameter]) -> None:
@@ -109,26 +102,8 @@ def test_one_step_is_within_units_in_the_last_place(options: dict[str, Any], dty
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_threads_and_neighbours_do_not_matter(dtype: torch.dtype) -> None:
     """The same bits on any number of threads, among other parameters or alone, tile by tile or in one stretch."""
-    ends = []
-    before = torch.get_num_threads()
     sizes = ((500, 600), (70, 30), (300_001,), (3,), (4, 256, 300), (40, 41))
-    try:
-        for threads, alone in ((1, False), (2, False), (5, False), (2, True)):
-            torch.set_num_threads(threads)
-            numbers = generator(3)
-            params = [Parameter(normal(size, dtype, numbers)) for size in sizes]
-            optimizers = [Adafactor([p]) for p in params] if alone else [Adafactor(params)]
-            for _ in range(2):
-                for p in params:
-                    p.grad = normal(p.shape, dtype, numbers)
-                for optimizer in optimizers:
-                    optimizer.step()
-            ends.append([p.detach() for p in params])
-    finally:
-        torch.set_num_threads(before)
-    for other in ends[1:]:
-        for a, b in zip(other, ends[0], strict=True):
-            assert_same_bits(a, b)
+    check_threads_and_neighbours(Adafactor, sizes, dtype, seed=3)
 
 
 CODE = """
@@ -149,15 +124,7 @@ print(native.module().isa(), [x.hex() for p in params for x in p.detach().double
 
 @needs_native
 def test_instruction_sets_do_not_matter() -> None:
-    found = {}
-    for isa in native.build_info()["isas"]:
-        done = python(CODE, FASTTRAIN_ISA=isa)
-        if "this processor lacks it" not in done.stderr:
-            assert done.returncode == 0, done.stderr
-            name, ends = done.stdout.split(maxsplit=1)
-            assert name == isa
-            found[isa] = ends
-    assert len(set(found.values())) == 1
+    check_instruction_sets(CODE)
 
 
 def test_parameters_that_share_memory_are_stepped_in_turn(backend: str) -> None:

@@ -66,13 +66,6 @@ MAKE: dict[str, Callable[..., Optimizer]] = {
 assert {optimizer.__name__ for optimizer in COMPOSED} <= {name.split()[0] for name in MAKE}
 
 
-@pytest.fixture(params=["cpu", "reference"])
-def backend(request: pytest.FixtureRequest) -> str:
-    if reason := usable(request.param):
-        pytest.skip(reason)
-    return request.param
-
-
 def parameters(dtype: torch.dtype = F32) -> list[Parameter]:
     numbers = generator(3)
     return [Parameter(normal(size, dtype, numbers)) for size in ((6, 4), (7,), (6, 4), (3, 4, 5), (), (0, 4), (4, 6))]

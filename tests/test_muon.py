@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_same_bits, generator, normal, usable
+from helpers import assert_same_bits, generator, normal
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -19,13 +19,6 @@ OPTIONS: list[dict[str, Any]] = [
     {}, dict(lr=0.01), dict(weight_decay=0.2), dict(momentum=0.8), dict(ns_steps=6), dict(nesterov=False),
     dict(ns_coefficients=(3.4, -4.7, 2.0)), dict(adjust_lr_fn="original"), dict(lr=torch.tensor(0.02)),
     dict(adjust_lr_fn="match_rms_adamw", weight_decay=0.0), dict(eps=10.0, momentum=0.0)]
-
-
-@pytest.fixture(params=["cpu", "reference"])
-def backend(request: pytest.FixtureRequest) -> str:
-    if reason := usable(request.param):
-        pytest.skip(reason)
-    return request.param
 
 
 def frobenius(x: Tensor) -> float:

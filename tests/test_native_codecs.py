@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
+from coded import ALONE, BLOCKS, F32, SIZES, Arrays, arrays, assert_same_array, bits_drawn, name_of
 from helpers import assert_same_bits, generator, needs_native, normal, specials
-from kept_items import ALONE, BLOCKS, F32, SIZES, Arrays, arrays, assert_same_array, bits_drawn, name_of
 from torch import Tensor
 
 from fasttrain.kernels import native

@@ -5,11 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import LAYOUTS, REALS, assert_same_bits, generator, make, needs_native, normal, python, specials
+from helpers import LAYOUTS, REALS, assert_same_bits, generator, make, needs_native, normal, specials
+from invariance import check_instruction_sets
 from torch import Tensor
 from torch.nn import Parameter
 
-from fasttrain.kernels import native, norm
+from fasttrain.kernels import norm
 from fasttrain.optim import SGD
 
 SIZES = (0, 1, 15, 16, 17, 511, 512, 513, 4095, 4096, 4097, 5 * 4096 + 3, 65_535, 65_536, 65_537, 200_003)
@@ -92,15 +93,7 @@ print(native.module().isa(), [x.hex() for x in sums.tolist()])
 
 @needs_native
 def test_instruction_sets_do_not_matter() -> None:
-    found = {}
-    for isa in native.build_info()["isas"]:
-        done = python(CODE, FASTTRAIN_ISA=isa)
-        if "this processor lacks it" not in done.stderr:
-            assert done.returncode == 0, done.stderr
-            name, sums = done.stdout.split(maxsplit=1)
-            assert name == isa
-            found[isa] = sums
-    assert len(set(found.values())) == 1, found
+    check_instruction_sets(CODE)
 
 
 @pytest.mark.parametrize("dtype", REALS, ids=str)

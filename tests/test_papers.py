@@ -7,7 +7,7 @@ from typing import Any
 import papers
 import pytest
 import torch
-from helpers import CONFIGURATIONS, assert_same_bits, generator, normal, ulp, usable
+from helpers import CONFIGURATIONS, assert_same_bits, generator, normal, ulp
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -15,13 +15,6 @@ from fasttrain.optim import Adan, AdEMAMix, Optimizer, ScheduleFreeAdamW, Schedu
 
 STEPS = 12
 BEYOND = [c for c in CONFIGURATIONS if c.optimizer in (Adan, AdEMAMix, ScheduleFreeSGD, ScheduleFreeAdamW)]
-
-
-@pytest.fixture(params=["cpu", "reference"])
-def backend(request: pytest.FixtureRequest) -> str:
-    if reason := usable(request.param):
-        pytest.skip(reason)
-    return request.param
 
 
 def problem(seed: int) -> tuple[Tensor, papers.Gradient]:

@@ -8,20 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_same_bits, generator, normal, usable
+from helpers import assert_same_bits, generator, normal
 from torch.nn import Parameter
 
 from fasttrain.kernels import dispatch
-from fasttrain.optim import ASGD, Adagrad, NAdam, Optimizer
+from fasttrain.optim import ASGD, Adagrad, NAdam, Optimizer, convert
 
 RUNNING = pytest.mark.parametrize("optimizer", [NAdam, ASGD])
-
-
-@pytest.fixture(params=["cpu", "reference"])
-def backend(request: pytest.FixtureRequest) -> str:
-    if reason := usable(request.param):
-        pytest.skip(reason)
-    return request.param
 
 
 def parameters(seed: int = 3) -> list[Parameter]:
@@ -145,3 +138,18 @@ def test_sparse_gradients_and_decay_are_refused_before_the_step_is_counted() -> 
     with pytest.raises(RuntimeError, match="weight_decay option is not compatible with sparse gradients"):
         opt.step()
     assert opt.state[p]["step"].item() == 0
+
+
+@RUNNING
+def test_running_numbers_survive_a_conversion(optimizer: type[Optimizer]) -> None:
+    numbers = generator(9)
+    p = Parameter(normal((5000,), torch.float32, numbers))
+    old, new = optimizer([p]), optimizer([p], state_dtype="bf16", ema_decay=0.9)
+    for _ in range(3):
+        p.grad = normal(p.shape, p.dtype, numbers)
+        old.step()
+    new.load_state_dict(convert(old.state_dict(), new))
+    for key in ("step", *optimizer.running):
+        assert_same_bits(new.state[p][key], old.state[p][key], key)
+    new.step()
+    assert new.state[p]["step"].item() == 4

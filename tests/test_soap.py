@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import generator, normal, usable
+from helpers import generator, normal
 from papers_soap import soap
 from torch.nn import Parameter
 
@@ -28,13 +28,6 @@ CASES: list[tuple[dict[str, Any], tuple[int, ...], tuple[int, ...], tuple[int, .
     (dict(correct_bias=False, precondition_frequency=1), (5, 3), (5, 3), (0, 1)),
     (dict(shampoo_beta=-1.0, precondition_frequency=3), (4, 6), (4, 6), (0, 1)),
 ]
-
-
-@pytest.fixture(params=["cpu", "reference"])
-def backend(request: pytest.FixtureRequest) -> str:
-    if reason := usable(request.param):
-        pytest.skip(reason)
-    return request.param
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

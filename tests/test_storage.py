@@ -2,30 +2,42 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from coded import F32, F64, SIZES
 from helpers import LAYOUTS, Made, generator, make, needs_native, normal, python, specials
-from kept_items import ADAM, CASES, F32, F64, NAMES, SIZES, Case, assert_same_item, copy, item_of, mixed, steps
+from kept import MIXED, Case, compare, copied, mixtures
 from torch import Tensor
 from torch.nn import Parameter
 
 from fasttrain.kernels import native, reference
 from fasttrain.kernels.item import Item, apart
-from fasttrain.precision.codecs import NUMBER, POSITIVE, STOCHASTIC, codec
+from fasttrain.precision.codecs import NUMBER, codec
 from fasttrain.precision.draws import parameter_key, step_key
 
 pytestmark = needs_native
+CASES = mixtures()
+ADAM = Case("AdamW", "split16 bf16 int8 int8+P+S")
 
 
-def check_case(case: Case, values: Tensor, gradients: list[Tensor], numbers: torch.Generator,
-               wide: bool = False) -> Item:
-    wanted = item_of(case, values, numbers, wide)
-    got = copy(wanted)
+def mixed(size: int, numbers: torch.Generator) -> Tensor:
+    return normal((size,), F32, numbers) * 10.0 ** torch.randint(-6, 2, (size,), generator=numbers)
+
+
+def steps(item: Item, backend: Any, gradients: list[Tensor]) -> None:
+    for step, gradient in enumerate(gradients):
+        item.tensors[1].copy_(gradient)
+        backend.step([replace(item, key=parameter_key(step_key(3, step), 9))])
+
+
+def check_case(case: Case, values: Tensor, gradients: list[Tensor], numbers: torch.Generator) -> None:
+    wanted = case.like(values, numbers)
+    (got,) = copied([wanted])
     steps(wanted, reference, gradients)
     steps(got, native, gradients)
-    assert_same_item(got, wanted, f"{case}, {len(values)} elements")
-    return got
+    compare([got], [wanted], str(case))
 
 
 @pytest.mark.parametrize("part", range(6))
@@ -49,24 +61,24 @@ def test_steps_of_special_values(part: int) -> None:
 
 def test_steps_of_doubles() -> None:
     numbers = generator(40)
-    for rule in NAMES:
-        for ema in (None, 1):
-            case = Case(1, 1, 1, 1, ema, (0, 0, 0), 0.5 if ema else math.inf, ema is None, rule)
-            values = torch.cat([mixed(1000, numbers), torch.tensor(specials(F64))])
-            check_case(case, values, [values.flip(0), values], numbers, wide=True)
+    for rule in MIXED:
+        for average in ("", "f64"):
+            case = Case.of(rule, *["f64"] * 4, average, clip=0.5 if average else math.inf, zero=not average)
+            values = torch.cat([mixed(1000, numbers), torch.tensor(specials(F64), dtype=F64)])
+            check_case(case, values, [values.flip(0), values], numbers)
 
 
 def many_items(numbers: torch.Generator) -> list[Item]:
-    return [item_of(CASES[i % len(CASES)], mixed(size, numbers), numbers)
+    return [CASES[i % len(CASES)].like(mixed(size, numbers), numbers)
             for i, size in enumerate([70_001, 3, 600, 140_000, 1, 0, 256, 33_333])]
 
 
 # --- Layouts ----------------------------------------------------------------------------------------------------------
 
-LAID_OUT = [Case(4, 2, 0, 0, 0, (0, 0, 0), 0.5, True, "AdamW"),
-            Case(8, 0, 2, 0, None, (0, 0, 0), math.inf, True, "Lion"),
-            Case(0, 2, 10, 10 + POSITIVE + STOCHASTIC, 2 + STOCHASTIC, (9, 0, 0), math.inf, True, "AdamWAmsgrad"),
-            Case(2 + STOCHASTIC, 2, 13, 3, None, (0, 0, 0), 0.5, False, "AdamW")]
+LAID_OUT = [Case("AdamW", "split16 bf16 f32 f32 f32", zero=True, clip=0.5),
+            Case("Lion", "kahan_bf16 f32 bf16", zero=True),
+            Case("AdamWAmsgrad", "f32 bf16 int8 int8+P+S int8+P+S bf16+S", zero=True, place=(9, 0, 0)),
+            Case("AdamW", "bf16+S bf16 int4 f16", clip=0.5)]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -84,7 +96,7 @@ def test_layouts(layout: str) -> None:
 
     for case in LAID_OUT:
         numbers = generator(60)
-        flat = item_of(case, normal((count,), F32, numbers), numbers)
+        flat = case.like(normal((count,), F32, numbers), numbers)
         ends = []
         for backend in (native, reference):
             pairs = zip(flat.codecs, flat.tensors, flat.extras, strict=True)
@@ -97,7 +109,7 @@ def test_layouts(layout: str) -> None:
                 if isinstance(array, Made):
                     array.check(f"{case}, {layout}")
             ends.append(item)
-        assert_same_item(*ends, f"{case}, {layout}")
+        compare(ends[:1], ends[1:], f"{case}, {layout}")
 
 
 # --- Threads, instruction sets ----------------------------------------------------------------------------------------
@@ -105,7 +117,7 @@ def test_layouts(layout: str) -> None:
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_threads(threads: int) -> None:
     wanted = many_items(generator(50))
-    got = [copy(item) for item in wanted]
+    got = copied(wanted)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -113,17 +125,16 @@ def test_threads(threads: int) -> None:
     finally:
         torch.set_num_threads(before)
     reference.step(wanted)
-    for one, other in zip(got, wanted, strict=True):
-        assert_same_item(one, other, f"{threads} threads")
+    compare(got, wanted, f"{threads} threads")
 
 
 PROCESS = """
-import kept_items, test_native_codecs, test_storage
+import coded, test_native_codecs, test_storage
 from fasttrain.kernels import native
 for part in (0, 3):
     test_storage.test_steps(part)
 test_storage.test_steps_of_special_values(0)
-for number in (*kept_items.ALONE, *kept_items.BLOCKS):
+for number in (*coded.ALONE, *coded.BLOCKS):
     test_native_codecs.test_codecs(number)
 test_storage.test_threads(2)
 print("isa", native.module().isa())
@@ -186,9 +197,9 @@ class Planned:
 def test_plan() -> None:
     """Several steps of many parameters at once, fresh gradients each time."""
     numbers = generator(70)
-    wanted = [item_of(case, mixed(size, numbers), numbers) for case, size in
+    wanted = [case.like(mixed(size, numbers), numbers) for case, size in
               zip(CASES, [1, 0, 300, 1025, *([77] * (len(CASES) - 6)), 70_001, 512], strict=False)]
-    planned = Planned([copy(item) for item in wanted])
+    planned = Planned(copied(wanted))
     for step in range(3):
         for i, (p, item) in enumerate(zip(planned.params, wanted, strict=True)):
             gradient = mixed(p.numel(), numbers).to(item.tensors[1].dtype)
@@ -200,7 +211,7 @@ def test_plan() -> None:
         key = step_key(3, step + 1)
         reference.step([replace(item, key=parameter_key(key, 9 + i)) for i, item in enumerate(wanted)])
         for i, item in enumerate(planned.items):
-            assert_same_item(item, wanted[i], f"step {step}, {i}: {CASES[i]}")
+            compare([item], wanted[i:i + 1], f"step {step}, {i}: {CASES[i]}")
             own = [tensor._version for tensor in item.written[1:]]  # not the parameter, another object over its memory
             assert own == [version + 1 for version in versions[i][1:]]
 
@@ -208,7 +219,7 @@ def test_plan() -> None:
 def test_a_parameter_that_somebody_else_wrote_is_reported() -> None:
     numbers = generator(71)
     for watched in (True, False):
-        planned = Planned([item_of(ADAM, mixed(300, numbers), numbers) for _ in range(3)], watched)
+        planned = Planned([ADAM.like(mixed(300, numbers), numbers) for _ in range(3)], watched)
         assert planned.step() == [0, 1, 2]
         assert planned.step() == []
         with torch.no_grad():
@@ -219,13 +230,13 @@ def test_a_parameter_that_somebody_else_wrote_is_reported() -> None:
 
 def test_what_changes_is_described_again() -> None:
     numbers = generator(72)
-    planned = Planned([item_of(ADAM, mixed(300, numbers), numbers) for _ in range(3)])
+    planned = Planned([ADAM.like(mixed(300, numbers), numbers) for _ in range(3)])
     planned.step()
     state = planned.state[planned.params[2]]
     state["extra 0"] = state["extra 0"].clone()
     assert planned.step() == [2]
     planned.params[0].grad = planned.params[0].grad.float()
-    planned.items[0] = replace(planned.items[0], codecs=(ADAM.p, 0, *planned.items[0].codecs[2:]))
+    planned.items[0] = replace(planned.items[0], codecs=(NUMBER["split16"], 0, *planned.items[0].codecs[2:]))
     assert planned.step() == [0]
     planned.params[1].grad = None
     assert planned.plan.scan(planned.state, [planned.params]) == []
@@ -233,30 +244,29 @@ def test_what_changes_is_described_again() -> None:
     assert len(planned.plan.rows(each=True)) == 2
 
 
-BYTES = [  # design.md, section 5: p, states; memory beyond the gradient, traffic
-    ("f32", 0, 0, 12, 28), ("master_bf16", 0, 0, 14, 28), ("split16", 0, 0, 12, 26), ("split16", 2, 2, 8, 18),
-    ("split16", 10, 10 + POSITIVE, 6.03, 14.06), ("split8", 10, 10 + POSITIVE, 5.03, 12.06),
-    ("bf16", 10, 10 + POSITIVE, 4.03, 10.06), ("bf16", 13, 13 + POSITIVE, 3.06, 8.125),
+BYTES = [  # design.md, section 5: how p, g and states are kept; memory beyond the gradient, traffic
+    ("f32 f32 f32 f32", 12, 28), ("master_bf16 bf16 f32 f32", 14, 28), ("split16 bf16 f32 f32", 12, 26),
+    ("split16 bf16 bf16 bf16", 8, 18), ("split16 bf16 int8 int8+P", 6.03, 14.06),
+    ("split8 bf16 int8 int8+P", 5.03, 12.06), ("bf16+S bf16 int8 int8+P", 4.03, 10.06),
+    ("bf16+S bf16 int4 int4+P", 3.06, 8.125),
 ]
 
 
-@pytest.mark.parametrize(("p", "first", "second", "memory", "traffic"), BYTES)
-def test_bytes(p: str, first: int, second: int, memory: float, traffic: float) -> None:
+@pytest.mark.parametrize(("codecs", "memory", "traffic"), BYTES)
+def test_bytes(codecs: str, memory: float, traffic: float) -> None:
     """The table of section 5: bytes of each element, those of the arrays and those that the walk counts."""
     count = 256 * 40
-    number = NUMBER[p] + (STOCHASTIC if p == "bf16" else 0)
-    case = Case(number, 0 if p == "f32" else 2, first, second, None, (0, 0, 0), math.inf, False, "AdamW")
     for zero in (False, True):
-        item = replace(item_of(case, torch.ones(count), generator(0)), zero=zero)
+        item = Case("AdamW", codecs, zero=zero).like(torch.ones(count), generator(0))
         planned = Planned([item])
         planned.step()
         g = item.tensors[1]
         kept = sum(tensor.nbytes for tensor in (item.tensors[0], *item.tensors[2:], *item.extras) if tensor is not None)
         assert kept / count == pytest.approx(memory, abs=0.005)
         last = planned.plan.last
-        copied = count * 2 if p.startswith("master") else 0  # from the master: not read
+        rounded = count * 2 if codecs.startswith("master") else 0  # from the master: not read
         written = kept + (g.nbytes if zero else 0)
-        assert last == dict(launches=1, bytes_read=kept - copied + g.nbytes, bytes_written=written, parameters=1,
+        assert last == dict(launches=1, bytes_read=kept - rounded + g.nbytes, bytes_written=written, parameters=1,
                             elements=count)
         if not zero:
             assert (last["bytes_read"] + last["bytes_written"]) / count == pytest.approx(traffic, abs=0.005)
@@ -265,20 +275,19 @@ def test_bytes(p: str, first: int, second: int, memory: float, traffic: float) -
 def test_shared_memory_is_found() -> None:
     """Two parameters with one second array are stepped one after the other, by one thread."""
     numbers = generator(73)
-    items = [item_of(ADAM, mixed(70_001, numbers), numbers) for _ in range(2)]
+    items = [ADAM.like(mixed(70_001, numbers), numbers) for _ in range(2)]
     items[1] = replace(items[1], extras=(items[0].extras[0], *items[1].extras[1:]))
     assert not apart(items)
-    wanted = [copy(item) for item in items]
+    wanted = copied(items)
     wanted[1] = replace(wanted[1], extras=(wanted[0].extras[0], *wanted[1].extras[1:]))
     Planned(items).step(threads=3)
     reference.step([replace(item, key=parameter_key(step_key(3, 1), 9 + i)) for i, item in enumerate(wanted)])
-    for one, other in zip(items, wanted, strict=True):
-        assert_same_item(one, other, "shared")
+    compare(items, wanted, "shared")
 
 
 def test_what_cannot_be_kept_is_refused() -> None:
     numbers = generator(74)
-    planned = Planned([item_of(ADAM, mixed(300, numbers), numbers)])
+    planned = Planned([ADAM.like(mixed(300, numbers), numbers)])
     item = planned.items[0]
     for codecs, message in (((4, 2, 14, 10), "codec 14"), ((20, 2, 10, 10), "codec 20"), ((4, 4, 10, 26), "operand 1"),
                             ((4, 2, 10), "3 codecs")):

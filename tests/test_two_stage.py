@@ -7,7 +7,8 @@ from typing import Any
 import papers_layerwise as papers
 import pytest
 import torch
-from helpers import LAYOUTS, ROOT, assert_same_bits, generator, make, needs_native, normal, python, ulp, usable
+from helpers import LAYOUTS, ROOT, assert_same_bits, generator, make, needs_native, normal, ulp, usable
+from invariance import check_instruction_sets, check_threads_and_neighbours
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -35,13 +36,6 @@ CASES: list[tuple[Any, Callable[..., Tensor], dict[str, Any]]] = [
 KEYS = {LAMB: {"exp_avg": "m", "exp_avg_sq": "v"}, StableAdamW: {"exp_avg": "v", "exp_avg_sq": "u"},
         LARS: {"momentum_buffer": "v"}}
 SHAPES = ((5, 3), (4100,), (), (33, 70), (0, 4))
-
-
-@pytest.fixture(params=["cpu", "reference"])
-def backend(request: pytest.FixtureRequest) -> str:
-    if reason := usable(request.param):
-        pytest.skip(reason)
-    return request.param
 
 
 def gradients(step: int, dtype: torch.dtype, params: list[Parameter], numbers: torch.Generator) -> None:
@@ -160,25 +154,7 @@ def test_the_compiled_module_holds_these_stages() -> None:
 @needs_native
 @pytest.mark.parametrize("optimizer", [LAMB, LARS, StableAdamW])
 def test_threads_and_neighbours_do_not_matter(optimizer: Any) -> None:
-    ends = []
-    before = torch.get_num_threads()
-    try:
-        for threads, alone in ((1, False), (2, False), (5, False), (2, True)):
-            torch.set_num_threads(threads)
-            numbers = generator(5)
-            params = [Parameter(normal((size,), F32, numbers)) for size in (200_001, 3, 65_536, 0, 70_000)]
-            optimizers = [optimizer([p]) for p in params] if alone else [optimizer(params)]
-            for _ in range(2):
-                for p in params:
-                    p.grad = normal(p.shape, F32, numbers)
-                for one in optimizers:
-                    one.step()
-            ends.append([p.detach() for p in params])
-    finally:
-        torch.set_num_threads(before)
-    for other in ends[1:]:
-        for a, b in zip(other, ends[0], strict=True):
-            assert_same_bits(a, b)
+    check_threads_and_neighbours(optimizer, ((200_001,), (3,), (65_536,), (0,), (70_000,)), F32, seed=5)
 
 
 CODE = """
@@ -202,13 +178,7 @@ print(native.module().isa(), ends)
 
 @needs_native
 def test_instruction_sets_do_not_matter() -> None:
-    found = {}
-    for isa in native.build_info()["isas"]:
-        done = python(CODE, FASTTRAIN_ISA=isa)
-        if "this processor lacks it" not in done.stderr:
-            assert done.returncode == 0, done.stderr
-            found[isa] = done.stdout.split(maxsplit=1)[1]
-    assert len(set(found.values())) == 1
+    check_instruction_sets(CODE)
 
 
 def test_complex_numbers_are_pairs(backend: str) -> None:

@@ -6,6 +6,7 @@
 
 #include "cpu/blocks.h"
 #include "cpu/elements.h"
+#include "cpu/fetch.h"
 #include "cpu/step_kernel.h"
 #include "draws.h"
 
@@ -85,6 +86,21 @@ void average(i64 n, T* __restrict ema, const T* __restrict p, const T keep, cons
   for (i64 i = 0; i < n; ++i) ema[i] = ema[i] * keep + p[i] * add;
 }
 
+// Asks for what is read of a piece and is not in place: loads of the codecs are too short for the processor to see how
+// they go on. What the rule's own loop reads it fetches best by itself.
+template <class T>
+Fetch<2 * kMaxOperands> ahead(const Kept& kept, i64 from) {
+  Fetch<2 * kMaxOperands> found;
+  for (int o = 0; o < kept.count; ++o) {
+    const Operand& operand = kept.operands[o];
+    if (in_place<T>(operand, from) != nullptr) continue;
+    found.add(operand.main + main_bytes(operand.codec, from), main_bytes(operand.codec, kPiece));
+    if (operand.extra != nullptr && block_of(operand.codec) == 0)
+      found.add(operand.extra + extra_bytes(operand.codec, from), extra_bytes(operand.codec, kPiece));
+  }
+  return found;
+}
+
 template <class T>
 void step_kept(const RuleKernels& rule, const Kept& kept, i64 begin, i64 end, const double* row) {
   const Codec<T>* of = codecs<T>.of;
@@ -103,6 +119,9 @@ void step_kept(const RuleKernels& rule, const Kept& kept, i64 begin, i64 end, co
   float inverse[kMaxOperands][kPiece / 128];
   for (i64 from = begin; from < end; from += kPiece) {
     const i64 n = end - from < kPiece ? end - from : kPiece;
+    Fetch<2 * kMaxOperands> next;
+    if (from + 2 * kPiece <= end) next = ahead<T>(kept, from + kPiece);
+    const i64 share = (next.total() / (2 * kept.count) + kLine - 1) / kLine * kLine;  // after each of the loops below
     T* at[kMaxOperands];
     Stream stream[kMaxStreams];
     for (int o = 0; o < kept.count; ++o) {
@@ -112,6 +131,7 @@ void step_kept(const RuleKernels& rule, const Kept& kept, i64 begin, i64 end, co
       if (at[o] == nullptr || (o == 0 && reinterpret_cast<u64>(at[o]) % kAligned != 0)) {
         at[o] = staged[o];
         of[operand.codec].load(operand, from, n, at[o]);
+        next.some(share);
       }
     }
     if (clipped) {
@@ -124,6 +144,7 @@ void step_kept(const RuleKernels& rule, const Kept& kept, i64 begin, i64 end, co
     // Whole-number work while the last divisions of the rule are under way.
     for (int o = 0; o < kept.count; ++o)
       if ((kept.operands[o].codec & kStochastic) != 0) draw(kept, o, from, n, draws[o]);
+    next.some(share);
     for (int o = 0; o < kept.count; ++o) {  // all before the first is needed: the maximum of a block takes its time
       const Operand& operand = kept.operands[o];
       const auto measure = of[operand.codec].measure;
@@ -133,6 +154,7 @@ void step_kept(const RuleKernels& rule, const Kept& kept, i64 begin, i64 end, co
       const Operand& operand = kept.operands[o];
       if (o == 1 || (base_of(operand.codec) < kStorages && at[o] != staged[o])) continue;
       of[operand.codec].store(operand, from, n, at[o], inverse[o], draws[o]);
+      next.some(share);
     }
     if (kept.zero) {
       const i64 size = storage_bytes(base_of(kept.operands[1].codec));

@@ -2,13 +2,15 @@
 #include "cpu/norm.h"
 
 #include "codecs.h"
+#include "cpu/fetch.h"
 #include "cpu/lanes.h"
 
 namespace fasttrain {
 inline namespace FT_ISA {
 namespace {
 
-constexpr i64 kStaged = 512;  // elements converted at once
+constexpr i64 kStaged = 512;      // elements converted at once
+constexpr i64 kAhead = 3 * kStaged;  // elements between what is asked for and what is added
 
 // Added to the bits of a number without its sign, this carries into the sign where the exponent is all ones: where the
 // number is infinite or NaN. `Bits` are wide enough for a compiler to join the lanes as they are.
@@ -33,6 +35,8 @@ double squares_of(const Stream& stream, i64 begin, i64 end, bool* nonfinite) {
     for (i64 from = block; from < last; from += kStaged) {
       const i64 n = last - from < kStaged ? last - from : kStaged;
       bool found = false;
+      const i64 size = storage_bytes(stream.storage);
+      if (from + kAhead + kStaged <= end) fetch(stream.at + (from + kAhead) * size, kStaged * size);
       switch (stream.storage) {  // one loop per storage, so that each vectorises
         case kF32:
           found = any_nonfinite<u32, 0x00800000u>(at, from, n);

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fasttrain.optim.checks import check_hyperparameters
 from fasttrain.optim.optimizer import Optimizer
-from fasttrain.rule import Rule, sqrt
+from fasttrain.rule import sqrt
 
 
 class Adan(Optimizer):
@@ -78,6 +78,3 @@ class Adan(Optimizer):
         check_hyperparameters(3, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, no_prox=no_prox,
                                       maximize=maximize, differentiable=differentiable), **options)
-
-
-Adan.rules = (Rule.of(Adan),)

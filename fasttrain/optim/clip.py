@@ -12,6 +12,8 @@ from torch import Tensor
 from fasttrain.kernels import norm
 from fasttrain.optim.local import local, norm_of_parts, settle, shares, statistics_of_parts
 
+PLAIN = (Tensor, torch.nn.Parameter, type(None))  # types that are no DTensor; asking a type is faster than isinstance
+
 
 def coefficient(total: float, largest: float | None) -> float:
     """What brings a norm down to `largest`, as torch computes it; 1 if it is not larger, or if there is no limit.
@@ -36,10 +38,15 @@ def coefficient_of_one(p: Tensor, scale: float, largest: float | None) -> float:
 def parameters(optimizers: Iterable[Any]) -> list[Tensor]:
     """All parameters of the optimizers that are trained, each once; their gradients are placed as they are."""
     params = list({id(p): p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]
-                   if p.grad is not None or p.requires_grad}.values())
-    for p in params:
+                   if p.requires_grad or p.grad is not None}.values())
+    for p in placed(params):
         settle(p)
     return params
+
+
+def placed(params: Iterable[Tensor]) -> list[Tensor]:
+    """Those that may be DTensors, or have one for a gradient."""
+    return [p for p in params if type(p) not in PLAIN or type(p.grad) not in PLAIN]
 
 
 @torch.no_grad()
@@ -49,12 +56,17 @@ def statistics(optimizers: Iterable[Any]) -> tuple[Tensor, Tensor]:
     Gradients that are shards (DTensor) are added over the processes, copies are counted once.
     """
     params = parameters(optimizers)
-    cut = [p for p in params if shares(p)]  # with those that have no gradient here: others may have one
-    whole = [local(p.grad) for p in params if p.grad is not None and not shares(p)]
+    cut = [p for p in placed(params) if shares(p)]  # with those that have no gradient here: others may have one
+    apart = {id(p) for p in cut}
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for p in params:
+        grad = p.grad
+        if grad is not None and id(p) not in apart:
+            grad = local(grad) if type(grad) not in PLAIN else grad
+            by_device.setdefault(grad.device, []).append(grad.coalesce().values() if grad.is_sparse else grad)
     sums, found = [], []
-    for device in dict.fromkeys(grad.device for grad in whole):
-        squares, bad = norm.squares([grad.coalesce().values() if grad.is_sparse else grad for grad in whole
-                                     if grad.device == device])
+    for grads in by_device.values():
+        squares, bad = norm.squares(grads)
         sums.append(norm.total(squares))
         found.append(bad)
     if cut:

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from fasttrain.kernels.item import Item
 from fasttrain.optim.checks import check_counter, check_gradient, plain, reals
+from fasttrain.optim.examine import Examined
 from fasttrain.optim.local import is_dtensor
-from fasttrain.optim.optimizer import Examined, Group, Optimizer
+from fasttrain.optim.optimizer import Optimizer
+from fasttrain.optim.page import Group
 from fasttrain.optim.report import StepReport
 from fasttrain.rule import Rule
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fasttrain.optim.checks import check_hyperparameters
 from fasttrain.optim.optimizer import Optimizer
-from fasttrain.rule import Rule, sign
+from fasttrain.rule import sign
 
 
 class Lion(Optimizer):
@@ -60,6 +60,3 @@ class Lion(Optimizer):
         check_hyperparameters(lr=lr, betas=betas, weight_decay=weight_decay)
         super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay, maximize=maximize,
                                       differentiable=differentiable), **options)
-
-
-Lion.rules = (Rule.of(Lion),)

@@ -56,7 +56,6 @@ def check_placed(name: str, p: Any) -> None:
                         "parameter (distribute_tensor), or give it grad.full_tensor()")
 
 
-@torch.no_grad()
 def settle(p: Any) -> None:
     """Have the gradient placed as its parameter is: addends are summed, shards exchanged.
 
@@ -67,7 +66,8 @@ def settle(p: Any) -> None:
     if not is_dtensor(p) or not is_dtensor(grad) or (
             grad.placements == p.placements and grad.device_mesh == p.device_mesh):
         return
-    p.grad = grad.redistribute(p.device_mesh, p.placements)
+    with torch.no_grad():
+        p.grad = grad.redistribute(p.device_mesh, p.placements)
 
 
 def over_parts(values: Tensor, like: Any, what: str = "sum") -> Tensor:

@@ -17,10 +17,12 @@ from fasttrain.kernels import dispatch
 from fasttrain.kernels.item import Item, in_turns
 from fasttrain.optim.adamw import DECOUPLED
 from fasttrain.optim.checks import check_gradient, reals
+from fasttrain.optim.examine import Examined
 from fasttrain.optim.itemwise import Itemwise
 from fasttrain.optim.local import check_placed, gathered, is_dtensor, local, part_of, settle
 from fasttrain.optim.newton_schulz import orthogonalize
-from fasttrain.optim.optimizer import Examined, Group, Optimizer
+from fasttrain.optim.optimizer import Optimizer
+from fasttrain.optim.page import Group
 from fasttrain.optim.workspace import Workspace
 from fasttrain.rule import Rule
 

@@ -10,7 +10,7 @@ import torch
 
 from fasttrain.optim.checks import check_hyperparameters, number
 from fasttrain.optim.optimizer import Optimizer
-from fasttrain.rule import Rule, Step, sqrt
+from fasttrain.rule import Step, sqrt
 
 RUNNING = ("k", "weight_sum", "lr_max")  # of a group: steps made, sum of the average's weights, largest rate
 SCHEDULE = (*RUNNING, "lr", "warmup_steps", "r", "weight_lr_power")
@@ -235,7 +235,3 @@ class ScheduleFreeAdamW(ScheduleFree):
     @staticmethod
     def correction(group):
         return (1 - number(group["betas"][1]) ** Step(group["k"] + 1)) ** 0.5
-
-
-ScheduleFreeSGD.rules = (Rule.of(ScheduleFreeSGD),)
-ScheduleFreeAdamW.rules = (Rule.of(ScheduleFreeAdamW),)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fasttrain.optim import kept
-from fasttrain.optim.checks import number, plain
+from fasttrain.optim.checks import plain
 from fasttrain.precision.codecs import NUMBER, POSITIVE, array_shapes, code_dtype
 from fasttrain.precision.storage import DEFAULTS, describe, is_plain
 
@@ -140,9 +140,7 @@ def _kept(optimizer: Any, p: Tensor, group: dict[str, Any], exact: dict[str, Any
     rule = optimizer.rule_of(group)
     if is_plain(group):
         return {key: value for key, value in exact.items() if key != kept.EMA}
-    numbers = {key: number(group[key]) for key in rule.hyperparameters}
-    scalars = rule.scalars(1000, numbers) if rule.retain else {}
-    layout = kept.layout("a parameter", p, p.dtype, group, rule, scalars)
+    layout = optimizer._layout("a parameter", p, p.dtype, group, rule)
     new = {key: value for key, value in exact.items() if key not in rule.state and key != kept.EMA}
     if layout.extras[0] is not None:
         new[layout.extras[0]] = kept.arrays(layout.codecs[0], p, p.detach() if master is None else master)[1]

@@ -18,8 +18,9 @@ from fasttrain.kernels import dispatch, stages
 from fasttrain.kernels.item import Item, in_turns
 from fasttrain.kernels.trace import trace
 from fasttrain.optim.checks import number
+from fasttrain.optim.examine import Examined
 from fasttrain.optim.itemwise import Itemwise
-from fasttrain.optim.optimizer import Examined, Group
+from fasttrain.optim.page import Group
 from fasttrain.optim.report import StepReport
 from fasttrain.rule import Rule, Step
 
@@ -51,7 +52,7 @@ class TwoStage(Itemwise):
         """What the second stage takes for p, g and its states; the gradient is scaled again only if it is g."""
         return item.tensors
 
-    def _runs(self, examined: list[Examined], scale: float, report: StepReport) -> list[Callable[[], None]]:  # type: ignore[override]
+    def _runs(self, examined: list[Examined], scale: float, report: StepReport) -> list[Callable[[], None]]:
         by_backend: dict[tuple[str, int], list[Examined]] = {}
         for one in examined:
             report.count(one.item)

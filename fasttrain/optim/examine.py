@@ -1,0 +1,156 @@
+"""The first two phases of a step: which parameters the plan does not know, and what they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fasttrain.kernels import dispatch, native
+from fasttrain.kernels.item import Item
+from fasttrain.optim import kept
+from fasttrain.optim.checks import check_counter, check_gradient, check_running, plain, reals
+from fasttrain.optim.groups import Groups
+from fasttrain.optim.local import (
+    as_whole,
+    check_placed,
+    dtensor_type,
+    local,
+    place,
+    settle,
+    shares,
+    version,
+)
+from fasttrain.optim.page import Group
+from fasttrain.optim.report import StepReport
+from fasttrain.precision.storage import is_plain
+from fasttrain.rule import Rule
+
+
+class Examined(NamedTuple):
+    """A parameter that was looked at in Python: how it is stepped, and what the plan must know of it."""
+
+    where: tuple[int, int]  # group, and index in it
+    group: Group            # with the running numbers of this parameter
+    item: Item
+    step: float             # the count of the step to come
+    fresh: bool             # a state was made
+    kept: kept.Layout | None
+
+
+def scan(optimizer: Groups, rules: list[Rule]) -> list[int]:
+    """Indices of the parameters that have a gradient and are not, or no longer, in the plan."""
+    groups = optimizer.param_groups
+    lists = [params if isinstance(params := group["params"], list) else list(params) for group in groups]
+    wanted = optimizer.backend or dispatch.forced()
+    if optimizer._plan is not None and optimizer._planned_for == (rules, wanted):
+        found = optimizer._plan.scan(optimizer.state, lists)
+        if found is not None:
+            return found
+    optimizer._planned_for = (rules, wanted)
+    optimizer._places = [(g, i) for g, params in enumerate(lists) for i in range(len(params))]
+    if optimizer.defaults.get("differentiable") or wanted not in (None, "cpu") or native.load()[0] is None:
+        optimizer._plan = None
+        return [index for index, where in enumerate(optimizer._places) if optimizer._param(where).grad is not None]
+    optimizer._plan = native.module().Plan(native.reader(dtensor_type()), lists)
+    return optimizer._plan.scan(optimizer.state, lists)
+
+
+def examine(optimizer: Groups, where: tuple[int, int], rule: Rule, report: StepReport) -> Examined:
+    """Check one parameter and make its states."""
+    group, whole, name = optimizer.param_groups[where[0]], optimizer._param(where), optimizer._name(where)
+    check_placed(name, whole)
+    settle(whole)
+    p, grad = local(whole), local(whole.grad)
+    check_gradient(name, p, grad)
+    known = len(optimizer.state.get(whole, ()))
+    fresh = optimizer.init_state(whole, group, rule)
+    kept_apart = rule.state or optimizer.counts_steps or optimizer.running or not is_plain(group)
+    state = {key: local(value) for key, value in optimizer.state[whole].items()} if kept_apart else {}
+    counter = None
+    if optimizer.counts_steps:
+        check_counter(name, state.get("step"))
+        counter = plain(state["step"])
+    step = counter.item() + 1 if counter is not None else 1 if fresh else 2
+    if is_plain(group):
+        item = Item(name, rule, reals(name, p, grad, rule.state, state), (), counter)
+        report.allocations += len(state) - known
+        return Examined(where, group, item, step, fresh, None)
+    layout = optimizer._layout(name, whole, grad.dtype, group, rule)
+    if (digits := optimizer._remainders.pop(id(whole), None)) is not None and layout.extras[0] is not None:
+        state[layout.extras[0]] = digits
+        optimizer.state[whole][layout.extras[0]] = as_whole(digits, whole)
+    made = kept.complete(p, state, layout, fresh or step == 1)  # torch makes Adagrad's with the optimizer
+    optimizer.state[whole].update((key, as_whole(state[key], whole)) for key in made)
+    report.allocations += len(optimizer.state[whole]) - known
+    if layout.stochastic:
+        group.setdefault("draws", 0)
+    if written_outside(optimizer, where, whole):
+        kept.follow(p, state, layout)
+    mains, extras = kept.operands(name, p, grad, state, layout, group)
+    item = Item(name, rule, mains, (), counter, layout.codecs, extras, bool(group.get("zero_gradients")),
+                place=place(name, whole) if layout.stochastic else (0, 0, 0))
+    return Examined(where, group, item, step, fresh, layout)
+
+
+def written_outside(optimizer: Groups, where: tuple[int, int], p: Tensor) -> bool:
+    """Whether the parameter was written since our last step, where that is known."""
+    known = optimizer._versions.pop(id(p), -1)
+    if known < 0 and optimizer._plan is not None:
+        known = optimizer._plan.version(optimizer._places.index(where))
+    return known >= 0 and known != version(p)
+
+
+def describe(optimizer: Groups, index: int, one: Examined) -> bool:
+    """Give a parameter to the plan, if it can take it."""
+    rule, p = one.item.rule, optimizer._param(optimizer._places[index])
+    if optimizer._plan is None or optimizer.running or p.is_complex() or p.device.type != "cpu":
+        return False
+    if shares(p) and one.group.get("clip_each") is not None:  # the plan knows the norm of the local part
+        return False
+    if native.number_of(rule) is None:
+        return False
+    counted = ("step",) if optimizer.counts_steps else ()
+    wide = one.item.dtype == torch.float64
+    if one.kept is None:
+        keys = (*rule.state, *counted)
+        return optimizer._plan.set(index, native.number_of(rule), wide, optimizer.state[p] if keys else {}, keys,
+                                   optimizer.counts_steps, one.fresh)
+    told = (one.kept.codecs, one.kept.extras, one.kept.averaged, one.item.zero, optimizer._identity(one.where),
+            one.item.place, one.kept.extras[0] is not None)
+    return optimizer._plan.set(index, native.number_of(rule), wide, optimizer.state[p],
+                               (*one.kept.keys[2:], *counted), optimizer.counts_steps, one.fresh, told)
+
+
+def advance(optimizer: Groups, one: Examined) -> tuple[Examined, list[tuple[Tensor, Any]]]:
+    """The hyperparameters with the running numbers of one parameter, and what replaces these when all is done."""
+    if not optimizer.running:
+        return one, []
+    state = optimizer.state[optimizer._param(one.where)]
+    for key in optimizer.running:
+        check_running(one.item.name, key, state)
+    now, later = optimizer.advance(state, one.group, one.step)
+    return one._replace(group={**one.group, **now}), [(state[key], value) for key, value in later.items()]
+
+
+@contextmanager
+def undone(optimizer: Groups) -> Iterator[Callable[[Tensor], None]]:
+    """Gives a function to be told of every parameter that is examined; if the block raises, their states are undone."""
+    before: list[tuple[Tensor, dict[str, Any]]] = []
+
+    def examining(p: Tensor) -> None:
+        before.append((p, dict(optimizer.state.get(p, ()))))
+
+    try:
+        yield examining
+    except BaseException:
+        for p, state in before:
+            if state:
+                optimizer.state[p].clear()
+                optimizer.state[p].update(state)
+            else:
+                optimizer.state.pop(p, None)
+        raise

@@ -1,0 +1,63 @@
+"""Placements that cannot be stepped are named; a write to a shard is seen by autograd."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import ranks
+import torch
+from shards import placed
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+import fasttrain.optim
+from fasttrain.optim import SGD
+from fasttrain.optim.local import local, place
+
+
+def refuses_places(wire: Any) -> None:
+    mesh = init_device_mesh("cpu", (2, 2))
+    cube = placed(torch.zeros(4, 4, 4), mesh, (Shard(0), Shard(1)))
+    p = nn.Parameter(placed(torch.zeros(4, 4, 4, 4).bfloat16(), mesh, (Shard(1), Shard(2))))
+    assert place("p", cube) == (0 + 32 * (wire.rank // 2) + 8 * (wire.rank % 2), 8, 16)
+    p.grad = torch.zeros_like(p)
+    optimizer = SGD([("odd", p)], lr=0.1, master="stochastic")
+    with pytest.raises(ValueError, match=r"parameter 'odd' is placed .*use another master"):
+        optimizer.step()
+    assert not optimizer.state[p]
+
+
+def test_a_place_that_cannot_be_told_is_refused() -> None:
+    ranks.run(refuses_places, 4)
+
+
+def refused(wire: Any) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    for kind in (fasttrain.optim.Adafactor, fasttrain.optim.LAMB, fasttrain.optim.LARS, fasttrain.optim.SOAP,
+                 fasttrain.optim.StableAdamW):
+        p = nn.Parameter(placed(torch.ones(4, 4), mesh, (Shard(0),)))
+        p.grad = torch.ones_like(p)
+        optimizer = kind([("w", p)])
+        with pytest.raises(RuntimeError, match=f"parameter 'w' is a DTensor; {kind.__name__} needs the whole"):
+            optimizer.step()
+        assert not optimizer.state.get(p)
+        assert local(p).eq(1).all()
+    addend = nn.Parameter(DTensor.from_local(torch.ones(4), mesh, [Partial()]))
+    addend.grad = torch.zeros_like(addend)
+    with pytest.raises(ValueError, match="each process holds an addend"):
+        SGD([addend]).step()
+    w = nn.Parameter(placed(torch.ones(3, 3), mesh, (Replicate(),)))
+    optimizer = SGD([w], lr=1.0)
+    loss = (w * w).sum()
+    w.grad = torch.ones_like(w)
+    optimizer.step()
+    w.grad = torch.ones_like(w)
+    optimizer.step()  # the plan's own way
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_what_is_refused_and_what_autograd_sees() -> None:
+    ranks.run(refused, 2)
