@@ -75,7 +75,7 @@ def _native(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 def _triton(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     from fasttrain.kernels import triton_sums
 
-    return triton_sums.squares(tensors)
+    return triton_sums.squares([memory_order(tensor).contiguous() for tensor in tensors])
 
 
 def _triton_total(sums: Tensor) -> Tensor:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:  # bound when the functions are wrapped
 
     from fasttrain.kernels.triton_codecs import load
 
+LANES, SUM_BLOCK = 16, 4096  # as in fasttrain.kernels.norm; the kernels spell them out
+
 
 def tile_of(blocks: tl.constexpr):
     """The places of the first row of every block in a chunk, (blocks, 16)."""

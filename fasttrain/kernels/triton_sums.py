@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fasttrain.kernels import norm, table, triton_codecs, triton_lanes
+from fasttrain.kernels import table, triton_codecs, triton_lanes
 from fasttrain.kernels.item import STORAGES, Item, dense
 from fasttrain.kernels.triton import compile_for, compile_stage, count_up, guard, launch, upload, wrapped
+from fasttrain.kernels.triton_lanes import LANES, SUM_BLOCK
 from fasttrain.rule import Rule
 
 BLOCKS_INTERPRETED = 16
@@ -39,7 +40,7 @@ def blocks_of(storages: Sequence[int], interpreted: bool = False) -> int:
 
 def elements_per_thread(storages: Sequence[int]) -> int:
     """Of each operand in a row of every block."""
-    return blocks_of(storages) * norm.LANES // 32
+    return blocks_of(storages) * LANES // 32
 
 
 def together_in_norm(storage: int) -> int:
@@ -54,14 +55,13 @@ def together_in_stage(storages: Sequence[int]) -> int:
 
 def shape(blocks: int) -> dict[str, int]:
     """The constants of a walk over chunks of so many blocks."""
-    return {"blocks": blocks, "size": blocks * norm.LANES, "levels": (blocks * norm.LANES).bit_length() - 1}
+    return {"blocks": blocks, "size": blocks * LANES, "levels": (blocks * LANES).bit_length() - 1}
 
 
 # --- Launches ---------------------------------------------------------------------------------------------------------
 
-def squares(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """As `norm.squares`: one launch for each dtype, and one for all sums. The host does not wait."""
-    flat = [norm.memory_order(tensor).contiguous() for tensor in tensors]
+def squares(flat: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """As `norm.squares`, of contiguous tensors: a launch for each dtype, and one for all sums. The host does not wait."""
     device, interpreted = flat[0].device, flat[0].device.type == "cpu"
     kinds: dict[torch.dtype, list[int]] = {}
     for index, tensor in enumerate(flat):
@@ -71,8 +71,8 @@ def squares(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         items = [Item("", NOTHING, (flat[index],), (), None) for index in members]
         blocks = blocks_of((STORAGES[dtype],), interpreted)
         described = table.describe(items, [0] * len(items))
-        tables.append((dtype, blocks, table.build(items, blocks * norm.BLOCK, described), begin))
-        segments[members] = segments_of(described[:, 1], blocks * norm.BLOCK, begin)
+        tables.append((dtype, blocks, table.build(items, blocks * SUM_BLOCK, described), begin))
+        segments[members] = segments_of(described[:, 1], blocks * SUM_BLOCK, begin)
         begin += len(tables[-1][2])
     with guard(device):
         partials = torch.empty(max(begin, 1), 2, dtype=torch.float64, device=device)
@@ -118,9 +118,9 @@ def _walk(items: Sequence[Item], device: torch.device, width: int) -> Tensor:
         blocks = blocks_of(storages, interpreted)
         rows, row_of = table.rows(group)
         described = table.describe(group, row_of)
-        chunks = table.build(group, blocks * norm.BLOCK, described)
+        chunks = table.build(group, blocks * SUM_BLOCK, described)
         plans.append((kind.rule, storages, blocks, rows, chunks, begin, group))
-        segments[[place[id(item)] for item in group]] = segments_of(described[:, len(storages)], blocks * norm.BLOCK,
+        segments[[place[id(item)] for item in group]] = segments_of(described[:, len(storages)], blocks * SUM_BLOCK,
                                                                     begin)
         begin += len(chunks)
     with guard(device):
