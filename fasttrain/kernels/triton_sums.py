@@ -61,7 +61,7 @@ def shape(blocks: int) -> dict[str, int]:
 # --- Launches ---------------------------------------------------------------------------------------------------------
 
 def squares(flat: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """As `norm.squares`, of contiguous tensors: a launch for each dtype, and one for all sums. The host does not wait."""
+    """As `norm.squares`, of contiguous tensors: a launch for each dtype, and one for all. The host does not wait."""
     device, interpreted = flat[0].device, flat[0].device.type == "cpu"
     kinds: dict[torch.dtype, list[int]] = {}
     for index, tensor in enumerate(flat):
