@@ -45,16 +45,25 @@ class Kernel:
     fused: int
 
 
-def read(cubin: bytes) -> list[Kernel]:
-    """Disassemble a cubin."""
+def listing(cubin: bytes) -> str:
+    """The instructions of a cubin, as text."""
+    return _shown(cubin, "-sass")[0]
+
+
+def _shown(cubin: bytes, *options: str) -> list[str]:
     tool = cuobjdump()
     if tool is None:
         raise RuntimeError("no cuobjdump: install the CUDA toolkit or triton")
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, "kernel.cubin")
         path.write_bytes(cubin)
-        code, usage = (subprocess.run([tool, option, str(path)], check=True, capture_output=True, text=True).stdout
-                       for option in ("-sass", "-res-usage"))
+        return [subprocess.run([tool, option, str(path)], check=True, capture_output=True, text=True).stdout
+                for option in options]
+
+
+def read(cubin: bytes) -> list[Kernel]:
+    """Disassemble a cubin."""
+    code, usage = _shown(cubin, "-sass", "-res-usage")
     resources = {name: (int(registers), int(stack)) for name, registers, stack
                  in re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", usage)}
     kernels = []

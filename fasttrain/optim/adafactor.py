@@ -39,7 +39,7 @@ class Adafactor(Itemwise, torch.optim.Adafactor):
         foreach: accepted for torch's sake; every step here is fused.
         maximize: ascend instead of descend.
         backend: a name from `fasttrain.kernels.dispatch`, or None to choose. In CPU memory a step makes three passes
-            (24 bytes an element in fp32, from the cache where a parameter fits it); elsewhere it is the reference.
+            (24 bytes an element in fp32, from the cache where a parameter fits it), on a GPU eight launches.
 
     Sharded parameters (DTensor): sums by row and by column are added over the parts, 8 (rows + columns + 3) bytes for
     a matrix, those of all parameters in one collective of two a step; `row_var` and `col_var` are whole on every
@@ -134,9 +134,8 @@ class Adafactor(Itemwise, torch.optim.Adafactor):
             chosen[device][1].append((item, rows[key]))
             if is_dtensor(p):
                 wholes.append(p)
-        report.launches += len(chosen) + bool(shared)
-        runs = [partial(factored.step_native if backend == "cpu" else factored.step_reference, work)
-                for backend, work in chosen.values()]
+        report.launches += sum(factored.launches(work, backend) for backend, work in chosen.values()) + bool(shared)
+        runs = [partial(factored.step, work, backend) for backend, work in chosen.values()]
         if meeting := self._meeting(examined):
             parts = [adafactor_parts.Shared(self._name(where), self._param(where), shared.get(where))
                      for where in meeting]

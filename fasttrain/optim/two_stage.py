@@ -72,9 +72,13 @@ class TwoStage(Itemwise):
             key = dispatch.choose(one.item.tensors[0].device, self.backend), len(one.item.rule.sums or ())
             (shared if shares(self._param(one.where)) else own).setdefault(key, []).append(one)
         runs: list[Callable[[], None]] = []
-        for chosen in (*shared.values(), *own.values()):
-            report.launches += 2
-            report.host_syncs += chosen[0].item.tensors[0].device.type != "cpu"
+        for (backend, sums), chosen in (*shared.items(), *own.items()):
+            device = chosen[0].item.tensors[0].device
+            second = (replace(one.item, rule=self.second_of(one.group), tensors=self.second_tensors(one.item))
+                      for one in chosen)
+            report.launches += (stages.launches((one.item for one in chosen), sums > 0, backend, device)
+                                + stages.launches(second, False, backend, device))
+            report.host_syncs += device.type != "cpu"
         if meeting := self._meeting(examined):
             runs.append(partial(self._parts, shared, meeting, scale))
         for (backend, _), chosen in own.items():
