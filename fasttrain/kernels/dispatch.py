@@ -35,6 +35,11 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(BACKENDS[name][0])
 
 
+def part(name: str) -> Any:
+    """A module of backends' own parts, which import what chooses among them."""
+    return importlib.import_module(f"fasttrain.kernels.{name}")
+
+
 def forced() -> str | None:
     """The backend that the environment asks for."""
     return os.environ.get("FASTTRAIN_BACKEND") or None

@@ -57,6 +57,10 @@ def _native(items: Sequence[Item]) -> torch.Tensor:
     return torch.from_numpy(sums[:, : len(items[0].rule.sums or ())])
 
 
+def _cuda(items: Sequence[Item]) -> torch.Tensor:
+    return dispatch.part("cuda_sums").measure(items)
+
+
 def _triton(items: Sequence[Item]) -> torch.Tensor:
     from fasttrain.kernels import triton_sums
 
@@ -88,4 +92,4 @@ def _like(term: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
 
 
 # By backend; `dispatch.choose_from` says what stands in for one that is not here.
-STAGES: dict[str, Callable[..., Any]] = {"cpu": _native, "triton": _triton, "reference": _reference}
+STAGES: dict[str, Callable[..., Any]] = {"cuda": _cuda, "triton": _triton, "cpu": _native, "reference": _reference}
