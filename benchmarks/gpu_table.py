@@ -57,9 +57,9 @@ gradient and places in shards that are cut by columns are not.
 |---|---|---|---|{lines}|
 {kept_rows}
 
-Reductions: `squares` is pass A, `stage` a rule with sums or what follows one, `tree` adds what they leave. Sums are made
-in float64 by warps through shared memory. *In flight* are the 16-byte loads that a thread issues before it waits for
-the first; *shared* the bytes of a block.
+Reductions: `squares` is pass A, `stage` a rule with sums or what follows one, `factored` Adafactor; `tree` adds what
+they leave. Sums are made in float64 by warps. *In flight* are the 16-byte loads that follow one another; *shared* the
+bytes of shared memory of a block.
 
 | kernel | in flight | shared | {registers} |
 |---|---|---|{lines}|
@@ -287,7 +287,8 @@ def compiled(fatbin: Path) -> list[Compiled]:
     for arch, cubin in extract(fatbin, "elf"):
         code = listing(cubin)
         for kernel in disassembly.read(cubin):
-            kind = CompiledSums if reduces(kernel.name) else CompiledKept if kernel.name.startswith("kept_") else Compiled
+            kept = CompiledKept if kernel.name.startswith("kept_") else Compiled
+            kind = CompiledSums if reduces(kernel.name) else kept
             found.append(kind(arch, kernel, code[kernel.name]))
     return found
 

@@ -8,7 +8,7 @@ import ctypes
 import numpy as np
 import torch
 
-from fasttrain.kernels import cuda, native
+from fasttrain.kernels import cuda, cuda_factored, cuda_sums, native
 from fasttrain.kernels.trace import trace
 from fasttrain.optim.header import STAGES
 
@@ -55,7 +55,7 @@ class Device:
 
 def walk(device: Device, kernel: str, blocks: int, table: int, chunks: int, rows: int) -> None:
     """The blocks in a random order."""
-    columns = {"squares": 3, "tree": 5, "factored": 12}.get(kernel.split("_")[0])
+    columns = {"squares": 3, "tree": 5, "factored": 10 if "_lines_" in kernel else 14}.get(kernel.split("_")[0])
     array = np.zeros(1, np.uint8)
     if kernel.startswith("stage_"):
         rule = RULES[kernel.split("_")[1]]
@@ -66,6 +66,9 @@ def walk(device: Device, kernel: str, blocks: int, table: int, chunks: int, rows
         count = int(words[:, columns - 2].max()) + 1
         kind = ctypes.c_double if wide else ctypes.c_float
         array = np.ctypeslib.as_array((kind * (count * width)).from_address(rows)).reshape(count, width)
+    elif kernel.startswith("factored_"):
+        count = int(words[:, 8 if columns == 10 else 7].max()) + 1
+        array = np.ctypeslib.as_array((ctypes.c_double * (count * 8)).from_address(rows)).reshape(count, 8)
     elif rows:
         array = np.ctypeslib.as_array((ctypes.c_ubyte * 16).from_address(rows))
     order = device.numbers.permutation(blocks).tolist()
@@ -74,9 +77,8 @@ def walk(device: Device, kernel: str, blocks: int, table: int, chunks: int, rows
 
 def install(monkeypatch, processors: int = 4) -> Device:
     """A device in the place of every GPU, with nothing kept from others."""
-    from fasttrain.kernels import cuda_sums
-
     device = Device()
     monkeypatch.setattr(cuda, "opened", lambda asked: (device, device, processors))
     monkeypatch.setattr(cuda_sums, "kept", cuda.Tables())
+    monkeypatch.setattr(cuda_factored, "kept", cuda.Tables())
     return device

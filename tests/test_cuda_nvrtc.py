@@ -66,6 +66,7 @@ def test_every_kernel_compiles(arch):
     kernels = set(re.findall(r"\.entry (\w+)\(", ptx))
     plain = {f"step_{rule.name}_{'_'.join(kinds)}" for rule, kinds in PAIRS}
     assert kernels == plain | {name_of(combination) for combination in KEPT} | REDUCTIONS
-    fused = {entry.split("(")[0] for entry in ptx.split(".entry ")[1:] if re.search(r"\b(fma|mad)\.\w+\.f(32|64)", entry)}
+    fused = {entry.split("(")[0] for entry in ptx.split(".entry ")[1:]
+             if re.search(r"\b(fma|mad)\.\w+\.f(32|64)", entry)}
     assert fused == {"squares_F32", "squares_BF16", "squares_F16"}, "contracted"  # where the product is exact
     assert {"div.rn.f32", "sqrt.rn.f32"} <= set(re.findall(r"\b(?:div|sqrt)\.[\w.]+", ptx))

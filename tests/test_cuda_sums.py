@@ -170,7 +170,9 @@ COMBINATIONS = combinations()
 NAMES = ["-".join((rule.name, *(cuda.NAMES[dtype] for dtype in dtypes))) for rule, dtypes in COMBINATIONS]
 
 
-REDUCTIONS = {"squares_F32", "squares_F64", "squares_BF16", "squares_F16", "tree"} | {
+REDUCTIONS = {
+    f"factored_{what}_{kind}" for what in ("rows", "lines", "update", "apply") for kind in cuda.NAMES.values()} | {
+    "squares_F32", "squares_F64", "squares_BF16", "squares_F16", "tree"} | {
     "_".join(("stage", rule.name, *(cuda.NAMES[dtype] for dtype in dtypes))) for rule, dtypes in COMBINATIONS}
 
 

@@ -113,7 +113,7 @@ def test_accesses_of_stages(reductions):
 
 
 def test_accesses_of_pass_a(reductions):
-    """Four loads of 16 bytes follow one another, in the first round and in those after; two blocks are summed at once."""
+    """Four loads of 16 bytes follow one another, in the first round and in those after."""
     found = [kernel for kernel in reductions if kernel.usage.name.startswith("squares_")]
     assert not failures(found, lambda kernel: kernel.in_flight == 4 and kernel.usage.stores == {16: 1})
     assert not failures(found, lambda kernel: 4 * kernel.usage.registers * 256 <= 65536)  # four blocks run at a time

@@ -6,6 +6,13 @@
 namespace fasttrain {
 inline namespace FT_ISA {
 
+// Puts element e into words whose bits are zero there.
+template <int Bytes>
+HOST_DEVICE void join(Words& words, int e, Bits<Bytes> bits) {
+  words.word[e * Bytes / 4] |= static_cast<u32>(bits) << e * Bytes % 4 * 8;
+  if constexpr (Bytes == 8) words.word[e * Bytes / 4 + 1] = static_cast<u32>(bits >> 32);
+}
+
 template <class T, u8 S>
 HOST_DEVICE T decode(Bits<storage_bytes(S)> bits) {
   if constexpr (S == kF64) return static_cast<T>(bit_cast<double>(bits));

@@ -49,8 +49,7 @@ struct Squares {
       Bits<bytes> bits = 0;
       const u32 at = byte + static_cast<u32>(e * bytes);
       if (at >= blocks.begin && at < blocks.end[half]) load_bits(blocks.at[half] + at, bits);
-      words.word[e * bytes / 4] |= static_cast<u32>(bits) << e * bytes % 4 * 8;
-      if constexpr (bytes == 8) words.word[e * bytes / 4 + 1] = static_cast<u32>(bits >> 32);
+      join<bytes>(words, e, bits);
     }
     return words;
   }

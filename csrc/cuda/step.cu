@@ -153,6 +153,7 @@ FASTTRAIN_OTHER_RULES(FT_PLAIN_KERNELS)
 #endif
 
 #include "cuda/kept.cuh"
+#include "cuda/factored.cuh"
 #include "cuda/norm.cuh"
 #include "cuda/stages.cuh"
 #include "cuda/tree.cuh"

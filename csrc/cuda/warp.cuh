@@ -15,6 +15,9 @@ struct Warp {
   template <class F> __device__ __forceinline__ void each(F f) { f(own, threadIdx.x % 32); }
   template <class F> __device__ __forceinline__ u32 largest(F f) { return __reduce_max_sync(~0u, f(own)); }
   template <class F> __device__ __forceinline__ bool any(F f) { return __any_sync(~0u, f(own)) != 0; }
+  template <class F> __device__ __forceinline__ auto of(u32 lane, F f) {  // what one lane has
+    return __shfl_sync(~0u, f(own), static_cast<int>(lane));
+  }
   // Adds the numbers of each group of `Lanes` lanes by the tree of cpu/lanes.h; all of them receive the sum.
   template <u32 Lanes, class F> __device__ __forceinline__ void add_across(F of) {
     FT_UNROLL
@@ -41,6 +44,7 @@ struct Warp {
     for (T& lane : lanes) found |= static_cast<bool>(f(lane));
     return found;
   }
+  template <class F> HOST_DEVICE auto of(u32 lane, F f) { return f(lanes[lane % 32]); }
   template <u32 Lanes, class F> HOST_DEVICE void add_across(F of) {
     for (u32 apart = 1; apart < Lanes; apart *= 2) {
       double before[32];

@@ -86,7 +86,8 @@ def choose_from(table: Mapping[str, Callable[..., Any]], backend: str, device: t
     For tensors on a GPU Triton, where it can run, stands in for a backend without one; else the reference does.
     """
     if backend not in table:
-        backend = "triton" if device.type != "cpu" and load("triton").why_not(device) is None else "reference"
+        in_triton = "triton" in table and device.type != "cpu" and load("triton").why_not(device) is None
+        backend = "triton" if in_triton else "reference"
     return table[backend]
 
 
