@@ -8,7 +8,7 @@ import ctypes
 import numpy as np
 import torch
 
-from fasttrain.kernels import cuda, cuda_factored, cuda_sums, native
+from fasttrain.kernels import cuda, cuda_factored, cuda_pack, cuda_sums, native
 from fasttrain.kernels.trace import trace
 from fasttrain.optim.header import STAGES
 
@@ -49,13 +49,17 @@ class Device:
         blocks = self.grid or blocks
         walk(self, kernel, blocks, table, chunks, rows)
 
+    def usage(self, kernel, threads):
+        return {"registers": 32, "local_bytes": 0, "blocks": 2}
+
     grid: int | None = None  # instead of what was asked for
     warps = 8
 
 
 def walk(device: Device, kernel: str, blocks: int, table: int, chunks: int, rows: int) -> None:
     """The blocks in a random order."""
-    columns = {"squares": 3, "tree": 5, "factored": 10 if "_lines_" in kernel else 14}.get(kernel.split("_")[0])
+    columns = {"squares": 3, "tree": 5, "factored": 10 if "_lines_" in kernel else 14, "move": 3 + kernel.count("_"),
+               "encode": 6, "sum": 2}.get(kernel.split("_")[0])
     array = np.zeros(1, np.uint8)
     if kernel.startswith("stage_"):
         rule = RULES[kernel.split("_")[1]]
@@ -81,4 +85,6 @@ def install(monkeypatch, processors: int = 4) -> Device:
     monkeypatch.setattr(cuda, "opened", lambda asked: (device, device, processors))
     monkeypatch.setattr(cuda_sums, "kept", cuda.Tables())
     monkeypatch.setattr(cuda_factored, "kept", cuda.Tables())
+    monkeypatch.setattr(cuda_pack, "kept", cuda.Tables())
+    monkeypatch.setattr(cuda_pack, "slots", cuda.Tables(cuda_pack.SLOTS))
     return device

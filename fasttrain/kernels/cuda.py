@@ -188,7 +188,8 @@ class Tables(Generic[Entry]):
     Torch frees memory for later work of the stream that it was made on, so a table is used on its own stream only.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = TABLES) -> None:
+        self.most = most
         self.known: OrderedDict[tuple[Any, ...], Entry] = OrderedDict()
         self.lock = threading.Lock()
 
@@ -200,7 +201,7 @@ class Tables(Generic[Entry]):
         with self.lock:
             self.known[key] = entry
             self.known.move_to_end(key)
-            while len(self.known) > TABLES:
+            while len(self.known) > self.most:
                 self.known.popitem(last=False)
 
 
