@@ -11,7 +11,8 @@ enum { kSuccess = 0, kInvalidValue = 1, kNotInitialized = 3, kInvalidDevice = 10
 constexpr int kDevices = 2;
 
 using Launch = int (*)(const char* kernel, unsigned blocks, unsigned threads, unsigned long long stream,
-                       unsigned long long table, long long chunks, unsigned long long rows);
+                       unsigned long long table, long long chunks, unsigned long long rows,
+                       unsigned long long gradients);
 
 struct State {
   std::string log;
@@ -66,6 +67,7 @@ int cuDriverGetVersion(int* version) {
 int cuGetErrorName(int error, const char** text) {
   *text = error == kInvalidDevice ? "CUDA_ERROR_INVALID_DEVICE"
           : error == kInvalidContext ? "CUDA_ERROR_INVALID_CONTEXT"
+          : error == 2               ? "CUDA_ERROR_OUT_OF_MEMORY"
           : error == 209             ? "CUDA_ERROR_NO_BINARY_FOR_GPU"
           : error == 222             ? "CUDA_ERROR_UNSUPPORTED_PTX_VERSION"
           : error == kNotFound       ? "CUDA_ERROR_NOT_FOUND"
@@ -152,7 +154,7 @@ int cuLaunchKernel(void* function, unsigned grid_x, unsigned grid_y, unsigned gr
   if (state.launch == nullptr) return kSuccess;
   return state.launch(name.c_str(), grid_x, block_x, reinterpret_cast<unsigned long long>(stream),
                       *static_cast<unsigned long long*>(arguments[0]), *static_cast<long long*>(arguments[1]),
-                      *static_cast<unsigned long long*>(arguments[2]));
+                      *static_cast<unsigned long long*>(arguments[2]), *static_cast<unsigned long long*>(arguments[3]));
 }
 
 }  // extern "C"
