@@ -124,7 +124,9 @@ int cuModuleLoadData(void** module, const void* image) {
 int cuModuleGetFunction(void** function, void* module, const char* name) {
   if (int error = enter("cuModuleGetFunction", name)) return error;
   if (!current()) return kInvalidContext;
-  const bool known = std::strncmp(name, "step_", 5) == 0 || std::strncmp(name, "kept_", 5) == 0;
+  bool known = std::strcmp(name, "tree") == 0;
+  for (const char* kind : {"step_", "kept_", "squares_", "stage_", "factored_"})
+    known = known || std::strncmp(name, kind, std::strlen(kind)) == 0;
   if (module != &module_tag || !known) return kNotFound;
   *function = &state.functions.emplace(name, name).first->second;
   return kSuccess;

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import cuda_host
 import kept
 import numpy as np
 import pytest
@@ -22,10 +23,10 @@ from helpers import run as run_case
 from test_cuda_walk import oracle, row_of, states_of
 from test_storage_cuda import COMBINATIONS, case_of, name_of
 
-from fasttrain.kernels import cuda, dispatch, kept_table, native, resident, ring
+from fasttrain.kernels import cuda, cuda_factored, cuda_sums, dispatch, kept_table, native, norm, resident, ring
 from fasttrain.kernels.item import Item
 from fasttrain.kernels.trace import trace
-from fasttrain.optim import RULES, SGD, Adam, Lion
+from fasttrain.optim import LAMB, RULES, SGD, Adafactor, Adam, Lion
 
 SOURCE = Path(__file__).with_name("fake_libcuda.cpp")
 COMPILER = shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
@@ -55,7 +56,7 @@ def fake(library, tmp_path, monkeypatch):
     loaded = ctypes.CDLL(str(library))
     loaded.fake_log.restype = ctypes.c_char_p
     loaded.fake_reset()
-    launches, errors = [], []
+    launches, errors, host = [], [], cuda_host.Device()
     rules = {rule.name: rule for rule in RULES}
 
     @LAUNCH
@@ -63,6 +64,9 @@ def fake(library, tmp_path, monkeypatch):
         try:
             name = kernel.decode()
             launches.append((name, blocks, threads, stream))
+            if not name.startswith(("step_", "kept_")):
+                cuda_host.walk(host, name, blocks, table_at, chunks, rows_at, gradients_at)
+                return 0
             rule, wide = rules[name.split("_")[1]], name.split("_")[2] == "F64"
             columns, width = len(rule.state) + 5, 1 + len(trace(rule).coefficients)
             row_at = columns - 2
@@ -92,7 +96,8 @@ def fake(library, tmp_path, monkeypatch):
     monkeypatch.setattr(cuda, "IMAGE", image)
     monkeypatch.setattr(cuda, "place_of", lambda device: places.setdefault(device, FakePlace(device)))
     monkeypatch.setattr(ring, "rings", {})
-    monkeypatch.setattr(cuda, "tables", cuda.Tables())
+    for owner, name in ((cuda, "tables"), (cuda_sums, "kept"), (cuda_factored, "kept")):
+        monkeypatch.setattr(owner, name, cuda.Tables())
     yield SimpleNamespace(lib=loaded, launches=launches, errors=errors, callback=launch, places=places,
                           place=cuda.place_of(CPU),
                           log=lambda: loaded.fake_log().decode().splitlines())
@@ -296,6 +301,14 @@ def test_several_gpus(fake):
     assert log.count("cuDevicePrimaryCtxRetain(100)") == log.count("cuDevicePrimaryCtxRetain(101)") == 1
     assert set(ring.rings) == {OnFirst.device, OnSecond.device}
 
+    second.room = 0
+    before = [item.tensors[0].clone() for item in items]
+    with pytest.raises(torch.OutOfMemoryError, match="on cuda:1, and no parameter was stepped"):
+        cuda.step([moved(there[index]) for index in (2, 0, 3, 1)])
+    assert len(fake.launches) == 2, "nor of the other GPU"
+    for item, old in zip(items, before, strict=True):
+        assert_same_bits(item.tensors[0], old)
+
 
 # --- Memory that is not there -----------------------------------------------------------------------------------------
 
@@ -314,8 +327,8 @@ def test_out_of_memory(fake, where):
         fake.place.pinned = refused
     else:
         fake.lib.fake_fail(where.encode(), 2)
-    said = r"no memory left for the tables of a step on cpu, and nothing was stepped: take a smaller batch.*out.of.memory"
-    with pytest.raises(torch.OutOfMemoryError, match=f"(?i){said}") as caught:
+    said = "(?i)no memory left for the tables of a step on cpu, and no parameter was stepped: take.*out.of.memory"
+    with pytest.raises(torch.OutOfMemoryError, match=said) as caught:
         cuda.step(items)
     assert caught.value.__cause__ is not None
     assert fake.launches == []
@@ -326,6 +339,53 @@ def test_out_of_memory(fake, where):
     fake.place.__dict__.pop("pinned", None)
     fake.lib.fake_fail(where.encode(), 0)
     assert len(stepped(fake, items)) == 1
+
+
+@pytest.mark.parametrize("where", ["device", "cuModuleGetFunction"])
+@pytest.mark.parametrize("make", [LAMB, Adafactor], ids=lambda make: make.__name__)
+def test_out_of_memory_for_a_workspace(fake, monkeypatch, make, where):
+    """Parameters are untouched, the error says what to do, and the next step is the reference's."""
+    monkeypatch.setattr(cuda, "why_not", lambda device: None)
+    params = [torch.nn.Parameter(normal(shape, torch.float32, generator(15))) for shape in ((40, 30), (9,))]
+    before = [p.detach().clone() for p in params]
+    optimizer = make(params, lr=0.1, backend="cuda")
+    for p in params:
+        p.grad = torch.ones_like(p)
+    fake.place.room = 100 if where == "device" else 1 << 40
+    fake.lib.fake_fail(b"cuModuleGetFunction", 2 if where != "device" else 0)
+    with pytest.raises(torch.OutOfMemoryError, match=r"no memory left for the workspace of .*no parameter was stepped"):
+        optimizer.step()
+    assert fake.launches == []
+    for p, old in zip(params, before, strict=True):
+        assert_same_bits(p, old)
+    fake.place.room = 1 << 40
+    fake.lib.fake_fail(b"cuModuleGetFunction", 0)
+    optimizer.step()
+    assert {stream for *_, stream in fake.launches} == {STREAM}
+    other = [torch.nn.Parameter(old) for old in before]
+    reference = make(other, lr=0.1, backend="reference")
+    for p in other:
+        p.grad = torch.ones_like(p)
+    reference.step()
+    for p, right in zip(params, other, strict=True):
+        assert torch.allclose(p, right, rtol=1e-6, atol=1e-7)
+
+
+def test_norm_through_the_driver(fake):
+    """Bits, launches and one copy; a norm that finds no memory says so."""
+    tensors = [normal((size,), torch.bfloat16, generator(size)) for size in (3, 9000, 0)]
+    fake.place.room = 10
+    with pytest.raises(torch.OutOfMemoryError, match="no memory left for the workspace of a norm"):
+        cuda_sums.squares(tensors)
+    fake.place.room = 1 << 40
+    for _ in range(2):
+        sums, flag = cuda_sums.squares(tensors)
+        wanted, bad = norm.reference(tensors)
+        assert_same_bits(sums, wanted)
+        assert bool(flag) == bool(bad)
+        assert_same_bits(cuda_sums.total(sums), norm.tree(sums))
+    assert [name for name, *_ in fake.launches] == 2 * ["squares_BF16", "tree", "tree", "tree"]
+    assert len(fake.place.uploads) == 2, "tables of the norm, and of the total"
 
 
 def test_other_errors_are_not_called_out_of_memory():

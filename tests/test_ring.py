@@ -7,7 +7,7 @@ import pytest
 import torch
 from fake_place import FakePlace
 
-from fasttrain.kernels import ring
+from fasttrain.kernels import ring, triton
 
 
 @pytest.fixture
@@ -68,3 +68,14 @@ def test_upload(place, monkeypatch):
     assert torch.equal(made.view(torch.int64).view(4, 3), torch.from_numpy(data.T.copy()))
     assert len(ring.upload(place, np.empty((0, 4)))) == 0
     assert len(place.uploads) == 1
+
+
+def test_tables_of_triton(place, monkeypatch):
+    """Its uploads to a GPU go through the ring, and keep their shape and type."""
+    monkeypatch.setattr(ring, "rings", {})
+    monkeypatch.setattr(triton, "Place", lambda device: place)
+    for data in (np.arange(6.0).reshape(2, 3), np.arange(4, dtype=np.int64), np.empty((0, 3), np.float32)):
+        made = triton.upload(data, torch.device("cuda"))
+        assert torch.equal(made, torch.from_numpy(data))
+        assert made.dtype == torch.from_numpy(data).dtype
+    assert place.uploads == [48, 32]

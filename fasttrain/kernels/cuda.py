@@ -13,9 +13,9 @@ Reductions are in `cuda_sums`.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -127,9 +127,11 @@ def step(items: Sequence[Item]) -> None:
         (others if name is None else known).append(item)
     with dense(known) as walkable:
         groups = table.grouped(walkable)
-        for device in {kind.device: None for kind in groups}:
-            launch(device, [(kernel_name(kind.rule, kind.dtypes, kind.codecs), group) for kind, group in groups.items()
-                            if kind.device == device])
+        starts = [ready(device, [(kernel_name(kind.rule, kind.dtypes, kind.codecs), group)
+                                 for kind, group in groups.items() if kind.device == device])
+                  for device in {kind.device: None for kind in groups}]
+        for begin in starts:  # when nothing more takes memory
+            begin()
         torch.autograd.graph.increment_version(
             [tensor for item in walkable for tensor in item.written if tensor is not item.counter])
     counters: dict[torch.device, list[Tensor]] = {}
@@ -162,8 +164,8 @@ def opened(device: torch.device) -> tuple[Any, Any, int]:
     return place, loaded, driver()[0].multiprocessors(place.ordinal())
 
 
-def launch(device: torch.device, groups: Sequence[tuple[Any, list[Item]]]) -> None:
-    """Start one kernel for each (name, items), all on one device and on torch's current stream there."""
+def ready(device: torch.device, groups: Sequence[tuple[Any, list[Item]]]) -> Callable[[], None]:
+    """What starts one kernel for each (name, items), all on one device and on torch's current stream there."""
     place, loaded, processors = opened(device)
     with place.guard():
         stream = place.stream()
@@ -177,19 +179,23 @@ def launch(device: torch.device, groups: Sequence[tuple[Any, list[Item]]]) -> No
             described[:, 1] = 0
             fixed.append(described)
         key = (device, stream, *((name, one.tobytes()) for (name, _), one in zip(groups, fixed, strict=True)))
-        ready = tables.get(key)
-        if ready is None:
-            with making("the tables of a step", device):
-                ready = prepare(place, loaded, processors, groups, fixed, rows, moving)
-        else:
-            ready.on_device.update(place, live(rows, ready.gradients, moving))
-        tables.keep(key, ready, ready.on_device.memory.nbytes)
-        count = len(groups)
-        for index, (name, _) in enumerate(groups):
-            if ready.chunks[index]:
-                loaded.launch(kernel=name, blocks=ready.chunks[index], threads=THREADS, stream=stream,
-                              table=ready.on_device.fixed[index], chunks=ready.chunks[index],
-                              rows=ready.on_device.live[index], gradients=ready.on_device.live[count + index])
+        launches = tables.get(key)
+        with making("the tables of a step", device):
+            if launches is None:
+                launches = prepare(place, loaded, processors, groups, fixed, rows, moving)
+            else:
+                launches.on_device.update(place, live(rows, launches.gradients, moving))
+        tables.keep(key, launches, launches.on_device.memory.nbytes)
+    return partial(start, place, loaded, stream, [name for name, _ in groups], launches)
+
+
+def start(place: Place, loaded: Any, stream: int, names: Sequence[str], launches: Launches) -> None:
+    addresses = launches.on_device
+    with place.guard():
+        for index, (name, chunks) in enumerate(zip(names, launches.chunks, strict=True)):
+            if chunks:
+                loaded.launch(kernel=name, blocks=chunks, threads=THREADS, stream=stream, table=addresses.fixed[index],
+                              chunks=chunks, rows=addresses.live[index], gradients=addresses.live[len(names) + index])
 
 
 def prepare(place: Place, loaded: Any, processors: int, groups: Sequence[tuple[Any, list[Item]]],
