@@ -115,7 +115,7 @@ def start(tables: cuda.Tables[cuda_sums.Prepared], device: torch.device, name: s
         ready = tables.get(key)
         if ready is None:
             ready = cuda_sums.upload(place, [rows(cuda.chunk_size(elements, processors))], place.empty(0))
-        tables.keep(key, ready)
+        tables.keep(key, ready, ready.on_device.memory.nbytes)
         cuda_sums.start(loaded, name, stream, ready, 0, base)
 
 
@@ -139,12 +139,12 @@ def sum_chunks(chunks: Sequence[Tensor], units: Sequence[Tensor] | None, out: Te
         stream = place.stream()
         key = (name, out.device, stream, described.tobytes())
         ready = kept.get(key) or prepare_sum(place, described, squares)
-        kept.keep(key, ready)
+        kept.keep(key, ready, ready.on_device.memory.nbytes + ready.workspace.nbytes)
         if len(out):
             each = cuda_sums.WARPS * (norm.BLOCK if squares else WINDOW)
             blocks = min(-(-len(out) // each), processors * resident(loaded, name))
             loaded.launch(kernel=name, blocks=blocks, threads=cuda.THREADS, stream=stream, rows=0,
-                          table=ready.tables.data_ptr() + ready.offsets[0], chunks=ready.rows[0])
+                          table=ready.on_device.fixed[0], chunks=ready.rows[0], gradients=0)
         if not squares:
             return None
         measured = place.empty(2 * cuda_sums.SUMS)
