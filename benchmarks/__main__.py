@@ -1,6 +1,7 @@
 """Run the benchmarks, all or some, ``python -m benchmarks [step pass ...]``: tables, JSON files and plots.
 
-Two run only if they are named: ``codes`` (a minute) and ``convergence`` (half an hour) measure quality, not time.
+Three run only if they are named: ``codes``, ``wire`` (a minute each) and ``convergence`` (half an hour): they measure
+quality, not time.
 """
 
 from __future__ import annotations
@@ -14,16 +15,18 @@ from benchmarks import (
     bench_import,
     bench_loop,
     bench_optimizers,
+    bench_pack,
     bench_pass,
     bench_step,
     bench_threads,
+    bench_wire,
     harness,
     plot,
 )
 
 SUITES = {"step": bench_step, "pass": bench_pass, "optimizers": bench_optimizers, "loop": bench_loop,
-          "host": bench_host, "threads": bench_threads, "import": bench_import}
-QUALITY = {"codes": bench_codes, "convergence": bench_convergence}
+          "pack": bench_pack, "host": bench_host, "threads": bench_threads, "import": bench_import}
+QUALITY = {"codes": bench_codes, "wire": bench_wire, "convergence": bench_convergence}
 PLOTS = {"step": plot.steps, "convergence": plot.convergence}
 
 

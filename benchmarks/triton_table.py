@@ -1,23 +1,28 @@
 """What Triton made of the step: ``python -m benchmarks.triton_table docs/triton-kernels.md``.
 
 A covering list: each common rule with each combination of storages, on one architecture each, so that every pair of
-(rule, architecture) and of (storages, architecture) occurs; each other rule in float32 and in float64.
+(rule, architecture) and of (storages, architecture) occurs; each other rule in float32 and in float64; each kernel with
+sums in three storages or more, on every architecture.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from benchmarks import disassembly
+from fasttrain.kernels import triton_factored, triton_sums
+from fasttrain.kernels.trace import trace
 from fasttrain.kernels.triton import compile_ahead, compile_kept_ahead
-from fasttrain.optim import COMMON_RULES, ELEMENTWISE_RULES, RULES
+from fasttrain.optim import COMMON_RULES, ELEMENTWISE_RULES, RULES, STAGES
 from fasttrain.precision.codecs import NUMBER, POSITIVE, STOCHASTIC, codec
 from fasttrain.rule import Rule
 
 ARCHITECTURES = (80, 90, 100)
+SIZES, SHORT = {0: 4, 1: 8, 2: 2, 3: 2}, {0: "f32", 1: "f64", 2: "bf16", 3: "f16"}  # of storages
 # Storages of p, g and each state.
 KEPT = {"f32, f32, f32": (0, 0, 0), "bf16, bf16, bf16": (2, 2, 2), "f16, f16, f16": (3, 3, 3),
         "f64, f64, f64": (1, 1, 1), "bf16, f32, bf16": (2, 0, 2), "bf16, bf16, f32": (2, 2, 0)}
@@ -52,6 +57,17 @@ STORAGES = (
 KEPT_CASES = [(text, clip, ARCHITECTURES[(i + j) % 3]) for i, text in enumerate(STORAGES)
               for j, clip in enumerate((False, True))]
 
+# Kernels with sums: a norm, the tree, every stage that sums, Adafactor's. Storages of what each reads, in order.
+FACTORED = {"square_tile": ("g", 1), "move_lines": ("state", 1), "measure_tile": ("p, g", 2), "apply_tile": ("p, g", 2),
+            "measure_whole": ("p, g, variance", 3), "apply_whole": ("p, g, variance", 3)}
+STAGE_KINDS = {"f32": (0, 0, 0), "f64": (1, 1, 1), "bf16, bf16, f32": (2, 2, 0), "f16, f32, f16": (3, 0, 3)}
+MEASURING = [rule for rule in STAGES if rule.sums]
+SUMS = [("square", (storage,)) for storage in range(4)] + [("add_up", ())] * 3 + [
+    (rule.name, (p, g, *(state,) * len(rule.state))) for rule in MEASURING for p, g, state in STAGE_KINDS.values()] + [
+    (name, (storage,) * operands) for name, (_, operands) in FACTORED.items() for storage in (0, 1, 2)]
+NAMES = list(dict.fromkeys(name for name, _ in SUMS))
+SUMS_CASES = [(name, storages, ARCHITECTURES[(i + NAMES.index(name)) % 3]) for i, (name, storages) in enumerate(SUMS)]
+
 TEXT = """\
 # The Triton kernels, as compiled
 
@@ -74,6 +90,14 @@ one byte and those of 4 bytes to bytes of two codes, of which a thread has eight
 | rule | p, g, states, EMA | clip | sm | registers | accesses | instructions |
 |---|---|---|---|---|---|---|
 {kept_rows}
+
+Kernels with sums: `square` is a norm's first launch and `add_up` the second launch of whatever is summed; rules are
+first stages; the others are Adafactor's. Storages are of what a kernel reads: p, g and states. What a stage does not
+need is not loaded. *Accesses* as above, of one round of the walk, or of several where the compiler unrolled it.
+
+| kernel | storages | sm | registers | accesses | instructions |
+|---|---|---|---|---|---|
+{sums_rows}
 """
 
 
@@ -146,6 +170,46 @@ def kept_row(text: str, clip: bool, arch: int, found: disassembly.Kernel) -> str
             f"| {accesses} | {found.instructions} |")
 
 
+@cache
+def sums_kernel(name: str, storages: tuple[int, ...], arch: int) -> disassembly.Kernel:
+    """One kernel with sums, disassembled."""
+    if name in FACTORED:
+        made = triton_factored.compile_ahead(name, storages, arch)
+    elif name in ("square", "add_up"):
+        made = triton_sums.compile_ahead(name, *(storages or (0,)), arch)
+    else:
+        made = triton_sums.compile_stage_ahead(next(rule for rule in MEASURING if rule.name == name), storages, arch)
+    (found,) = disassembly.read(made.asm["cubin"])
+    return found
+
+
+def wide_sums_accesses(name: str, storages: tuple[int, ...]) -> tuple[int, int]:
+    """How many loads and stores of 16 bytes a thread makes in one round, by what the kernel needs."""
+    sizes = [SIZES[storage] for storage in storages]
+    written = {"apply_tile": (0,), "apply_whole": (0, 2)}.get(name, ())
+    read: Iterable[int] = range(len(sizes))
+    if name in ("add_up", "move_lines"):
+        return 0, 0
+    if name in FACTORED:
+        elements = triton_factored.elements_per_thread(name)
+    elif name == "square":
+        elements = triton_sums.elements_per_thread(storages) * triton_sums.together_in_norm(storages[0])
+    else:
+        graph = trace(next(rule for rule in MEASURING if rule.name == name))
+        used = {argument for node in graph.live for argument in node.arguments}
+        read = [index for index, node in enumerate(graph.inputs) if node in used]
+        changed = zip((0, *range(2, len(sizes))), graph.changed, strict=True)
+        written = tuple(index for index, moved in changed if moved)
+        elements = triton_sums.elements_per_thread(storages) * triton_sums.together_in_stage(storages)
+    return sum(elements * sizes[i] // 16 for i in read), sum(elements * sizes[i] // 16 for i in written)
+
+
+def sums_row(name: str, storages: tuple[int, ...], arch: int, found: disassembly.Kernel) -> str:
+    """Its line of the table."""
+    return (f"| {name} | {', '.join(SHORT[storage] for storage in storages)} | {arch} | {found.registers} "
+            f"| {found.loads.get(16, 0)} + {found.stores.get(16, 0)} | {found.instructions} |")
+
+
 def main(arguments: list[str]) -> None:
     if len(arguments) != 1:
         raise SystemExit("usage: python -m benchmarks.triton_table PATH")
@@ -153,7 +217,9 @@ def main(arguments: list[str]) -> None:
 
     rows = "\n".join(row(*case, kernel(*case)) for case in CASES)
     kept_rows = "\n".join(kept_row(*case, kept_kernel(*case)) for case in KEPT_CASES)
-    Path(arguments[0]).write_text(TEXT.format(version=triton.__version__, rows=rows, kept_rows=kept_rows))
+    sums_rows = "\n".join(sums_row(*case, sums_kernel(*case)) for case in SUMS_CASES)
+    Path(arguments[0]).write_text(TEXT.format(version=triton.__version__, rows=rows, kept_rows=kept_rows,
+                                              sums_rows=sums_rows))
 
 
 if __name__ == "__main__":

@@ -5,8 +5,10 @@
 #include "cpu/bandwidth.h"
 #include "cpu/convert.h"
 #include "cpu/on_demand.h"
+#include "cpu/pack_bind.h"
 #include "cpu/plan.h"
 #include "cpu/reduce_bind.h"
+#include "cpu/step_once.h"
 #include "cpu/threads.h"
 #include "cuda/bind.h"
 #include "step.h"
@@ -38,9 +40,10 @@ PYBIND11_MODULE(_native, m) {
       .def(py::init<Reader, const std::vector<py::list>&>())
       .def("scan", &Plan::scan)
       .def("set", &Plan::set, py::arg("index"), py::arg("rule"), py::arg("wide"), py::arg("state"), py::arg("keys"),
-           py::arg("counted"), py::arg("fresh"), py::arg("kept") = py::none())
+           py::arg("counted"), py::arg("fresh"), py::arg("kept") = py::none(), py::arg("running") = py::tuple())
       .def("rows", &Plan::rows, py::arg("each") = false)
-      .def("run", &Plan::run)
+      .def("run", &Plan::run, py::arg("rows"), py::arg("keys"), py::arg("threads"), py::arg("increment"),
+           py::arg("replaced") = std::vector<py::tuple>())
       .def("release", &Plan::release)
       .def("squares", &Plan::squares)
       .def("version", &Plan::version)
@@ -48,6 +51,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("update_streams", &update_streams, py::call_guard<py::gil_scoped_release>(), "The ceiling of a CPU step.");
   m.def("step_once", &step_once, "Step tensors that are given one by one.");
   bind_reductions(m);
+  bind_pack(m);
   m.def("encode", &encode, "Write fp32 values into the arrays of one codec.");
   m.def("decode", &decode, "Read the arrays of one codec into fp32 values.");
   m.def("count_broken_splits", &count_broken_splits, "Sweep the fp32 numbers that are split and put together again.");

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import fasttrain.optim
-from fasttrain.optim import SGD, Adam, AdamW, Lion, NAdam, Optimizer, ScheduleFreeAdamW
+from fasttrain.optim import ASGD, SGD, Adam, AdamW, Lion, NAdam, Optimizer, ScheduleFreeAdamW
 
 BACKENDS = ["cpu", "reference"]
 
@@ -36,11 +36,22 @@ def assert_same(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
         assert_same_bits(got[key], wanted[key], key)
 
 
+def reschedule(group: dict[str, Any], step: int) -> None:
+    """Hyperparameters of which the running numbers are functions, changed on the way."""
+    group["lr"] = 0.1 / (1 + step)
+    if "betas" in group:
+        group["betas"] = (0.9 - 0.05 * step, 0.99)
+        group["momentum_decay"] = 0.01 * (1 + step)
+    else:
+        group["alpha"], group["lambd"] = 0.5 + 0.05 * step, 0.1 / (1 + step)
+
+
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "AdamW": lambda params, **kw: AdamW(params, lr=0.1, **kw),
     "SGD": lambda params, **kw: SGD(params, lr=0.1, momentum=0.9, dampening=0.5, **kw),
     "Lion": lambda params, **kw: Lion(params, lr=0.1, **kw),
-    "NAdam": lambda params, **kw: NAdam(params, lr=0.1, **kw),  # never in the plan
+    "NAdam": lambda params, **kw: NAdam(params, lr=0.1, **kw),
+    "ASGD": lambda params, **kw: ASGD(params, lr=0.1, t0=2, **kw),
     "ScheduleFreeAdamW": lambda params, **kw: ScheduleFreeAdamW(params, lr=0.1, **kw),
 }
 TORCH: dict[type[Optimizer], Any] = {

@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from fasttrain.optim import AdamW
+from fasttrain.optim import SGD, AdamW
 from fasttrain.optim.local import local, parts, place, positions
 from fasttrain.precision.draws import full_index
 
@@ -86,3 +86,22 @@ def blocks(wire: Any, dtype: str) -> None:
 def test_block_codes_where_shards_cut_no_block(dtype: str) -> None:
     """Elsewhere the states are fp32, on every rank alike, and the constructor says so."""
     ranks.run(blocks, 4, dtype)
+
+
+def resting(wire: Any) -> None:
+    """What a parameter without a gradient draws for its EMA is that of the whole."""
+    for shape, placements in LAYOUTS.values():
+        mesh = init_device_mesh("cpu", shape)
+        value, grad = gradients(((8, 12),), 5, torch.float32)[0], torch.ones(8, 12)
+        whole, part = nn.Parameter(value), nn.Parameter(placed(value, mesh, placements))
+        ours, theirs = (SGD([("w", p)], lr=0.1, ema_decay=0.99, ema_dtype="bf16") for p in (part, whole))
+        part.grad, whole.grad = placed(grad, mesh, placements), grad
+        for step in range(4):
+            ours.step()
+            theirs.step()
+            assert_same_parts(ours.state[part]["ema"], theirs.state[whole]["ema"], f"{placements}, step {step}")
+            part.grad = whole.grad = None
+
+
+def test_a_resting_average_is_rounded_as_the_whole() -> None:
+    ranks.run(resting, 4)

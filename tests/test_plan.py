@@ -90,6 +90,13 @@ def new_step(optimizer: Optimizer, params: list[Parameter]) -> None:
         optimizer.state[params[2]]["step"] = torch.tensor(3)
 
 
+def new_numbers(optimizer: Optimizer, params: list[Parameter]) -> None:
+    for key in optimizer.running:
+        optimizer.state[params[0]][key] = torch.tensor(0.5, dtype=torch.float64)
+        optimizer.state[params[1]][key].mul_(0.5)
+        optimizer.state[params[2]][key].data = torch.tensor([0.25])
+
+
 def cleared(optimizer: Optimizer, params: list[Parameter]) -> None:
     optimizer.state.clear()
 
@@ -146,7 +153,7 @@ def in_place(optimizer: Optimizer, params: list[Parameter]) -> None:
 
 CHANGES = [
     none_and_back, all_none, grad_dtype, grad_strides, new_data, new_dtype, new_strides, new_shape, new_state,
-    new_exp_avg, new_step, cleared, cleared_one, loaded, new_group, edited_list, swapped, other_lr, decay,
+    new_exp_avg, new_step, new_numbers, cleared, cleared_one, loaded, new_group, edited_list, swapped, other_lr, decay,
     ascend, in_place,
 ]
 

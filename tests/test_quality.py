@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import bench_codes, bench_convergence, main_job, plot, storage_page
+from benchmarks import bench_codes, bench_convergence, bench_wire, main_job, plot, storage_page
 from benchmarks.bench_convergence import Row
 from fasttrain.optim import AdamW
 from fasttrain.precision.codecs import NUMBER, POSITIVE
@@ -84,6 +84,16 @@ def test_codes_at_a_tiny_size(source: Path) -> None:
     assert update["both", "int8"]["matrices"] < update["both", "int4"]["matrices"]
     assert len(bench_codes.report(figures).splitlines()) == len(figures["rows"])
     assert storage_page.codes(figures).count("\n") == len(figures["rows"]) + 1
+
+
+def test_codes_of_gradients_at_a_tiny_size(source: Path) -> None:
+    job = {name: value for name, value in JOB.items() if name != "steps"}
+    figures = bench_wire.run(2, source, **job)
+    error = {row["code"]: row["error"] for row in figures}
+    for kind in ("matrices", "embeddings"):
+        assert 2.0**-12 < error["bf16"][kind] < 2.0**-8  # half a unit in the last place at most
+        assert error["bf16"][kind] < error["int8"][kind] < error["e4m3"][kind] < error["e5m2"][kind]
+    assert len(bench_wire.report(figures).splitlines()) == len(figures)
 
 
 def test_convergence_at_a_tiny_size(source: Path, tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ import torch
 from helpers import generator, normal
 from papers_soap import soap
 from torch.nn import Parameter
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fasttrain.optim import SOAP
 
@@ -28,6 +30,10 @@ CASES: list[tuple[dict[str, Any], tuple[int, ...], tuple[int, ...], tuple[int, .
     (dict(correct_bias=False, precondition_frequency=1), (5, 3), (5, 3), (0, 1)),
     (dict(shampoo_beta=-1.0, precondition_frequency=3), (4, 6), (4, 6), (0, 1)),
 ]
+
+
+# When the bases change: estimates of the eigenvalues, and QR.
+TURNING = {"mul.Tensor", "sum.dim_IntList", "sort.default", "index.Tensor", "linalg_qr.default"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -66,6 +72,37 @@ def test_it_is_the_papers(case: Any, dtype: torch.dtype, backend: str) -> None:
         bound = 1e-9 if dtype == torch.float64 else 1e-2 * np.abs(x - start).max() + 7 * torch.finfo(dtype).eps * 3
         assert np.abs(p.detach().double().numpy() - x).max() <= bound, step
     assert optimizer.state[p]["step"].item() == 6
+
+
+class Allocations(TorchDispatchMode):
+    """Operations of torch whose result is in memory of its own, of more than one element."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        self.names += [func.__name__ for x in tree_leaves(result) if isinstance(x, torch.Tensor) and x.numel() > 1
+                       and x.untyped_storage().data_ptr() not in given]
+        return result
+
+
+@pytest.mark.parametrize("options", [{}, dict(normalize_grads=True, maximize=True, merge_dims=True)], ids=str)
+def test_it_allocates_once(options: dict[str, Any], backend: str) -> None:
+    numbers = generator(5)
+    params = [Parameter(normal(size, dtype, numbers)) for size, dtype in
+              (((4, 6), torch.float32), ((2, 3, 4), torch.bfloat16), ((7,), torch.float32), ((5, 8), torch.float64))]
+    optimizer = SOAP(params, precondition_frequency=3, **options, backend=backend)
+    for step in range(8):
+        for p in params:
+            p.grad = normal(p.shape, p.dtype, numbers)
+        with Allocations() as seen:
+            optimizer.step()
+        assert (optimizer.last_step.allocations == 0) == (step > 0)
+        names = [name for name in seen.names if name not in TURNING] if step in (3, 6) else seen.names
+        assert step == 0 or backend == "reference" or not names, (step, names)
 
 
 def test_a_change_of_options_that_needs_other_states_is_refused() -> None:

@@ -184,7 +184,8 @@ class Planned:
         for index in attention:
             assert self.set(index)
         rows = self.plan.rows(each=True)
-        keys = torch.tensor([step_key(seed, int(step)) - (step_key(seed, int(step)) >> 63 << 64) for _, step in rows])
+        drawn = [step_key(seed, int(step)) for _, step, _ in rows]
+        keys = torch.tensor([key - (key >> 63 << 64) for key in drawn])
         width = max(len(item.row) for item in self.items)
         table = torch.zeros(len(rows), width, dtype=F64)
         for row, item in zip(table, self.items, strict=True):

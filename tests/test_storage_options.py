@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ from helpers import assert_same_bits
 from stored import give_gradients, parameters, run, same
 from torch.nn import Parameter
 
-from fasttrain.optim import SGD, AdamW, Lion
+from fasttrain.optim import ASGD, SGD, AdamW, Lion, NAdam
+from fasttrain.precision.codecs import STOCHASTIC
 from fasttrain.precision.storage import PRESETS
 
 ADAMW_BYTES = {  # per element of a bf16 parameter: its memory, gradient and states included, and the traffic of a step
@@ -85,10 +87,11 @@ def test_small_steps_are_not_lost() -> None:
     assert moved["stochastic"] == pytest.approx(1e-3, rel=0.3)  # five standard errors of 4,096 weights
 
 
-def test_second_moments_in_bf16_decay() -> None:
+@pytest.mark.parametrize("of", [AdamW, NAdam])
+def test_second_moments_in_bf16_decay(of: Any) -> None:
     """After a drop of the gradients; rounded to nearest they would stay where they were."""
     p = Parameter(torch.zeros(4096))
-    optimizer = AdamW([p], lr=0.0, betas=(0.9, 0.999), state_dtype="bf16")
+    optimizer = of([p], lr=0.0, betas=(0.9, 0.999), state_dtype="bf16")
     for step in range(3000):
         p.grad = torch.full_like(p, 1.0 if step < 1000 else 0.1)
         optimizer.step()
@@ -96,6 +99,28 @@ def test_second_moments_in_bf16_decay() -> None:
     assert kept.dtype == torch.bfloat16
     truth = (1 - 0.999**1000) * 0.999**2000 + 0.01 * (1 - 0.999**2000)
     assert kept.double().mean().item() == pytest.approx(truth, rel=0.02)
+
+
+def test_what_is_rounded_at_random() -> None:
+    """What retains nearly everything in fewer bits than it would have; of running numbers the betas know nothing."""
+    def rounded(of: Any, dtype: torch.dtype, **options: Any) -> list[bool]:
+        optimizer = of([Parameter(torch.zeros(4096, dtype=dtype))], **options)
+        codecs = optimizer._layout("p", optimizer._param((0, 0)), dtype, optimizer.param_groups[0], of.rules[0]).codecs
+        return [bool(number & STOCHASTIC) for number in codecs[2:]]
+
+    for of in (AdamW, NAdam):
+        assert rounded(of, torch.float32, state_dtype="bf16") == [False, True]
+        assert rounded(of, torch.float32, state_dtype="bf16", betas=(0.999, 0.99)) == [True, False]
+        assert rounded(of, torch.bfloat16, state_dtype="bf16") == [False, False]  # as torch keeps them
+        assert rounded(of, torch.bfloat16, storage="10-byte") == [False, True]
+        assert rounded(of, torch.bfloat16, storage="8-byte") == [False, True]
+        assert rounded(of, torch.float32, state_dtype="bf16", state_rounding="nearest") == [False, False]
+    assert rounded(ASGD, torch.float32, state_dtype="bf16") == [False]  # a weight: fp32
+
+    class Averaging(NAdam):  # what the second state retains depends on a running number
+        rules = (replace(NAdam.rules[0], retain={"exp_avg": "b1", "exp_avg_sq": "now"}),)
+
+    assert rounded(Averaging, torch.float32, state_dtype="bf16") == [False, True]
 
 
 def test_what_stays_fp32() -> None:

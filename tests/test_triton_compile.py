@@ -7,6 +7,7 @@ import pytest
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
 from benchmarks import disassembly, triton_table  # noqa: E402
+from fasttrain.kernels import triton_sums  # noqa: E402
 from fasttrain.kernels.triton import BLOCK, OPTIONS, compile_kept_ahead  # noqa: E402
 from fasttrain.optim import RULES  # noqa: E402
 
@@ -46,6 +47,32 @@ def test_kept_items_in_wide_accesses(text, clip, arch):
     assert kernel.stores.get(4, 0) >= wanted["stores"][4]
     if f"triton {triton.__version__}." in TABLE:
         assert triton_table.kept_row(text, clip, arch, kernel) in TABLE, "run python -m benchmarks.triton_table"
+
+
+@pytest.mark.skipif(disassembly.cuobjdump() is None, reason="no cuobjdump")
+@pytest.mark.parametrize("name, storages, arch", triton_table.SUMS_CASES,
+                         ids=[f"{name}-{''.join(map(str, kept))}-sm_{arch}"
+                              for name, kept, arch in triton_table.SUMS_CASES])
+def test_kernels_with_sums(name, storages, arch):
+    """Nothing spills; the aligned path's accesses are 16 bytes, in as many rounds as the compiler unrolled."""
+    kernel = triton_table.sums_kernel(name, storages, arch)
+    loads, stores = triton_table.wide_sums_accesses(name, storages)
+    assert (kernel.local, kernel.stack) == (0, 0)
+    if loads:
+        rounds, rest = divmod(kernel.loads[16], loads)
+        assert rest == 0
+        assert rounds in (1, 2, 4)
+        assert kernel.stores.get(16, 0) == rounds * stores
+    if f"triton {triton.__version__}." in TABLE:
+        assert triton_table.sums_row(name, storages, arch, kernel) in TABLE, "run python -m benchmarks.triton_table"
+
+
+def test_a_norm_reads_before_it_adds():
+    """Sixteen loads are in flight in each thread: no sum stands between them."""
+    compiled = triton_sums.compile_ahead("square", 0, 90)
+    code = disassembly.listing(compiled.asm["cubin"])
+    first = code.index("LDG.E.128")
+    assert code[first : code.index("DFMA", first)].count("LDG.E.128") == 16
 
 
 def test_kept_items_are_not_contracted():

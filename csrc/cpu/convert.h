@@ -1,6 +1,6 @@
 // One codec alone, over a whole tensor: what the step does to each of its operands.
 #pragma once
-#include "cpu/plan.h"
+#include "cpu/reader.h"
 
 namespace fasttrain {
 

@@ -3,70 +3,18 @@
 #pragma once
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>  // here, so that no file casts without it
 
+#include <array>
 #include <memory>
-#include <utility>
+#include <tuple>
 #include <vector>
 
-#include "cpu/ahead.h"
+#include "cpu/reader.h"
 #include "cpu/walk.h"
-#include "dlpack.h"
 
 namespace fasttrain {
 
-namespace py = pybind11;
-
-// Reads tensors of the exact types `types` through `torch.Tensor.__dlpack_c_exchange_api__`; and, if `sharded` is torch's
-// DTensor and not None, the local part of such.
-class Reader {
- public:
-  Reader(const py::capsule& exchange, py::tuple types, py::object sharded);
-  // False if only Python knows what the tensor holds: it is a subclass, or has no strided elements in memory.
-  bool read(py::handle tensor, dlpack::Tensor* out) const;
-  // The same for a gradient. Autograd may leave one that is to be negated when it is read (of an imaginary part, say).
-  // A local part is the gradient only if it is placed as its parameter is.
-  bool read_gradient(py::handle tensor, py::handle param, dlpack::Tensor* out) const;
-  // The local part of a DTensor, or None.
-  py::object local(py::handle tensor) const;
-  // What changes whenever the elements of a tensor are written through torch, through the whole or the local part.
-  i64 version(py::handle tensor) const;
-  const Ahead& ahead() const { return ahead_; }
-
- private:
-  const dlpack::ExchangeApi* api_;
-  bool sharded(py::handle tensor) const { return reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr())) == sharded_.ptr(); }
-
-  py::tuple types_;
-  py::object sharded_;
-  py::object is_neg_;
-  Ahead ahead_;
-};
-
-// Type and place of a tensor's elements.
-struct Kind {
-  dlpack::DataType dtype{};
-  dlpack::Device device{};
-
-  Kind() = default;
-  explicit Kind(const dlpack::Tensor& tensor) : dtype(tensor.dtype), device(tensor.device) {}
-  bool matches(const dlpack::Tensor& tensor) const;
-  bool complex() const { return dtype.code == dlpack::kComplex; }
-  int storage() const;  // Storage, or -1
-};
-
-// Sizes and strides of a parameter when it was described; its gradient and states have the same.
-struct Layout {
-  std::vector<i64> sizes, strides;
-
-  Layout() = default;
-  explicit Layout(const dlpack::Tensor& tensor);
-  bool matches(const dlpack::Tensor& tensor) const;  // strides of dimensions of size 1 are free
-  bool dense() const;                                // fills one stretch of memory, in some order of its dimensions
-  bool contiguous() const;                           // in row-major order
-  i64 elements() const;
-  void fetch() const;  // into the cache
-};
+constexpr int kMaxRunning = 4;  // states of one number that the plan takes, for each parameter
 
 class Plan {
  public:
@@ -76,7 +24,8 @@ class Plan {
   // described (again) by `set` before `run`, or None if the parameter lists themselves changed.
   py::object scan(py::dict state, const std::vector<py::list>& groups);
 
-  // Describes parameter `index`: `keys` are its states in `state`, the last of them its step count if `counted`.
+  // Describes parameter `index`: `keys` are its states in `state`, then its step count if `counted`. `running` are the
+  // keys of its states that are one number, whatever the parameter's shape.
   // False, and the parameter is left out, if its tensors are not dense, in CPU memory, of one order.
   //
   // If it is not plain, `kept` is a tuple (codecs, extra_keys, averaged, zero, identity, place, watched): the codecs of
@@ -84,18 +33,20 @@ class Plan {
   // its second array, or None; whether the gradient is zeroed; what names the parameter in draws.h; its place there; and
   // whether `scan` reports it when somebody else wrote it. Bad codecs and keys raise.
   bool set(int index, int rule, bool wide, py::dict state, const py::tuple& keys, bool counted, bool fresh,
-           const py::object& kept);
+           const py::object& kept, const py::tuple& running);
 
-  // The distinct (group, step) of the active parameters, in order of first use; step is the count of the step to come.
-  // With `each`, one for every active parameter, in their order.
-  std::vector<std::pair<int, double>> rows(bool each);
+  // The distinct (group, step) of the active parameters, in order of first use, and with each the index of the first
+  // parameter that has them; step is the count of the step to come. Parameters whose running numbers differ, in a bit or
+  // in their type, are told apart too. With `each`, one for every active parameter, in their order.
+  std::vector<std::tuple<int, double, size_t>> rows(bool each);
 
   // Steps every active parameter, with one row of doubles for each of `rows()`: the gradient's scale, then coefficients,
   // then, for parameters that are not plain, clip, keep and add. `keys` has the step's key for each row, or is None if
   // no codec is stochastic. `increment` (torch.autograd.graph.increment_version) is called with the tensors that are
-  // going to be written, list by list: before the walk, which evicts them from the cache.
+  // going to be written, list by list: before the walk, which evicts them from the cache. `replaced` has for each row
+  // the running numbers after the step, tensors of the types that they have in the state, in the order of `running`.
   void run(const py::array_t<double, py::array::c_style>& rows, const py::object& keys, int threads,
-           const py::function& increment);
+           const py::function& increment, const std::vector<py::tuple>& replaced);
 
   // After `scan`: (sum of squares of the gradient of each active parameter, whether any element is infinite or NaN).
   py::tuple squares(int threads) const;
@@ -110,13 +61,26 @@ class Plan {
   py::dict last() const;
 
  private:
+  static constexpr int kMaxKeys = kMaxStates + 1 + kMaxRunning;
+  // A running number: where it is, and its type.
+  struct Number {
+    char* at = nullptr;
+    Kind kind;
+
+    bool take(const dlpack::Tensor& tensor);  // false if it is not one floating-point number in CPU memory
+    size_t bytes() const { return kind.dtype.bits / 8; }
+  };
+  // What parameters of one row have in common, as words: group, step, and two for each running number.
+  using RowKey = std::array<u64, 2 + 2 * kMaxRunning>;
+  // Where the numbers are that replace those of a row.
+  using Replaced = std::array<const char*, kMaxRunning>;
   // What an entry that is not plain has instead of `keys`, `tensors` and `kinds`.
   struct Arrays {
     struct Array {
       py::object key, tensor;
       Kind kind;
       Layout layout;
-      char** at;  // in `kept`, or the counter's
+      char** at;  // in `kept`, or that of the counter or of a running number
     };
     std::vector<Array> all;  // all but p and g themselves
     Kept kept;
@@ -130,12 +94,14 @@ class Plan {
     py::object state;  // the optimizer's dict for this parameter
     Ahead::Place last_grad;
     int group = 0;
-    int kept = 0;         // number of keys: the states, and the step count if there is one
+    int kept = 0;         // number of keys: the states, the step count if there is one, the running numbers
+    int running = 0;      // number of these
     bool ready = false;   // `set` has described it
     bool active = false;  // it is stepped by the next `run`
     bool fresh = false;   // its state is new (for rules whose optimizer keeps no step count)
-    py::object keys[kMaxStates + 1], tensors[kMaxStates + 1];  // in `state` when it was described
-    Kind kinds[kMaxStreams + 1];                               // of p, g, then `tensors`
+    py::object keys[kMaxKeys], tensors[kMaxKeys];  // in `state` when it was described
+    Kind kinds[2 + kMaxKeys];                      // of p, g, then `tensors`
+    Number numbers[kMaxRunning];
     Layout layout;
     Work work;
     std::unique_ptr<Arrays> arrays;  // if it is not plain
@@ -143,11 +109,14 @@ class Plan {
   bool patch(Entry& entry, py::handle grad, py::handle state);
   bool patch_arrays(Entry& entry);
   bool set_arrays(Entry& entry, const RuleKernels& rule, bool wide, py::dict state, const py::tuple& keys, bool counted,
-                  const py::tuple& kept);
+                  const py::tuple& kept, const py::tuple& running);
+  bool has_numbers(const py::dict& state, const py::tuple& running) const;
   void hold(Entry& entry, py::object grad);
   void fetch_ahead(size_t index) const;
   void fetch_arrays_ahead(size_t index) const;
+  RowKey row_key(const Entry& entry, double step) const;
   void arrange();
+  std::vector<Replaced> take_replaced(const std::vector<py::tuple>& replaced) const;
   void list_written(py::handle tensor);
   void increment_versions(const py::function& increment) const;
 
@@ -157,24 +126,16 @@ class Plan {
   std::vector<py::object> grads_;  // kept alive from `scan` to `release`
   py::list zeroed_;                // those of them that are zeroed
   std::vector<size_t> group_sizes_;
-  std::vector<std::pair<int, double>> rows_;
+  std::vector<std::tuple<int, double, size_t>> rows_;
   Division division_;
   std::vector<py::list> written_;  // the tensors that the active entries write, in blocks
   int widest_ = 0;                 // doubles in a row of the active entries at most
+  bool any_running_ = false;       // whether an active entry has running numbers
   bool divided_ = false, any_fresh_ = false, any_arrays_ = false, any_random_ = false;
   bool placed_ = false, one_by_one_ = false;  // whether it is known, and whether parameters share memory
   struct Last {
     i64 launches = 0, bytes_read = 0, bytes_written = 0, parameters = 0, elements = 0;
   } last_;
 };
-
-// A step count that is one number in CPU memory. Raises if it is not.
-Counter counter_of(const Reader& reader, py::handle tensor);
-
-// Steps tensors that are given one by one: tuples (rule, wide, tensors, counter or None, kept or None), one row of
-// doubles for each; kept is (codecs, second arrays or Nones, zero, key, place) of an item that is not plain.
-// What `Plan` keeps from step to step is done anew. Raises if a tensor cannot be taken.
-void step_once(const Reader& reader, const py::list& items, const py::array_t<double, py::array::c_style>& rows,
-               int threads);
 
 }  // namespace fasttrain

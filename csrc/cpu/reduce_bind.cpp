@@ -1,11 +1,11 @@
 #include "cpu/reduce_bind.h"
 
-#include <pybind11/stl.h>
+#include <pybind11/numpy.h>
 
 #include "cpu/factored.h"
 #include "cpu/norm.h"
-#include "cpu/plan.h"
 #include "cpu/stages.h"
+#include "cpu/take.h"
 
 namespace fasttrain {
 namespace {

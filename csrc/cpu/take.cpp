@@ -42,11 +42,39 @@ bool fits(const dlpack::Tensor& tensor, const Type& type, i64 flat, const Layout
 
 }  // namespace
 
-i64 version_of(py::handle tensor) {
-  static PyObject* const name = PyUnicode_InternFromString("_version");
-  const auto version = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor.ptr(), name));
-  if (!version) throw py::error_already_set();
-  return version.cast<i64>();
+Counter::Type counter_type(const dlpack::Tensor& tensor) {
+  const dlpack::DataType& type = tensor.dtype;
+  if (Layout(tensor).elements() != 1 || tensor.device.type != dlpack::kCPU || type.lanes != 1) return Counter::kNone;
+  if (type.code == dlpack::kFloat)
+    return type.bits == 32 ? Counter::kFloat32 : type.bits == 64 ? Counter::kFloat64 : Counter::kNone;
+  if (type.code == dlpack::kInt)
+    return type.bits == 32 ? Counter::kInt32 : type.bits == 64 ? Counter::kInt64 : Counter::kNone;
+  return Counter::kNone;
+}
+
+Counter counter_of(const Reader& reader, py::handle tensor) {
+  dlpack::Tensor now;
+  if (!reader.read(tensor, &now)) throw std::invalid_argument("the step count is not a plain tensor");
+  const Counter counter{counter_type(now), address(now)};
+  if (counter.type == Counter::kNone)
+    throw std::invalid_argument("the step count must be one float or integer in CPU memory");
+  return counter;
+}
+
+bool take(Work& work, int stream, const dlpack::Tensor& tensor, const Layout& layout, const Kind& param) {
+  const Kind kind(tensor);
+  if (kind.storage() < 0 || kind.complex() != param.complex() || kind.device.type != dlpack::kCPU ||
+      !layout.matches(tensor))
+    return false;
+  work.streams[stream] = {address(tensor), static_cast<u8>(kind.storage())};
+  return true;
+}
+
+void prepare(Work& work, const RuleKernels& rule, bool wide, const Layout& layout, const Kind& param) {
+  work.rule = &rule;
+  work.kept = nullptr;
+  work.kernel = wide ? rule.wide : rule.narrow;
+  work.elements = layout.elements() * (param.complex() ? 2 : 1);  // a complex number is two reals
 }
 
 void describe(Kept* kept, const RuleKernels& rule, bool wide, const std::vector<int>& codecs, bool zero,

@@ -1,10 +1,12 @@
-// Takes the arrays of a tensor that is not plain, if they are those of its codecs.
+// Takes the tensors of a parameter into what the walk works on, if the kernels can.
 #pragma once
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <vector>
 
-#include "cpu/plan.h"
+#include "cpu/reader.h"
+#include "cpu/walk.h"
 
 namespace fasttrain {
 
@@ -12,8 +14,17 @@ constexpr int kTail = 3;  // clip, keep and add: the end of a row
 
 inline char* address(const dlpack::Tensor& tensor) { return static_cast<char*>(tensor.data) + tensor.byte_offset; }
 
-// torch's version counter.
-i64 version_of(py::handle tensor);
+// kNone if it is not one number in CPU memory that steps can be counted in.
+Counter::Type counter_type(const dlpack::Tensor& tensor);
+
+// A step count that is one number in CPU memory. Raises if it is not.
+Counter counter_of(const Reader& reader, py::handle tensor);
+
+// Takes one of p, g and the states of a plain parameter. False if the kernels cannot.
+bool take(Work& work, int stream, const dlpack::Tensor& tensor, const Layout& layout, const Kind& param);
+
+// What the walk has to know beside the tensors.
+void prepare(Work& work, const RuleKernels& rule, bool wide, const Layout& layout, const Kind& param);
 
 // Raises std::invalid_argument if there is no such codec, or not this number of them.
 void describe(Kept* kept, const RuleKernels& rule, bool wide, const std::vector<int>& codecs, bool zero,

@@ -8,8 +8,10 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
+from collections.abc import Callable, Mapping
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -31,6 +33,11 @@ def load(name: str) -> ModuleType:
     if name not in BACKENDS:
         raise ValueError(f"backend {name!r} is none of {', '.join(BACKENDS)}")
     return importlib.import_module(BACKENDS[name][0])
+
+
+def part(name: str) -> Any:
+    """A module of backends' own parts, which import what chooses among them."""
+    return importlib.import_module(f"fasttrain.kernels.{name}")
 
 
 def forced() -> str | None:
@@ -71,6 +78,17 @@ def _best(device: torch.device) -> str:
             if name == "cpu":
                 warnings.warn(f"optimizers run on the slow reference backend: {reason}", RuntimeWarning, stacklevel=4)
     return "reference"
+
+
+def choose_from(table: Mapping[str, Callable[..., Any]], backend: str, device: torch.device) -> Callable[..., Any]:
+    """What a backend does a task with, from the table of those that have a function for it.
+
+    For tensors on a GPU Triton, where it can run, stands in for a backend without one; else the reference does.
+    """
+    if backend not in table:
+        in_triton = "triton" in table and device.type != "cpu" and load("triton").why_not(device) is None
+        backend = "triton" if in_triton else "reference"
+    return table[backend]
 
 
 def reasons(device: torch.device) -> dict[str, str | None]:

@@ -73,7 +73,9 @@ def _body(rule: Rule, inputs: list[str], coefficients: list[str], whole: bool) -
     yield f"{indent}g = g * scale"
     outputs = ["p", *rule.state]
     yield f"{indent}{', '.join(outputs)} = element({', '.join(inputs + coefficients)}, wide)"
-    for name in outputs:
+    for name, changed in zip(outputs, trace(rule).changed, strict=True):
+        if rule.sums is not None and not changed:
+            continue  # a stage writes only what it changes
         value = name if name == "p" else f"without_denormal({name}, wide)"
         yield f"{indent}store(at_{name}, offsets, keep, {value}, {name}_storage, {whole}, interpreted)"
 

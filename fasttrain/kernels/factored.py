@@ -12,19 +12,35 @@ Other parameters keep the whole second moment, ``variance``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fasttrain.kernels import native
+from fasttrain.kernels import dispatch, native
 from fasttrain.kernels.item import Item
 from fasttrain.kernels.reference import SMALLEST_NORMAL, square_root
 
 # An item (p, g, then row_var and col_var, or variance; its rule is not used) and seven numbers: the gradient's scale,
 # what p is multiplied with, the weight of the new squares, rho, eps1, eps2 and d.
 Work = tuple[Item, Sequence[float]]
+
+
+def step(works: Sequence[Work], backend: str) -> None:
+    """Step parameters of one device. What a backend has no kernel for runs as `dispatch.choose_from` says."""
+    if works:
+        dispatch.choose_from(STEPS, backend, works[0][0].tensors[0].device)(works)
+
+
+def launches(works: Sequence[Work], backend: str) -> int:
+    """How many kernels that is, or walks of all."""
+    if not works:
+        return 0
+    chosen = dispatch.choose_from(STEPS, backend, works[0][0].tensors[0].device)
+    if chosen in (_cuda, _triton):
+        return dispatch.part("cuda_factored" if chosen is _cuda else "triton_factored").launches(works)
+    return 1
 
 
 def step_native(works: Sequence[Work]) -> None:
@@ -83,3 +99,17 @@ def _moved(state: Tensor, squares: Tensor, weight: float, dtype: torch.dtype) ->
 
 def _rms(x: Tensor) -> Tensor:
     return x.double().square().mean().sqrt()
+
+
+def _triton(works: Sequence[Work]) -> None:
+    dispatch.part("triton_factored").step(works)
+
+
+
+def _cuda(works: Sequence[Work]) -> None:
+    dispatch.part("cuda_factored").step(works)
+
+
+# By backend; `dispatch.choose_from` says what stands in for one that is not here.
+STEPS: dict[str, Callable[..., None]] = {"cuda": _cuda, "triton": _triton, "cpu": step_native,
+                                         "reference": step_reference}

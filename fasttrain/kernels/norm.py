@@ -7,24 +7,26 @@ gradients under a loss scale do not overflow; the flag comes from the elements, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fasttrain.kernels import native
+from fasttrain.kernels import dispatch, native
 from fasttrain.kernels.item import STORAGES, order
 
 LANES = 16  # as kLanes and kSumBlock in csrc/cpu/lanes.h
 BLOCK = 4096
 
 
-def squares(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def squares(tensors: Sequence[Tensor], backend: str | None = None) -> tuple[Tensor, Tensor]:
     """The sum of squares of each tensor, and whether any element is infinite or NaN.
 
     Arguments:
         tensors: float64, float32, bfloat16 or float16, or complex, whose numbers count as two; any shape and layout,
             on one device. Dense ones are added in the order of memory, others in the order of their indices.
+        backend: a name from `fasttrain.kernels.dispatch`, or None to choose.
 
     Returns:
         The sums, float64 of shape (len(tensors),), and a bool of shape (), both on the device of the tensors.
@@ -38,10 +40,30 @@ def squares(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         (tensor([25.,  6.], dtype=torch.float64), tensor(False))
     """
     tensors = list(tensors)
-    if tensors and (tensors[0].device.type != "cpu" or native.load()[0] is None):
-        return reference(tensors)
     if not tensors:
         return torch.zeros(0, dtype=torch.float64), torch.tensor(False)
+    return _choose(SQUARES, tensors[0].device, backend)(tensors)
+
+
+def total(sums: Tensor, backend: str | None = None) -> Tensor:
+    """The sum of the sums of `squares`, by the tree, float64 of shape ().
+
+    Example:
+        >>> import torch
+        >>> total(squares([torch.tensor([3.0]), torch.tensor([4.0])])[0]).sqrt()
+        tensor(5., dtype=torch.float64)
+    """
+    return _choose(TOTALS, sums.device, backend)(sums)
+
+
+def _choose(table: Mapping[str, Callable[..., Any]], device: torch.device, backend: str | None) -> Callable[..., Any]:
+    if backend is None:  # in CPU memory nothing needs the others: they give the same bits
+        on_cpu = "reference" if native.load()[0] is None else "cpu"
+        backend = on_cpu if device.type == "cpu" else dispatch.choose(device)
+    return dispatch.choose_from(table, backend, device)
+
+
+def _native(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     sums, nonfinite, left = native.module().squares(native.reader(), tensors, torch.get_num_threads())
     if left:
         copies = [memory_order(tensors[index]).contiguous() for index in left]
@@ -50,15 +72,24 @@ def squares(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(sums), torch.tensor(nonfinite)
 
 
-def total(sums: Tensor) -> Tensor:
-    """The sum of the sums of `squares`, by the tree, float64 of shape ().
+def _cuda(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    return dispatch.part("cuda_sums").squares(tensors)
 
-    Example:
-        >>> import torch
-        >>> total(squares([torch.tensor([3.0]), torch.tensor([4.0])])[0]).sqrt()
-        tensor(5., dtype=torch.float64)
-    """
-    return tree(sums)
+
+def _cuda_total(sums: Tensor) -> Tensor:
+    return dispatch.part("cuda_sums").total(sums)
+
+
+def _triton(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    from fasttrain.kernels import triton_sums
+
+    return triton_sums.squares([memory_order(tensor).contiguous() for tensor in tensors])
+
+
+def _triton_total(sums: Tensor) -> Tensor:
+    from fasttrain.kernels import triton_sums
+
+    return triton_sums.total(sums)
 
 
 # --- The oracle: eager torch, in float64, by the same tree ------------------------------------------------------------
@@ -104,3 +135,8 @@ def tree(numbers: Tensor) -> Tensor:
         pairs = len(numbers) // 2 * 2
         numbers = torch.cat([numbers[0:pairs:2] + numbers[1:pairs:2], numbers[pairs:]])
     return numbers[0]
+
+
+# By backend; `dispatch.choose_from` says what stands in for one that is not here.
+SQUARES: dict[str, Callable[..., Any]] = {"cuda": _cuda, "triton": _triton, "cpu": _native, "reference": reference}
+TOTALS: dict[str, Callable[..., Any]] = {"cuda": _cuda_total, "triton": _triton_total, "cpu": tree, "reference": tree}

@@ -6,16 +6,18 @@ the reference. What a stage does not change is not written.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
 
-from fasttrain.kernels import native, norm
+from fasttrain.kernels import dispatch, native, norm
 from fasttrain.kernels.emit_cpp import digest
 from fasttrain.kernels.item import Item, dense, table_of_rows
 from fasttrain.kernels.reference import evaluate
+from fasttrain.kernels.table import grouped
 from fasttrain.kernels.trace import trace
 from fasttrain.rule import Rule
 
@@ -31,26 +33,51 @@ def number_of(rule: Rule) -> int | None:
 def run(items: Sequence[Item], backend: str) -> np.ndarray:
     """Step the items of one device; returns their sums, float64 of shape (len(items), sums).
 
-    The items are plain, and of rules with as many sums. In CPU memory the backend "cpu" runs the compiled stages; any
-    other runs the reference.
+    The items are plain, and of rules with as many sums. What a backend has no kernel for runs as
+    `dispatch.choose_from` says. For items that are not in CPU memory the host waits for the sums, if there are any.
     """
     if not items:
         return np.zeros((0, 0))
-    if backend == "cpu" and all(number_of(item.rule) is not None for item in items):
-        return _native(items)
-    return torch.stack([_reference(item) for item in items]).cpu().numpy()
+    sums = measure(items, backend)
+    return sums.cpu().numpy() if sums.numel() else np.zeros(tuple(sums.shape))
 
 
-def _native(items: Sequence[Item]) -> np.ndarray:
+def measure(items: Sequence[Item], backend: str) -> torch.Tensor:
+    """The same; the sums stay where the items are, and the host does not wait."""
+    if backend == "cpu" and not all(number_of(item.rule) is not None for item in items):
+        backend = "reference"
+    return dispatch.choose_from(STAGES, backend, items[0].tensors[0].device)(items)
+
+
+def launches(items: Iterable[Item], sums: bool, backend: str, device: torch.device) -> int:
+    """How many kernels that is, or walks of all: on a GPU one for each (rule, storages), and one for all sums."""
+    if dispatch.choose_from(STAGES, backend, device) not in (_cuda, _triton):
+        return 1
+    return len(grouped([item for item in items if item.tensors[0].numel()])) + sums
+
+
+def _native(items: Sequence[Item]) -> torch.Tensor:
     with dense(items) as walkable:
         work = [(number_of(item.rule), item.dtype == torch.float64, item.tensors, item.counter) for item in walkable]
         sums = native.module().run_stages(native.reader(), work, table_of_rows([item.row for item in items]),
                                           torch.get_num_threads())
         torch.autograd.graph.increment_version([tensor for item in walkable for tensor in item.written])
-    return sums[:, : len(items[0].rule.sums or ())]
+    return torch.from_numpy(sums[:, : len(items[0].rule.sums or ())])
 
 
-def _reference(item: Item) -> torch.Tensor:
+def _cuda(items: Sequence[Item]) -> torch.Tensor:
+    return dispatch.part("cuda_sums").measure(items)
+
+
+def _triton(items: Sequence[Item]) -> torch.Tensor:
+    return dispatch.part("triton_sums").measure(items)
+
+
+def _reference(items: Sequence[Item]) -> torch.Tensor:
+    return torch.stack([_measure_one(item) for item in items])
+
+
+def _measure_one(item: Item) -> torch.Tensor:
     graph = trace(item.rule)
     scalars = dict(zip(graph.coefficients, item.row[1 : 1 + len(graph.coefficients)], strict=True))
     new = evaluate(item.rule, [tensor.to(item.dtype) for tensor in item.tensors], item.row[0], scalars)
@@ -68,3 +95,7 @@ def _reference(item: Item) -> torch.Tensor:
 def _like(term: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     """The terms in the order in which the walk meets them: that of p's memory, or of a contiguous copy."""
     return torch.empty_like(p, dtype=term.dtype).copy_(term)
+
+
+# By backend; `dispatch.choose_from` says what stands in for one that is not here.
+STAGES: dict[str, Callable[..., Any]] = {"cuda": _cuda, "triton": _triton, "cpu": _native, "reference": _reference}

@@ -6,7 +6,7 @@ import importlib.util
 import linecache
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from types import FunctionType
 from typing import Any
@@ -17,12 +17,14 @@ import torch
 from fasttrain.kernels import (
     emit_triton,
     emit_triton_kept,
+    emit_triton_stage,
     kept_table,
     table,
     triton_bits,
     triton_blocks,
     triton_codecs,
     triton_kept,
+    triton_lanes,
 )
 from fasttrain.kernels.emit_cpp import digest
 from fasttrain.kernels.item import STORAGES, Item, dense
@@ -52,23 +54,40 @@ def why_not(device: torch.device) -> str | None:
 @cache
 def compile_rule(rule: Rule, interpreted: bool, codecs: tuple[int, ...] = ()) -> Any:
     """The kernel of a rule, for the compiler or for the interpreter; of items that are not plain by their codecs."""
+    functions = [*triton_codecs.FUNCTIONS]
+    if codecs:
+        functions += [*triton_bits.FUNCTIONS, *triton_kept.FUNCTIONS, *triton_blocks.FUNCTIONS]
+    source = emit_triton_kept.kernel(rule, codecs) if codecs else emit_triton.kernel(rule)
+    return printed(rule, source, wrapped(functions, interpreted), " ".join(map(str, codecs)))
+
+
+@cache
+def compile_stage(rule: Rule, interpreted: bool, together: int) -> Any:
+    """The kernel of a stage with sums."""
+    space = wrapped([*triton_codecs.FUNCTIONS, *triton_lanes.FUNCTIONS], interpreted)
+    return printed(rule, emit_triton_stage.kernel(rule, together), space, f"stage {together}")
+
+
+def wrapped(functions: Sequence[Any], interpreted: bool) -> dict[str, Any]:
+    """Plain functions as Triton's, by name: for the compiler or for the interpreter. They call each other."""
     import triton
     import triton.language as tl
     from triton.runtime.interpreter import InterpretedFunction
 
     jit = InterpretedFunction if interpreted else triton.jit
-    space: dict[str, Any] = {"tl": tl, "jit": jit, "__name__": f"fasttrain.generated.{rule.name}"}
-    functions = [*triton_codecs.FUNCTIONS]
-    if codecs:
-        functions += [*triton_bits.FUNCTIONS, *triton_kept.FUNCTIONS, *triton_blocks.FUNCTIONS]
+    space: dict[str, Any] = {"tl": tl, "jit": jit, "__name__": "fasttrain.generated"}
     for function in functions:
         # The wrapped copy looks its names up in this space, where Triton's language and the other copies are.
         copy = FunctionType(function.__code__, space, function.__name__)
         copy.__annotations__ = function.__annotations__
         space[function.__name__] = jit(copy)
-    source = emit_triton_kept.kernel(rule, codecs) if codecs else emit_triton.kernel(rule)
-    # A user may give one name to two equations.
-    file = f"<fasttrain rule {rule.name} {digest(rule):08X}{''.join(f' {number}' for number in codecs)}>"
+    return space
+
+
+def printed(rule: Rule, source: str, space: dict[str, Any], kind: str) -> Any:
+    """The function `step` of a printed rule. A user may give one name to two equations."""
+    space["__name__"] += f".{rule.name}"
+    file = f"<fasttrain rule {rule.name} {digest(rule):08X} {kind}>"
     # Triton reads a function's source through linecache; an entry without a modification time is never dropped.
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
     exec(compile(source, file, "exec"), space)
@@ -116,9 +135,20 @@ def start(kernel: Any, device: torch.device, options: dict[str, Any], chunks: np
     interpreted = device.type == "cpu"
     if len(chunks):
         options = {} if interpreted else options
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            arrays = (torch.from_numpy(array).to(device) for array in (chunks, rows))
+        with guard(device):
+            arrays = (upload(array, device) for array in (chunks, rows))
             kernel[(len(chunks),)](*arrays, rows.shape[1], *kept, **constants, interpreted=interpreted, **options)
+
+
+def guard(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton starts a kernel on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A copy on the device, ordered on the current stream; the host does not wait."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def count_up(items: Sequence[Item]) -> None:
@@ -147,15 +177,22 @@ def compile_kept_ahead(rule: Rule, codecs: tuple[int, ...], clip: bool, arch: in
 
 
 def _compile_ahead(function: Any, arch: int, options: dict[str, Any], values: dict[str, Any]) -> Any:
+    wide = values["wide"]
+    values = {**values, "block": BLOCK[wide], "interpreted": False}
+    return compile_for(function, arch, options, {"table": "*i64", "rows": "*fp64" if wide else "*fp32", "width": "i32"},
+                       values)
+
+
+def compile_for(function: Any, arch: int, options: dict[str, Any], types: dict[str, str],
+                values: dict[str, Any]) -> Any:
+    """Compile a function for an architecture, given the types of its arguments and the values of its constants."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    names, wide = function.arg_names, values["wide"]
-    values = {**values, "block": BLOCK[wide], "interpreted": False}
-    signature = dict.fromkeys(names, "constexpr")
-    signature |= {"table": "*i64", "rows": "*fp64" if wide else "*fp32", "width": "i32"}
+    names = function.arg_names
     aligned: Any = [["tt.divisibility", 16]]  # as for every tensor of torch that is passed as an argument
-    source = ASTSource(function, signature, {(names.index(name),): value for name, value in values.items()},
-                       {(names.index(name),): aligned for name in ("table", "rows")})
+    source = ASTSource(function, dict.fromkeys(names, "constexpr") | types,
+                       {(names.index(name),): value for name, value in values.items()},
+                       {(names.index(name),): aligned for name, kind in types.items() if kind.startswith("*")})
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)

@@ -25,12 +25,13 @@ from fasttrain.optim.schedule_free import ScheduleFreeAdamW, ScheduleFreeSGD
 from fasttrain.optim.sgd import SGD
 from fasttrain.optim.soap import SOAP
 from fasttrain.optim.stable_adamw import StableAdamW
-from fasttrain.optim.statedict import convert
+from fasttrain.optim.statedict import consolidate, convert, distribute
 from fasttrain.rule import Rule
 
 __all__ = ["ASGD", "AdEMAMix", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "Adan", "LAMB", "LARS",
            "Lion", "Muon", "NAdam", "Optimizer", "RAdam", "RMSprop", "Rprop", "SGD", "SOAP", "ScheduleFreeAdamW",
-           "ScheduleFreeSGD", "StableAdamW", "clip_grad_norm", "convert"]
+           "ScheduleFreeSGD", "StableAdamW", "clip_grad_norm", "consolidate", "convert",
+           "distribute"]
 
 # Compiled for GPUs ahead of time in every usual combination of storages; the others in float32 and in float64.
 COMMON: tuple[type[Optimizer], ...] = (AdamW, SGD, Lion)

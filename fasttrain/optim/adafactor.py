@@ -8,8 +8,10 @@ from typing import Any
 import torch
 
 from fasttrain.kernels import dispatch, factored
+from fasttrain.optim import adafactor_parts
 from fasttrain.optim.checks import number
 from fasttrain.optim.itemwise import Itemwise
+from fasttrain.optim.local import copied, is_dtensor, shares
 
 
 class Adafactor(Itemwise, torch.optim.Adafactor):
@@ -37,13 +39,18 @@ class Adafactor(Itemwise, torch.optim.Adafactor):
         foreach: accepted for torch's sake; every step here is fused.
         maximize: ascend instead of descend.
         backend: a name from `fasttrain.kernels.dispatch`, or None to choose. In CPU memory a step makes three passes
-            (24 bytes an element in fp32, from the cache where a parameter fits it); elsewhere it is the reference.
+            (24 bytes an element in fp32, from the cache where a parameter fits it); CUDA takes six launches, Triton
+            eight.
+
+    Sharded parameters (DTensor): sums by row and by column are added over the parts, 8 (rows + columns + 3) bytes for
+    a matrix, those of all parameters in one collective of two a step; `row_var` and `col_var` are whole on every
+    process. Shards run in eager torch.
 
     State: `step`, and `row_var` and `col_var` or `variance`, as torch keeps them.
 
     Raises:
         ValueError: a hyperparameter is out of its range (torch's own texts).
-        RuntimeError: a parameter is complex, or a gradient sparse.
+        RuntimeError: a parameter is complex, a gradient sparse, or missing on some of the processes that share it.
 
     Example:
         >>> import torch
@@ -79,6 +86,9 @@ class Adafactor(Itemwise, torch.optim.Adafactor):
         made = not self.state[p]
         if made:
             self._init_group({**group, "params": [p]}, [], [], [], [], [], [])
+            for key in ("row_var", "col_var"):
+                if shares(kept := self.state[p].get(key)):  # of a matrix of one column, which is cut as that
+                    self.state[p][key] = copied(torch.zeros(kept.shape, dtype=kept.dtype, device=kept.device), p)
         return made
 
     def step_sparse(self, p, grad, group):
@@ -95,6 +105,8 @@ class Adafactor(Itemwise, torch.optim.Adafactor):
             {"variance": tuple(p.shape)}
         for key, shape in wanted.items():
             kept = self.state[p].get(key)
+            if key != "variance" and shares(kept):  # loaded
+                kept = self.state[p][key] = copied(kept.full_tensor(), p)
             if not isinstance(kept, torch.Tensor) or kept.shape != shape or kept.device != p.device:
                 found = f"{tuple(kept.shape)} on {kept.device}" if isinstance(kept, torch.Tensor) else "missing"
                 raise RuntimeError(f"{name}: its state {key!r} is {found}, and must be of shape {shape} on {p.device}; "
@@ -102,22 +114,35 @@ class Adafactor(Itemwise, torch.optim.Adafactor):
         return tuple(wanted)
 
     def _runs(self, examined, scale, report):
-        """One run for each backend in use."""
+        """One run for each backend in use, and one for what is shared with other processes."""
         chosen: dict[Any, Any] = {}
         rows: dict[Any, Any] = {}
+        shared: dict[tuple[int, int], factored.Work] = {}
+        wholes = []
         for one in examined:
             item, step, group = one.item, one.step, one.group
+            p = self._param(one.where)
             report.count(item)
             dtype, device = item.tensors[0].dtype, item.tensors[0].device
             key = id(group), step, dtype
             if key not in rows:
                 rows[key] = self._numbers(group, step, dtype, scale)
+            if shares(p):
+                shared[one.where] = item, rows[key]
+                continue
             if device not in chosen:
                 chosen[device] = dispatch.choose(device, self.backend), []
             chosen[device][1].append((item, rows[key]))
-        report.launches += len(chosen)
-        return [partial(factored.step_native if backend == "cpu" else factored.step_reference, work)
-                for backend, work in chosen.values()]
+            if is_dtensor(p):
+                wholes.append(p)
+        report.launches += sum(factored.launches(work, backend) for backend, work in chosen.values()) + bool(shared)
+        runs = [partial(factored.step, work, backend) for backend, work in chosen.values()]
+        if meeting := self._meeting(examined):
+            parts = [adafactor_parts.Shared(self._name(where), self._param(where), shared.get(where))
+                     for where in meeting]
+            report.host_syncs += parts[0].p.device.type != "cpu"
+            runs.append(partial(adafactor_parts.step, parts, adafactor_parts.measured(parts)))
+        return [*runs, partial(torch.autograd.graph.increment_version, wholes)] if wholes else runs
 
     @staticmethod
     def _numbers(group, step, dtype, scale):

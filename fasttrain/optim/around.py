@@ -134,14 +134,15 @@ class Around(Groups):
     def _finish(self, report: StepReport) -> None:
         """What a step does after the kernels."""
         self._clip = 1.0
-        for group in self.param_groups:
+        for index, group in enumerate(self.param_groups):
             if not report.skipped:
+                if group.get("ema_decay") is not None:
+                    ema.follow_resting(self, index)
                 if "draws" in group:
                     group["draws"] += 1
-                if group.get("ema_decay") is not None:
-                    ema.follow_resting(self, group)
             elif group.get("zero_gradients"):
                 for p in group["params"]:
                     if p.grad is not None:
                         p.grad.detach_().zero_()
+        self._arrived.clear()
         self.last_step = report

@@ -7,19 +7,40 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fasttrain.optim.kept import EMA
-from fasttrain.optim.local import is_dtensor, local
+from fasttrain.optim.local import is_dtensor, local, place
+from fasttrain.optim.runs import key_of
+from fasttrain.precision import draws
+from fasttrain.precision.codecs import STOCHASTIC, encode
+from fasttrain.precision.storage import ema_codec
 
 
 @torch.no_grad()
-def follow_resting(optimizer: Any, group: dict[str, Any]) -> None:
-    """Move the EMA of parameters that had no gradient in this step: they rest, and their average approaches them."""
-    for p in group["params"]:
-        if p.grad is None and EMA in optimizer.state.get(p, ()):
+def follow_resting(optimizer: Any, index: int) -> None:
+    """Move the EMA of parameters of a group that were not stepped: they rest, and their average approaches them.
+
+    It is rounded as a step would do it, with the draws that this step would have taken.
+    """
+    group = optimizer.param_groups[index]
+    for i, p in enumerate(group["params"]):
+        if p.grad is None and id(p) not in optimizer._arrived and EMA in optimizer.state.get(p, ()):
             average, now = local(optimizer.state[p][EMA]), local(p)
             kind = torch.promote_types(average.dtype, torch.float32)  # each operation rounds once, wherever it is run
-            average.copy_(average.to(kind).mul(group["ema_decay"]).add_(now.to(kind).mul(1.0 - group["ema_decay"])))
+            value = average.to(kind).mul(group["ema_decay"]).add_(now.to(kind).mul(1.0 - group["ema_decay"]))
+            number = ema_codec(p.dtype, group)
+            bits = _bits(optimizer, (index, i), average) if number & STOCHASTIC else None
+            encode(number, value, average, None, bits)
+
+
+def _bits(optimizer: Any, where: tuple[int, int], average: Tensor) -> Tensor:
+    """The random bits of a parameter's EMA in this step."""
+    group, p = optimizer.param_groups[where[0]], optimizer._param(where)
+    group.setdefault("draws", 0)
+    key = draws.parameter_key(key_of(group), optimizer._identity(where))
+    at = draws.full_index(place(optimizer._name(where), p), average.numel(), average.device).view(average.shape)
+    return draws.random_bits(draws.operand_key(key, 2 + len(optimizer.rule_of(group).state)), at)
 
 
 @contextmanager

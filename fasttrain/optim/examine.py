@@ -107,7 +107,7 @@ def written_outside(optimizer: Groups, where: tuple[int, int], p: Tensor) -> boo
 def describe(optimizer: Groups, index: int, one: Examined) -> bool:
     """Give a parameter to the plan, if it can take it."""
     rule, p = one.item.rule, optimizer._param(optimizer._places[index])
-    if optimizer._plan is None or optimizer.running or p.is_complex() or p.device.type != "cpu":
+    if optimizer._plan is None or p.is_complex() or p.device.type != "cpu":
         return False
     if shares(p) and one.group.get("clip_each") is not None:  # the plan knows the norm of the local part
         return False
@@ -117,23 +117,35 @@ def describe(optimizer: Groups, index: int, one: Examined) -> bool:
     wide = one.item.dtype == torch.float64
     if one.kept is None:
         keys = (*rule.state, *counted)
-        return optimizer._plan.set(index, native.number_of(rule), wide, optimizer.state[p] if keys else {}, keys,
-                                   optimizer.counts_steps, one.fresh)
+        state = optimizer.state[p] if keys or optimizer.running else {}
+        return optimizer._plan.set(index, native.number_of(rule), wide, state, keys, optimizer.counts_steps, one.fresh,
+                                   None, optimizer.running)
     told = (one.kept.codecs, one.kept.extras, one.kept.averaged, one.item.zero, optimizer._identity(one.where),
             one.item.place, one.kept.extras[0] is not None)
     return optimizer._plan.set(index, native.number_of(rule), wide, optimizer.state[p],
-                               (*one.kept.keys[2:], *counted), optimizer.counts_steps, one.fresh, told)
+                               (*one.kept.keys[2:], *counted), optimizer.counts_steps, one.fresh, told,
+                               optimizer.running)
 
 
-def advance(optimizer: Groups, one: Examined) -> tuple[Examined, list[tuple[Tensor, Any]]]:
+def advance(optimizer: Groups, one: Examined) -> tuple[Examined, list[tuple[Tensor, Tensor]]]:
     """The hyperparameters with the running numbers of one parameter, and what replaces these when all is done."""
+    group, before, after = advanced(optimizer, one.where, one.step)
+    return one._replace(group=group), list(zip(before, after, strict=True))
+
+
+def advanced(optimizer: Groups, where: tuple[int, int], step: float) -> tuple[Group, list[Tensor], list[Tensor]]:
+    """The hyperparameters with the running numbers of a step; those before it, those after it, of equal types."""
+    group = optimizer.param_groups[where[0]]
     if not optimizer.running:
-        return one, []
-    state = optimizer.state[optimizer._param(one.where)]
+        return group, [], []
+    state = optimizer.state[optimizer._param(where)]
     for key in optimizer.running:
-        check_running(one.item.name, key, state)
-    now, later = optimizer.advance(state, one.group, one.step)
-    return one._replace(group={**one.group, **now}), [(state[key], value) for key, value in later.items()]
+        check_running(optimizer._name(where), key, state)
+    before = {key: state[key] for key in optimizer.running}
+    now, later = optimizer.advance(before, group, step)
+    after = {**before, **{key: torch.as_tensor(value).to(before[key]).reshape(before[key].shape)
+                          for key, value in later.items()}}
+    return {**group, **now}, list(before.values()), list(after.values())
 
 
 @contextmanager

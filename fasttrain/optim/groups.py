@@ -32,6 +32,7 @@ class Groups(Page):
         self.backend = options.pop("backend", None)
         self._storage = normalised(options)
         self._remainders: dict[int, Tensor] = {}  # second arrays of parameters that have no state yet, by id
+        self._arrived: set[int] = set()  # parameters that were stepped before `step`, by id
         self._versions: dict[int, int] = {}  # of parameters stepped as items and watched, by id, after our last write
         if unknown := [name for name in options if name != "storage" and name not in DEFAULTS]:
             raise TypeError(f"{type(self).__name__} has no option {', '.join(map(repr, unknown))}")
@@ -61,10 +62,10 @@ class Groups(Page):
     def _check_kept(self, index: int) -> None:
         """Refuse parameters that the options of their group cannot keep."""
         group = self.param_groups[index]
+        if not self.takes_storage(group) and not (is_plain(group) and group.get("clip_each") is None):
+            raise ValueError(f"group {index} is given {describe(group)}; {type(self).__name__} does not step it "
+                             "element by element, and keeps it as torch would: leave these options out")
         if not is_plain(group):
-            if not self.takes_storage(group):
-                raise ValueError(f"group {index} is given {describe(group)}; {type(self).__name__} does not step it "
-                                 "element by element, and keeps it as torch would: leave these options out")
             group.setdefault("maximize", False)
             widened = []
             for place, p in enumerate(group["params"]):

@@ -72,7 +72,7 @@ class LAMB(TwoStage):
         always_adapt: scale parameters of groups without weight decay too, as the paper does; many implementations leave
             them (gains and biases) alone: False.
         maximize: ascend instead of descend.
-        backend: a name from `fasttrain.kernels.dispatch`, or None to choose; on a GPU it is the reference.
+        backend: a name from `fasttrain.kernels.dispatch`, or None to choose.
 
     State: `step`, `exp_avg`, `exp_avg_sq`; the moments are float32 for 16-bit parameters.
 

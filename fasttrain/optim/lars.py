@@ -73,7 +73,7 @@ class LARS(TwoStage):
         nesterov: look ahead by one more step of the momentum.
         adapt: False leaves the rate alone: :math:`\lambda_t = 1`; meant for a parameter group (gains and biases).
         maximize: ascend instead of descend.
-        backend: a name from `fasttrain.kernels.dispatch`, or None to choose; on a GPU it is the reference.
+        backend: a name from `fasttrain.kernels.dispatch`, or None to choose.
 
     State: `momentum_buffer` where `momentum` is not 0.
 

@@ -81,6 +81,47 @@ def over_parts(values: Tensor, like: Any, what: str = "sum") -> Tensor:
     return DTensor.from_local(values, like.device_mesh, placements, run_check=False).full_tensor()
 
 
+def cut_alike(params: Sequence[Any]) -> list[list[int]]:
+    """The places of parameters that are cut over the same processes, and lie on one device, together."""
+    groups: dict[Any, list[int]] = {}
+    for index, p in enumerate(params):
+        cut = tuple(not placement.is_replicate() for placement in p.placements)
+        groups.setdefault((p.device_mesh, cut, p.device), []).append(index)
+    return list(groups.values())
+
+
+def totals_of_parts(params: Sequence[Any], own: Sequence[Tensor]) -> list[Tensor]:
+    """For each parameter the sums of its numbers over the processes that hold different parts of it.
+
+    One collective for all that are cut over the same processes (one for each dimension of the mesh that cuts), to which
+    every process comes with the same parameters in the same order.
+
+    Arguments:
+        own: this process's numbers, float64, of one dimension, of the same length on every process.
+    """
+    totals = list(own)
+    for members in cut_alike(params):
+        together = torch.cat([own[index] for index in members])
+        together = over_parts(together, params[members[0]])
+        for index, part in zip(members, together.split([len(own[index]) for index in members]), strict=True):
+            totals[index] = part
+    return totals
+
+
+def check_given(named: Sequence[tuple[str, Any]], given: Sequence[float], why: str) -> None:
+    """Raise, on every process alike, if only some of those that hold parts of a parameter have its gradient.
+
+    Arguments:
+        named: how errors call each parameter, and the parameter.
+        given: on how many processes it has a gradient.
+        why: what cannot be done then.
+    """
+    for (name, p), count in zip(named, given, strict=True):
+        if 0 < count < parts(p):
+            raise RuntimeError(f"{name} has a gradient on {int(count)} of the {parts(p)} processes that hold its "
+                               f"parts, and {why}: give zeros on the others, or none on all")
+
+
 def statistics_of_parts(params: Sequence[Any]) -> tuple[Tensor, Tensor]:
     """Of the gradients of parameters that share: the sum of squares of each, float64, and whether any element of any is
     infinite or NaN.
@@ -88,13 +129,10 @@ def statistics_of_parts(params: Sequence[Any]) -> tuple[Tensor, Tensor]:
     One collective for all that are cut over the same processes, in which a process without gradients takes part too.
     The gradients are settled.
     """
-    groups: dict[Any, list[int]] = {}
-    for index, p in enumerate(params):
-        cut = tuple(not placement.is_replicate() for placement in p.placements)
-        groups.setdefault((p.device_mesh, cut, p.device), []).append(index)
     sums: list[Any] = [None] * len(params)
     found = []
-    for (_, _, device), members in groups.items():
+    for members in cut_alike(params):
+        device = params[members[0]].device
         both = torch.zeros(len(members) + 1, dtype=torch.float64, device=device)
         given = [place for place, index in enumerate(members) if params[index].grad is not None]
         if given:
@@ -133,9 +171,35 @@ def as_whole(values: Tensor, pattern: Any) -> Tensor:
                                      stride=stride)
 
 
+def copied(values: Tensor, like: Any) -> Tensor:
+    """A tensor that every process has, as a DTensor of copies on the mesh of another."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    return DTensor.from_local(values, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False)
+
+
+def window(tensor: Any) -> tuple[Any, ...]:
+    """What indexes the elements that this process holds in the whole: slices where they follow one another."""
+    held = positions(tensor)
+    if all(run_length(index) == len(index) for index in held):
+        return tuple(slice(int(index[0]), int(index[-1]) + 1) if len(index) else slice(0) for index in held)
+    return tuple(index.view(-1, *[1] * (len(held) - 1 - dim)).to(tensor.device) for dim, index in enumerate(held))
+
+
 def gathered(values: Tensor, pattern: Any) -> Tensor:
     """The whole of which each process has its part, placed as the pattern is; a collective."""
     return as_whole(values, pattern).full_tensor()  # type: ignore[attr-defined]
+
+
+def whole_of(tensor: Any) -> Tensor:
+    """The whole of a DTensor, in any dtype; a collective.
+
+    Neither gloo nor NCCL carries all of 8 and 16 bits (no int16, gloo no float8): the bytes go as uint8 and float16.
+    """
+    carrier = {1: torch.uint8, 2: torch.float16}.get(tensor.dtype.itemsize, tensor.dtype)
+    if any(placement.is_partial() for placement in tensor.placements):
+        return tensor.full_tensor()
+    return gathered(local(tensor.detach()).view(carrier), tensor).view(tensor.dtype)
 
 
 def part_of(whole: Tensor, pattern: Any) -> Tensor:

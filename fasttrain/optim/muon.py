@@ -16,10 +16,9 @@ from torch import Tensor
 from fasttrain.kernels import dispatch
 from fasttrain.kernels.item import Item, in_turns
 from fasttrain.optim.adamw import DECOUPLED
-from fasttrain.optim.checks import check_gradient, reals
 from fasttrain.optim.examine import Examined
 from fasttrain.optim.itemwise import Itemwise
-from fasttrain.optim.local import check_placed, gathered, is_dtensor, local, part_of, settle
+from fasttrain.optim.local import gathered, is_dtensor, part_of
 from fasttrain.optim.newton_schulz import orthogonalize
 from fasttrain.optim.optimizer import Optimizer
 from fasttrain.optim.page import Group
@@ -216,22 +215,7 @@ class Muon(Itemwise, torch.optim.Muon):
     def _examine(self, where, rule, report):
         if rule is DECOUPLED or self._param(where).dim() < 2:
             return Optimizer._examine(self, where, DECOUPLED, report)
-        return self._examine_shard(where, rule, report) if is_dtensor(self._param(where)) else \
-            super()._examine(where, rule, report)
-
-    def _examine_shard(self, where, rule, report):
-        """An item of local parts; the matrices are put together in `_batch`."""
-        group, whole, name = self.param_groups[where[0]], self._param(where), self._name(where)
-        check_placed(name, whole)
-        settle(whole)
-        p, grad = local(whole), local(whole.grad)
-        check_gradient(name, p, grad)
-        self._refuse(whole)
-        fresh = self.init_state(whole, group, rule)
-        report.allocations += fresh
-        state = {key: local(value) for key, value in self.state[whole].items()}
-        return Examined(where, group, Item(name, rule, reals(name, p, grad, rule.state, state), (), None),
-                        1 if fresh else 2, fresh, None)
+        return super()._examine(where, rule, report)
 
     def _describe(self, index, one):
         group = self.param_groups[self._places[index][0]]

@@ -6,7 +6,7 @@ One step goes through four phases:
    returns the few that it does not know: new ones, and ones whose dtype, layout, device or state changed.
 2. *Examine.* Those are checked here, in Python, their states are made where missing, and they are described to the
    plan. What no flat loop can walk (strided views, other devices, subclasses) is kept apart as items.
-3. *Coefficients*, one row for each (parameter group, step count), in double precision.
+3. *Coefficients*, one row for each (parameter group, step count, running numbers), in double precision.
 4. *Run.* The plan is walked, items go to the backend of their device.
 
 Nothing is written before every parameter has been examined: bad input raises and leaves all as it was, without the
@@ -157,12 +157,13 @@ class Optimizer(Around, Saved):
                 runs = self._runs_and_numbers([one], self._clip, report)
             for run in runs:
                 run()
+        self._arrived.add(id(p))
 
     def _runs_and_numbers(self, examined: list[Examined], scale: float, report: StepReport) -> list[Callable[[], Any]]:
         """The runs of the parameters that are not in the plan, and after them what replaces their running numbers."""
         advanced = [advance(self, one) for one in examined]
         return [*self._runs([one for one, _ in advanced], scale, report),
-                *(partial(tensor.copy_, torch.as_tensor(value)) for _, after in advanced for tensor, value in after)]
+                *(partial(tensor.copy_, value) for _, after in advanced for tensor, value in after)]
 
     # --- The phases, where a page that is no one rule over elements has its own ---------------------------------------
 

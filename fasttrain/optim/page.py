@@ -60,7 +60,8 @@ class Page(torch.optim.Optimizer):
     def advance(self, state: dict[str, Any], group: Group, step: float) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         """The numbers of `running` that `coefficients` reads in a step, and those that are kept after it.
 
-        The first are in double precision; `state` itself changes only when every parameter has been stepped.
+        The first are in double precision. `state` has the numbers of `running` only, and is not changed here: equal
+        numbers are advanced once for all parameters of a group and step that have them.
         """
         raise NotImplementedError
 
@@ -83,8 +84,9 @@ class Page(torch.optim.Optimizer):
     def _layout(self, name: str, p: Tensor, grad_dtype: torch.dtype, group: Group, rule: Rule) -> kept.Layout:
         """How the options of a group keep a parameter."""
         retained = {}
-        if rule.retain and not self.running:
-            retained = rule.scalars(LATE, {key: number(group[key]) for key in rule.hyperparameters})
+        if rule.retain:
+            known = {**dict.fromkeys(self.running, math.nan), **group}  # these are not known: nor what depends on them
+            retained = rule.scalars(LATE, {key: number(known[key]) for key in rule.hyperparameters})
         return kept.layout(name, p, grad_dtype, group, rule, retained)
 
     def _row(self, rule: Rule, group: Group, step: float, scale: float) -> list[float]:

@@ -15,7 +15,7 @@ class StepReport:
     Attributes:
         parameters: parameters that were stepped.
         launches: kernels launched, or walks of the CPU: one for each (rule, storage combination, device) on a GPU, one
-            for everything that one walk can take on the CPU. A norm is one more.
+            for everything that one walk can take on the CPU. A norm is one more. Rules with sums: docs/optimizers.md.
         bytes_read, bytes_written: of parameters, gradients, states and what else is kept with them.
         allocations: tensors that the step made: states at a parameter's first step, copies of strided tensors.
         host_syncs: how often the host waited for a device.

@@ -15,7 +15,7 @@ from torch import Tensor
 from fasttrain.kernels import dispatch, reference
 from fasttrain.kernels.item import Item, in_turns, table_of_rows
 from fasttrain.optim import clip
-from fasttrain.optim.examine import Examined
+from fasttrain.optim.examine import Examined, advanced
 from fasttrain.optim.groups import Groups
 from fasttrain.optim.local import is_dtensor, version
 from fasttrain.optim.page import Group
@@ -40,16 +40,18 @@ def walk_of_plan(optimizer: Groups, rules: list[Rule], scale: float) -> Callable
     scales = [scale] * len(at)
     if each:
         squares, _ = optimizer._plan.squares(torch.get_num_threads())
-        limits = [optimizer.param_groups[group].get("clip_each") for group, _ in at]
+        limits = [optimizer.param_groups[group].get("clip_each") for group, _, _ in at]
         scales = [scale * clip.coefficient(abs(scale) * math.sqrt(square), limit)
                   for square, limit in zip(squares, limits, strict=True)]
-    rows = [optimizer._row(rules[group], optimizer.param_groups[group], step, own)
-            for (group, step), own in zip(at, scales, strict=True)]
-    keys = np.array([key_of(optimizer.param_groups[group]) for group, _ in at], np.uint64)
+    numbered = [advanced(optimizer, optimizer._places[first], step) for _, step, first in at]
+    rows = [optimizer._row(rules[number], group, step, own)
+            for (number, step, _), (group, _, _), own in zip(at, numbered, scales, strict=True)]
+    keys = np.array([key_of(group) for group, _, _ in numbered], np.uint64)
+    replaced = [tuple(after) for _, _, after in numbered]
 
     def walk(report: StepReport) -> None:
         optimizer._plan.run(table_of_rows(rows), keys, torch.get_num_threads(),
-                            torch.autograd.graph.increment_version)
+                            torch.autograd.graph.increment_version, replaced)
         done = optimizer._plan.last
         report.launches += 1 + each
         report.parameters += done["parameters"]

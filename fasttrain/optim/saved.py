@@ -89,7 +89,7 @@ class Saved(Groups):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plan, self._versions, self._remainders, self._clip = None, {}, {}, 1.0
+        self._plan, self._versions, self._remainders, self._arrived, self._clip = None, {}, {}, set(), 1.0
         for group in self.param_groups:
             group.setdefault("maximize", False)
         if self._loading is not None:

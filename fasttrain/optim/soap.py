@@ -8,8 +8,10 @@ element, and the update of the parameter, are rules.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import cycle
 
 import torch
 from torch import Tensor
@@ -19,6 +21,8 @@ from fasttrain.kernels.item import Item
 from fasttrain.optim.adamw import POSITIVE, RETAIN, STATE, moments
 from fasttrain.optim.checks import check_hyperparameters
 from fasttrain.optim.itemwise import Itemwise
+from fasttrain.optim.local import check_given, gathered, is_dtensor, part_of, shares, totals_of_parts
+from fasttrain.optim.workspace import Workspace
 from fasttrain.rule import Rule, sqrt
 
 
@@ -44,6 +48,7 @@ def apply(p, update, k):
 
 ADAM = Rule("SOAPAdam", STATE, adam_coefficients, adam, POSITIVE, RETAIN)
 APPLY = Rule("SOAPApply", (), apply_coefficients, apply)
+ROLES = ("gradient", "turned", "turned again", "update")  # of a parameter's size in the workspace
 
 
 def merged(shape: Sequence[int], largest: int) -> tuple[int, ...]:
@@ -74,11 +79,32 @@ def viewed(shape: Sequence[int], group: Mapping[str, object]) -> tuple[tuple[int
     return shape, [i for i, size in enumerate(shape) if size <= largest]
 
 
-def rotated(x: Tensor, bases: Mapping[int, Tensor], back: bool = False) -> Tensor:
-    """A tensor in the bases given for some of its dimensions (their columns), or back from them."""
+def rotated(x: Tensor, bases: Mapping[int, Tensor], space: Workspace, back: bool = False) -> Tensor:
+    """A contiguous tensor in the bases given for some of its dimensions (their columns), or back from them.
+
+    Returns:
+        The result, in the workspace until the next call but one on it; x itself if there are no bases.
+    """
     for dim, basis in bases.items():
-        x = torch.tensordot(x, basis, dims=([dim], [1 if back else 0])).movedim(-1, dim)
-    return x.contiguous()
+        before, size, after = math.prod(x.shape[:dim]), x.shape[dim], math.prod(x.shape[dim + 1:])
+        other = space.take("turned", x.shape, x.dtype, x.device)
+        if other.data_ptr() == x.data_ptr():
+            other = space.take("turned again", x.shape, x.dtype, x.device)
+        if after == 1:
+            torch.mm(x.view(before, size), basis.mT if back else basis, out=other.view(before, size))
+        else:
+            left = (basis if back else basis.mT).expand(before, size, size)
+            torch.bmm(left, x.view(before, size, after), out=other.view(before, size, after))
+        x = other
+    return x
+
+
+def gram(g: Tensor, dim: int, space: Workspace) -> Tensor:
+    """The products of a tensor's slices along one dimension with one another: its unfolding times the transpose."""
+    size = g.shape[dim]
+    unfolded = space.take("turned", (size, g.numel() // size), g.dtype, g.device)
+    unfolded.view(size, *g.shape[:dim], *g.shape[dim + 1:]).copy_(g.movedim(dim, 0))
+    return torch.mm(unfolded, unfolded.mT, out=space.take("gram", (size, size), g.dtype, g.device))
 
 
 class SOAP(Itemwise):
@@ -116,12 +142,20 @@ class SOAP(Itemwise):
         maximize: ascend instead of descend.
         backend: a name from `fasttrain.kernels.dispatch`, or None to choose; the matrix products are torch's.
 
+    A workspace of four times the largest parameter and once the largest preconditioner is allocated at the first step;
+    after it only torch's QR and what orders its columns allocate, and collectives.
+
+    Sharded parameters (DTensor): the moments are cut as their parameter, the bases are on every rank. Of one parameter
+    after the other the gradient and the update in the eigenbasis are gathered, 4 bytes an element each (a gradient of
+    16 bits: 2), and every rank computes the products; when the bases change, both moments, 8 bytes. The same bits as
+    unsharded, where torch's products have the same.
+
     State: `step` (updates made), `exp_avg` and `exp_avg_sq` in the eigenbasis, and `GG_i` and `Q_i` for each dimension
     i that is preconditioned; float32 for 16-bit parameters.
 
     Raises:
         ValueError: a hyperparameter is out of its range.
-        RuntimeError: a parameter is complex, or a gradient sparse.
+        RuntimeError: a parameter is complex, a gradient sparse, or missing on some of the processes that share it.
 
     Example:
         >>> import torch
@@ -140,6 +174,7 @@ class SOAP(Itemwise):
 
     rules = (ADAM, APPLY)
     counts_steps = True
+    _workspace: Workspace | None = None
 
     def __init__(self, params, lr=3e-3, betas=(0.95, 0.95), shampoo_beta=-1.0, eps=1e-8, weight_decay=0.01,
                  precondition_frequency=10, max_precond_dim=10_000, merge_dims=False, precondition_1d=False,
@@ -166,8 +201,11 @@ class SOAP(Itemwise):
         if made:
             dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
             for name, shape in self.loaded_shapes(p, group).items():
-                state[name] = torch.zeros((), dtype=torch.float32) if shape is None else \
-                    torch.zeros(shape, dtype=dtype, device=p.device)
+                if name in ("exp_avg", "exp_avg_sq"):
+                    state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.contiguous_format)
+                else:
+                    state[name] = torch.zeros((), dtype=torch.float32) if shape is None else \
+                        torch.zeros(shape, dtype=dtype, device=p.device)
         return made
 
     def _refuse(self, p):
@@ -188,47 +226,68 @@ class SOAP(Itemwise):
         for one in examined:
             report.count(one.item)
         report.launches += 2 * sum(not one.fresh for one in examined)
-        return [partial(self._step_one, one, -scale if one.group["maximize"] else scale) for one in examined]
+        if meeting := self._meeting(examined):
+            params, here = [self._param(where) for where in meeting], {one.where for one in examined}
+            given = totals_of_parts(params, [torch.tensor([float(where in here)], dtype=torch.float64, device=p.device)
+                                             for where, p in zip(meeting, params, strict=True)])
+            report.host_syncs += params[0].device.type != "cpu"
+            check_given([(self._name(where), p) for where, p in zip(meeting, params, strict=True)],
+                        [count.item() for count in given], "SOAP gathers it")
+        runs = [partial(self._step_one, one, -scale if one.group["maximize"] else scale, report) for one in examined]
+        if wholes := [p for one in examined if is_dtensor(p := self._param(one.where))]:
+            runs.append(partial(torch.autograd.graph.increment_version, wholes))
+        return runs
 
-    def _step_one(self, one, scale):
-        group, item, state = one.group, one.item, self.state[self._param(one.where)]
-        p, g, exp_avg, exp_avg_sq = item.tensors
-        if p.numel() == 0:
+    def _step_one(self, one, scale, report):
+        group, item, whole = one.group, one.item, self._param(one.where)
+        if whole.numel() == 0:
             return
-        shape, dims = viewed(p.shape, group)
-        g = (g.to(item.dtype) * scale).contiguous().view(shape)  # a product has the same bits for any layout of g
+        state, cut = self.state[whole], shares(whole)
+        p, g, exp_avg, exp_avg_sq = item.tensors
+        space = self._workspace = self._workspace or Workspace()
+        made = space.made
+        shape, dims = viewed(whole.shape, group)
+        if one.fresh:  # all that steps to come take
+            for role in ROLES:
+                space.take(role, whole.shape, item.dtype, p.device)
+        gradient = space.take("gradient", whole.shape, item.dtype, p.device)
+        gradient.copy_(gathered(g, whole) if cut else g).mul_(scale)
+        g = gradient.view(shape)
         bases = {dim: state[f"Q_{dim}"] for dim in dims}
         if not one.fresh:
             step = dispatch.load(dispatch.choose(p.device, self.backend)).step
-            projected = rotated(g, bases).view(p.shape)
-            update = torch.empty_like(projected)
+            projected = part_of(rotated(g, bases, space).view(whole.shape), whole)
+            update = space.take("update", p.shape, item.dtype, p.device)
             plain = {**group, "maximize": False}
             row = self._row(ADAM, plain, one.step, 1.0)
             step([Item(item.name, ADAM, (update, projected, exp_avg, exp_avg_sq), row, item.counter)])
-            update = rotated(update.view(shape), bases, back=True).view(p.shape)
+            update = gathered(update, whole) if cut else update
+            update = rotated(update.view(shape), bases, space, back=True).view(whole.shape)
             if group["normalize_grads"]:
-                update /= 1e-30 + update.square().mean().sqrt()
-            step([Item(item.name, APPLY, (p, update), self._row(APPLY, plain, one.step, 1.0), None)])
+                update.div_(torch.linalg.vector_norm(update) / math.sqrt(update.numel()) + 1e-30)
+            row = self._row(APPLY, plain, one.step, 1.0)
+            step([Item(item.name, APPLY, (p, part_of(update, whole)), row, None)])
         beta = group["shampoo_beta"] if group["shampoo_beta"] >= 0 else group["betas"][1]
         for dim in dims:
-            others = [other for other in range(len(shape)) if other != dim]
-            state[f"GG_{dim}"].lerp_(torch.tensordot(g, g, dims=(others, others)), 1 - float(beta))
+            state[f"GG_{dim}"].lerp_(gram(g, dim, space), 1 - float(beta))
         if one.fresh:
             for dim, basis in bases.items():  # once for each parameter: in float64, which fails on fewer matrices
                 basis.copy_(torch.linalg.eigh(state[f"GG_{dim}"].double())[1].flip(1))
         elif one.step % group["precondition_frequency"] == 0 and bases:
-            self._turn(state, shape, bases)
+            self._turn(state, whole, shape, bases, (exp_avg, exp_avg_sq), space)
+        report.allocations += space.made - made
 
     @staticmethod
-    def _turn(state, shape, bases):
+    def _turn(state, whole, shape, bases, moments, space):
         """One step of orthogonal iteration; the moments follow the bases."""
-        exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
-        straight = rotated(exp_avg.reshape(shape), bases, back=True)
-        second = exp_avg_sq.reshape(shape)
-        for dim, basis in bases.items():
-            gram = state[f"GG_{dim}"]
-            places = torch.argsort((basis * (gram @ basis)).sum(0), descending=True)  # by estimated eigenvalue
-            second = second.index_select(dim, places)
-            basis.copy_(torch.linalg.qr(gram @ basis[:, places])[0])
-        exp_avg_sq.copy_(second.reshape(exp_avg_sq.shape))
-        exp_avg.copy_(rotated(straight, bases).reshape(exp_avg.shape))
+        first, second = (gathered(moment, whole) if shares(whole) else moment for moment in moments)
+        straight = rotated(first.reshape(shape), bases, space, back=True)
+        second = second.reshape(shape)
+        for (dim, basis), role in zip(bases.items(), cycle(("gradient", "update")), strict=False):  # both have served
+            product = space.take("gram", basis.shape, basis.dtype, basis.device)
+            torch.mm(state[f"GG_{dim}"], basis, out=product)
+            places = torch.argsort((basis * product).sum(0), descending=True)  # by estimated eigenvalue
+            second = torch.index_select(second, dim, places, out=space.take(role, shape, second.dtype, second.device))
+            basis.copy_(torch.linalg.qr(product[:, places])[0])
+        moments[1].copy_(part_of(second.reshape(whole.shape), whole))
+        moments[0].copy_(part_of(rotated(straight, bases, space).view(whole.shape), whole))

@@ -58,7 +58,7 @@ class StableAdamW(TwoStage):
         eps: :math:`\epsilon`.
         weight_decay: :math:`\lambda`.
         maximize: ascend instead of descend.
-        backend: a name from `fasttrain.kernels.dispatch`, or None to choose; on a GPU it is the reference.
+        backend: a name from `fasttrain.kernels.dispatch`, or None to choose.
 
     State: `step`, `exp_avg`, `exp_avg_sq`; the moments are without bias, not as `AdamW` keeps them, and
         float32 for 16-bit parameters.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fasttrain.optim import kept
 from fasttrain.optim.checks import plain
+from fasttrain.optim.local import as_whole, is_dtensor, local, part_of, shares, whole_of
 from fasttrain.precision.codecs import NUMBER, POSITIVE, array_shapes, code_dtype
 from fasttrain.precision.storage import DEFAULTS, describe, is_plain
 
@@ -72,6 +73,80 @@ def check_state(name: str, shapes: Mapping[str, tuple[int, ...] | None], optiona
         if shape is not None and isinstance(value, Tensor) and tuple(value.shape) != shape:
             raise ValueError(f"{name}: its state {key!r} has shape {tuple(value.shape)} in the state dict; it must be "
                              f"{shape}: {remedy}")
+
+
+# --- Shards -----------------------------------------------------------------------------------------------------------
+
+def consolidate(state_dict: Any, device: torch.device | str | None = None, only_first: bool = False) -> Any:
+    """A state dict whose sharded tensors (DTensor) are whole, of any dtype: the remainders of split masters too.
+
+    torch's own way (`StateDictOptions(full_state_dict=True)`) gathers what the collectives know, and they know no
+    int16. One tensor after the other is gathered, byte by byte, and every process has to call this. `distribute` is the
+    way back.
+
+    Arguments:
+        state_dict: of an optimizer or a model, as their `state_dict` or `torch.distributed.checkpoint.state_dict` give
+            it: dicts, lists and tuples, to any depth, alike on every process.
+        device: where the tensors go, each as soon as it is whole; None: they stay.
+        only_first: only the process of rank 0 keeps anything; the others get an empty dict.
+
+    Returns:
+        New dicts and lists with new, plain tensors.
+
+    Example:
+        >>> from fasttrain.optim import SGD, consolidate
+        >>> weight = torch.nn.Parameter(torch.ones(2))  # on one process nothing is sharded
+        >>> consolidate(SGD([weight], lr=0.1).state_dict())["state"]
+        {}
+    """
+    drop = only_first and torch.distributed.is_initialized() and torch.distributed.get_rank() > 0
+    whole = _consolidated(state_dict, device, drop)
+    return {} if drop else whole
+
+
+def distribute(state_dict: Any, like: Any) -> Any:
+    """A full state dict with every tensor cut as in another one, that of the sharded run. Nothing is sent.
+
+    Arguments:
+        state_dict: from `consolidate` or from a run that is not sharded; every process has all of it.
+        like: of the model or optimizer that is to load it, from the same function. An optimizer that has not stepped
+            has no state to cut by: `torch.distributed.checkpoint.state_dict.get_optimizer_state_dict` makes one.
+
+    Returns:
+        New dicts and lists with new tensors; those that are sharded in `like` are DTensors.
+
+    Raises:
+        ValueError: a tensor has another shape than that of `like`.
+
+    Example:
+        >>> from fasttrain.optim import distribute
+        >>> distribute({"state": {"w": torch.ones(2)}}, {"state": {"w": torch.zeros(2)}})  # which is not sharded
+        {'state': {'w': tensor([1., 1.])}}
+    """
+    if isinstance(state_dict, Mapping) and isinstance(like, Mapping):
+        return {key: distribute(value, like.get(key)) for key, value in state_dict.items()}
+    if isinstance(state_dict, (list, tuple)) and isinstance(like, (list, tuple)) and len(like) == len(state_dict):
+        return type(state_dict)(distribute(one, other) for one, other in zip(state_dict, like, strict=True))
+    if not isinstance(state_dict, Tensor):
+        return state_dict
+    if not is_dtensor(like):
+        return state_dict.clone()
+    if state_dict.shape != like.shape:
+        raise ValueError(f"the full state dict has a tensor of shape {tuple(state_dict.shape)} where the sharded one "
+                         f"has {tuple(like.shape)}: is it of another model, or kept by other storage options?")
+    return as_whole(part_of(state_dict.detach(), like).clone().to(like.device), like)
+
+
+def _consolidated(entry: Any, device: torch.device | str | None, drop: bool) -> Any:
+    if isinstance(entry, Mapping):  # every process in one order, whatever was made first on each
+        done = {key: _consolidated(entry[key], device, drop) for key in sorted(entry, key=str)}
+        return {key: done[key] for key in entry}
+    if isinstance(entry, (list, tuple)):
+        return type(entry)(_consolidated(one, device, drop) for one in entry)
+    if not isinstance(entry, Tensor):
+        return entry
+    whole = whole_of(entry) if shares(entry) else local(entry.detach()).clone()
+    return None if drop else whole.to(device) if device is not None else whole
 
 
 # --- Conversion -------------------------------------------------------------------------------------------------------

@@ -162,7 +162,8 @@ def state_codec(name: str, state: str, dtype: torch.dtype, count: int, group: Ma
         state: the state's name in the rule.
         dtype: of the parameter.
         count: elements of the parameter.
-        scalars: coefficients of the rule at some step after the first: what a state retains is read from them.
+        scalars: coefficients of the rule at some step after the first: what a state retains is read from them. One that
+            is not a number is not known: the state is taken for one that retains nearly everything.
 
     Raises:
         ValueError: the parameter's dtype cannot have such states, or the rule has no state of a name that is given.
@@ -189,7 +190,8 @@ def state_codec(name: str, state: str, dtype: torch.dtype, count: int, group: Ma
     if rounding is None:
         narrower = codec(number).main.itemsize < usual.itemsize
         retained = scalars.get(rule.retain[state], 0.0) if state in rule.retain else 0.0
-        rounding = "stochastic" if narrower and abs(retained) > 1 - SMALL else "nearest"
+        loses = abs(retained) <= 1 - SMALL  # not if it is not a number: then it depends on what is not known yet
+        rounding = "stochastic" if narrower and not loses else "nearest"
     return number | (STOCHASTIC if rounding == "stochastic" and number != NUMBER["f32"] else 0)
 
 
