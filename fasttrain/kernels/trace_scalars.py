@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from fasttrain import rule as vocabulary
-from fasttrain.kernels.trace import written, trace
+from fasttrain.kernels.trace import trace, written
 from fasttrain.rule import Operand, Rule, RuleError, maximum, minimum, where
 
 COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
@@ -169,16 +169,21 @@ class ScalarGraph:
     def decide(self, condition: Scalar) -> bool:
         """Which way an `if` goes on this run."""
         if condition not in self._decided:
+            if len(self._decided) == WAYS:
+                raise self.too_many()
             taken = self._path[len(self._decided)] if len(self._decided) < len(self._path) else True
             self._decided[condition] = taken
         return self._decided[condition]
+
+    def too_many(self) -> RuleError:
+        return RuleError(f"{self.name}: more than {WAYS} ways lead through the `if`s of its coefficients (or a loop "
+                         "depends on a number that only the device knows): use where(condition, a, b)")
 
     def explore(self, function: Callable[[], Mapping[str, Any]], path: Sequence[bool] = ()) -> dict[str, Scalar]:
         """The results of a function of symbols, of all ways that begin like `path`."""
         self._ways += 1
         if self._ways > WAYS:
-            raise RuleError(f"{self.name}: more than {WAYS} ways lead through the `if`s of its coefficients (or a loop "
-                            "depends on a number that only the device knows): use where(condition, a, b)")
+            raise self.too_many()
         self._path, self._decided = list(path), {}
         results = {name: self.scalar(value) for name, value in function().items()}
         decided = list(self._decided)
