@@ -128,7 +128,7 @@ struct EncodeOf {
   extern "C" __global__ void __launch_bounds__(256, 2)                                                    \
   Name(const fasttrain::i64* table, fasttrain::i64 chunks, const void* none) {                            \
     using namespace fasttrain;                                                                            \
-    EncodeOf<k##From, Lost>::walk(table, chunks, none, nullptr,                                         \
+    EncodeOf<k##From, Lost>::walk(table, chunks, none, nullptr,                                           \
                                   Place{threadIdx.x, blockDim.x, blockIdx.x, gridDim.x});                 \
   }
 #define FT_ENCODE_KERNEL(From) FT_ENCODING_KERNEL(encode_##From, From, kNone)

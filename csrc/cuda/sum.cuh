@@ -233,7 +233,7 @@ struct SumOf {
     using Kernel = SumOf<codes::From, codes::To>;                                                         \
     __shared__ alignas(16) char shared[kThreads / 32 * Kernel::shared_bytes_of_warp];                     \
     const Place place{threadIdx.x, blockDim.x, blockIdx.x, gridDim.x};                                    \
-    Kernel::walk(table, rows, none, nullptr, place, shared + threadIdx.x / 32 * Kernel::shared_bytes_of_warp);     \
+    Kernel::walk(table, rows, none, nullptr, place, shared + threadIdx.x / 32 * Kernel::shared_bytes_of_warp);\
   }
 FASTTRAIN_SUMS(FT_SUM_KERNEL)
 #endif
