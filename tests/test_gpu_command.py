@@ -8,7 +8,8 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -272,6 +273,76 @@ def test_rivals_take_turns_on_their_copies():
     seconds = Bench(CPU, dry=True).interleave(rivals)
     assert {name: len(times) for name, times in seconds.items()} == {"a": 2, "b": 2}
     assert calls == ["a0", "a1", "a0", "b0", "b1", "b0", "a1", "b1", "b0", "a0"]
+
+
+class Event:
+    """Stands for a CUDA event."""
+
+    log: ClassVar[list[str]] = []
+
+    def __init__(self, enable_timing: bool):
+        assert enable_timing
+
+    def record(self) -> None:
+        self.log.append("event")
+
+    def synchronize(self) -> None:
+        self.log.append("wait for the event")
+
+    def elapsed_time(self, end: Event) -> float:
+        return 2.5
+
+
+@pytest.fixture
+def pretended(monkeypatch) -> Bench:
+    """A bench on a GPU that is not there: what it asks of torch is noted, and answered."""
+    Event.log = []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: Event.log.append("wait"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: Event.log.append(f"busy for {cycles}"))
+    properties = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, total_memory=140 << 30, L2_cache_size=60 << 20,
+                                 multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    return Bench(torch.device("cuda", 0), ceiling=4e12)
+
+
+def test_a_gpu_is_busy_until_the_host_has_started_the_kernels(pretended):
+    assert pretended.seconds(lambda: Event.log.append("call"), 1e-3) == 2.5e-3
+    assert Event.log == ["wait", "busy for 2500000", "event", "call", "event", "wait for the event"]
+    Event.log.clear()
+    pretended.seconds(lambda: Event.log.append("call"), 0.0)
+    assert Event.log == ["wait", "event", "call", "event", "wait for the event"]
+
+
+def test_no_cache_holds_the_copies(pretended):
+    assert pretended.copies(8 * 25_557_032) == 3  # ResNet-50: 3 x 204 MB, and the cache 8 x 63 MB
+    assert pretended.copies(8_000_000_000) == 1
+
+
+def test_rows_against_the_ceiling_of_a_gpu(pretended):
+    rivals = {name: Rival(name, [lambda: None]) for name in (OURS, "peer")}
+    row = pretended.row("w", rivals, section="adamw", elements=10**9, each=8, absent={}, note="")
+    assert row["value"] == {OURS: 2.5, "peer": 2.5}
+    assert row["of_copy"] == pytest.approx(8e9 / 2.5e-3 / 4e12)
+    assert (row["spread"], row["rounds"]) == (0.0, 30)
+    assert not {"absent", "note"} & set(row)
+
+
+def test_the_batch_that_fills_a_gpu(pretended, monkeypatch):
+    size, most = end_to_end.SIZE, 0.9 * (140 << 30)
+    monkeypatch.setattr(end_to_end, "peak", lambda bench, how, size, batch: int(2e9 + 5e9 * batch))
+    batch = end_to_end.filling(pretended, size)
+    assert batch % 8 == 0
+    assert 2e9 + 5e9 * batch <= most < 2e9 + 5e9 * (batch + 8)
+    monkeypatch.setattr(end_to_end, "peak", lambda bench, how, size, batch: int(2e9 + 1e8 * batch))
+    assert end_to_end.filling(pretended, size) == 40
+
+
+def test_a_gpu_is_described(pretended, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(machine, "driver", lambda: "580.1")
+    found = machine.gpu()
+    assert (found["gpu"], found["capability"], found["driver"]) == ("NVIDIA H200", "9.0", "580.1")
 
 
 def test_rewritten_gradients_are_filled_again():

@@ -27,6 +27,7 @@ STORAGES: tuple[tuple[str, torch.dtype, dict[str, Any]], ...] = (
     ("AdamW", torch.bfloat16, {"storage": "8-byte", "clip_value": 0.5}),
     ("Lion", torch.bfloat16, {"master": "stochastic", "state_dtype": "int8"}),
     ("SGD", torch.float16, {"momentum": 0.9, "master": "fp32"}),
+    ("LAMB", torch.float32, {}),  # a rule with sums between its stages
 )
 
 
@@ -92,7 +93,7 @@ def cases(device: torch.device) -> dict[str, tuple[Callable[[], list[Tensor]], C
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.gpu.sanitize")
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--device", default="cuda:0")
     device = torch.device(parser.parse_args(arguments).device)
     wrong = []
     for name, (there, here) in cases(device).items():

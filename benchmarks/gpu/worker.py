@@ -94,7 +94,7 @@ def run(names: list[str], bench: Bench, until: float, write: Callable[[dict[str,
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.gpu.worker")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--until", type=float, required=True)
     parser.add_argument("--ceiling", type=float)
     parser.add_argument("--dry", action="store_true")
