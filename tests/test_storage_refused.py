@@ -10,7 +10,7 @@ import torch
 from stored import give_gradients, parameters, run, same, states
 from torch.nn import Parameter
 
-from fasttrain.optim import AdamW, convert
+from fasttrain.optim import LAMB, LARS, SOAP, Adafactor, AdamW, StableAdamW, convert
 
 
 @pytest.mark.parametrize("options, message", [
@@ -46,6 +46,18 @@ def test_what_a_dtype_cannot_take(dtype: torch.dtype, options: dict[str, Any], m
     with pytest.raises((ValueError, TypeError), match=message) as error:
         AdamW([("blocks.0.weight", Parameter(torch.zeros(5000, dtype=dtype)))], **options)
     assert "blocks.0.weight" in str(error.value)
+
+
+@pytest.mark.parametrize("kind", [LAMB, LARS, StableAdamW, Adafactor, SOAP])
+@pytest.mark.parametrize("options", [dict(clip_each=1.0), dict(clip_value=1.0), dict(state_dtype="int8")], ids=str)
+def test_options_of_elements_for_others(kind: Any, options: dict[str, Any]) -> None:
+    params = [Parameter(torch.zeros(80, 64))]
+    with pytest.raises(ValueError, match=f"{next(iter(options))}=.*{kind.__name__} does not step it element by"):
+        kind(params, lr=1.0, **options)
+    optimizer = kind(params, lr=1.0)
+    with pytest.raises(ValueError, match="does not step it element by element"):
+        optimizer.add_param_group({"params": parameters(), **options})
+    assert len(optimizer.param_groups) == 1
 
 
 def test_state_dicts_that_do_not_fit() -> None:

@@ -62,10 +62,10 @@ class Groups(Page):
     def _check_kept(self, index: int) -> None:
         """Refuse parameters that the options of their group cannot keep."""
         group = self.param_groups[index]
+        if not self.takes_storage(group) and not (is_plain(group) and group.get("clip_each") is None):
+            raise ValueError(f"group {index} is given {describe(group)}; {type(self).__name__} does not step it "
+                             "element by element, and keeps it as torch would: leave these options out")
         if not is_plain(group):
-            if not self.takes_storage(group):
-                raise ValueError(f"group {index} is given {describe(group)}; {type(self).__name__} does not step it "
-                                 "element by element, and keeps it as torch would: leave these options out")
             group.setdefault("maximize", False)
             widened = []
             for place, p in enumerate(group["params"]):
