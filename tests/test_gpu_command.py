@@ -49,23 +49,25 @@ def lines() -> list[dict[str, Any]]:
     return found
 
 
+def rows_of(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [line["row"] for line in lines if "row" in line]
+
+
 @needs_native
 def test_every_work_runs_and_says_what_the_tables_need(lines):
     assert [line["error"] for line in lines if "error" in line] == []
-    ended = {line["work"]: line["rows"] for line in lines if "rows" in line}
-    assert set(ended) == set(worker.WORKS)
-    for name, rows in ended.items():
-        assert rows, name
-        for row in rows:
-            assert json.loads(json.dumps(row)) == row
-            assert row["rounds"] >= 1
-            assert all(value > 0 for value in row["value"].values()), row["work"]
-            assert row["unit"] in table.cells(row)[0]
+    assert [line["work"] for line in lines if "seconds" in line] == list(worker.WORKS)
+    assert {line["work"] for line in lines if "row" in line} == set(worker.WORKS)
+    for row in rows_of(lines):
+        assert json.loads(json.dumps(row)) == row
+        assert row["rounds"] >= 1
+        assert all(value > 0 for value in row["value"].values()), row["work"]
+        assert row["unit"] in table.cells(row)[0]
 
 
 @needs_native
 def test_bytes_are_counted_against_the_ceiling(lines):
-    rows = {row["work"]: row for line in lines for row in line.get("rows", [])}
+    rows = {row["work"]: row for row in rows_of(lines)}
     ceiling = rows["copy"]["bytes_per_second"]
     row = rows["AdamW, fp32: 1e9 in 300 tensors"]
     seconds = row["value"][OURS] / 1e3
@@ -79,7 +81,7 @@ def test_bytes_are_counted_against_the_ceiling(lines):
 
 @needs_native
 def test_every_row_of_the_readme_has_its_figures_or_says_why_not(lines):
-    rows = [row for line in lines for row in line.get("rows", [])]
+    rows = rows_of(lines)
     missing = {aim.work for aim in table.AIMS if not table.chosen(aim, rows)}
     tiny = {aim.work for aim in table.AIMS if aim.section == "host"}  # other counts of parameters
     there = "import to first step, compiled ahead of time"
@@ -203,17 +205,18 @@ class Script:
 
 def test_a_work_that_brings_the_process_down_is_named_and_the_rest_goes_on(monkeypatch):
     began = {"began": time.time()}
-    first = [{"work": "ceiling", **began}, {"work": "ceiling", "rows": [ROW], "ceiling": 4e12, "seconds": 1},
+    row = {"row": ROW, "ceiling": 4e12}
+    first = [{"work": "ceiling", **began}, {"work": "ceiling", **row}, {"work": "ceiling", "seconds": 1},
              {"work": "adamw", **began}]
-    second = [{"work": "muon", **began}]
-    third = [{"work": "ema", **began}, {"work": "ema", "rows": [ROW], "ceiling": 4e12, "seconds": 1}]
+    second = [{"work": "muon", **began}, {"work": "muon", **row}]  # what it measured before is kept
+    third = [{"work": "ema", **began}, {"work": "ema", **row}, {"work": "ema", "seconds": 1}]
     script = Script((first, -11), (second, None), (third, 0))
     monkeypatch.setattr(command, "execute", script)
     report = command.Report()
     command.benchmarks(report, 100.0, ["ceiling", "adamw", "muon", "ema"], dry=False)
     assert report.failed == {"adamw": "the process died with status -11: it said this"}
     assert report.cut["muon"].startswith("not finished: ended after")
-    assert len(report.rows) == 2
+    assert len(report.rows) == 3
     assert [asked[-1] for asked in script.asked] == ["ema"] * 3
     assert "--ceiling" not in script.asked[0]
     assert script.asked[1][script.asked[1].index("--ceiling") + 1] == str(4e12)

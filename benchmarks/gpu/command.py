@@ -233,24 +233,27 @@ def lines_of(out: Path) -> list[dict[str, Any]]:
 
 def current(lines: list[dict[str, Any]]) -> tuple[str, float] | None:
     """The work that has begun and not ended, and since when."""
-    if lines and "began" in lines[-1]:
-        return lines[-1]["work"], lines[-1]["began"]
-    return None
+    running = None
+    for line in lines:
+        if "began" in line:
+            running = line["work"], line["began"]
+        elif "row" not in line:
+            running = None
+    return running
 
 
 def take(report: Report, lines: list[dict[str, Any]]) -> list[str]:
     """Add what the worker wrote; the names of the works that ended."""
     ended = []
     for line in lines:
-        if "began" in line:
-            continue
-        ended.append(line["work"])
-        if "rows" in line:
-            report.rows += line["rows"]
+        if "row" in line:
+            report.rows.append(line["row"])
             report.ceiling = line["ceiling"] or report.ceiling
-        elif "error" in line:
+        elif "began" not in line:
+            ended.append(line["work"])
+        if "error" in line:
             report.failed[line["work"]] = line["error"]
-        else:
+        elif "cut" in line:
             report.cut[line["work"]] = line["cut"]
     return ended
 

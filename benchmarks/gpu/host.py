@@ -6,6 +6,7 @@ the host sees of them on any number.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -22,23 +23,25 @@ ELEMENTS = 64
 COUNTS = (150, 10_000)
 
 
-def plain(bench: Bench) -> list[dict[str, Any]]:
+def plain(bench: Bench) -> Iterator[dict[str, Any]]:
     """Microseconds of a step of plain parameters."""
     return rows(bench, None)
 
 
-def sharded(bench: Bench) -> list[dict[str, Any]]:
+def sharded(bench: Bench) -> Iterator[dict[str, Any]]:
     """Microseconds of a step of DTensors."""
     mesh = one_process(bench.device)
     try:
-        return rows(bench, mesh)
+        yield from rows(bench, mesh)
     finally:
         dist.destroy_process_group()
 
 
-def rows(bench: Bench, mesh: Any) -> list[dict[str, Any]]:
+def rows(bench: Bench, mesh: Any) -> Iterator[dict[str, Any]]:
     """Both counts."""
-    return [row(bench, count, fresh, mesh) for count in ((3, 5) if bench.dry else COUNTS) for fresh in (False, True)]
+    for count in (3, 5) if bench.dry else COUNTS:
+        for fresh in (False, True):
+            yield row(bench, count, fresh, mesh)
 
 
 def one_process(device: torch.device) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,9 +25,8 @@ def operations(kept: list[shapes.Shape]) -> float:
     return found
 
 
-def run(bench: Bench) -> list[dict[str, Any]]:
+def run(bench: Bench) -> Iterator[dict[str, Any]]:
     """Both lists of shapes."""
-    rows = []
     for name, wanted in WORK.items():
         kept, note = bench.fitting(wanted, 40)
         rivals, _ = bench.rivals(MAKERS, [bench.parameters(kept, torch.float32)])
@@ -34,6 +34,5 @@ def run(bench: Bench) -> list[dict[str, Any]]:
                         tensors=len(kept))
         rate = operations(kept) / row["value"][OURS] / 1e9
         said = f"{rate:.0f} TFLOP/s, every product counted whole"
-        rows.append(row | {"tflops": rate, "note": "; ".join(filter(None, (said, note)))})
+        yield row | {"tflops": rate, "note": "; ".join(filter(None, (said, note)))}
         del rivals
-    return rows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -134,6 +134,6 @@ MODELS = {"GPT-2 124M": shapes.gpt2(), "Llama-3-8B": shapes.llama3_8b(), "ResNet
           "64 experts": shapes.experts()}
 
 
-def model(of: str) -> Callable[[Bench], list[dict[str, Any]]]:
+def model(of: str) -> Callable[[Bench], Iterable[dict[str, Any]]]:
     """All recipes on the shapes of a model."""
-    return lambda bench: [measured(bench, recipe, of, MODELS[of], "shapes", 3.0) for recipe in RECIPES]
+    return lambda bench: (measured(bench, recipe, of, MODELS[of], "shapes", 3.0) for recipe in RECIPES)

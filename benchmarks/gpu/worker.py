@@ -1,7 +1,8 @@
 """The works, one after the other, in a process of their own: ``python -m benchmarks.gpu.worker --out FILE ...``.
 
-Each writes a line when it begins and one when it ends, so that the command knows which one was running if this process
-dies or has to be ended. An error of a work ends that work; one that leaves the device unusable ends the process.
+Each writes a line when it begins, one for each row of figures, and one when it ends: so the command knows which one was
+running if this process dies or has to be ended, and loses nothing that was measured. An error of a work ends that work;
+one that leaves the device unusable ends the process.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +31,7 @@ class Work(NamedTuple):
         limit: seconds after which it is ended.
     """
 
-    run: Callable[[Bench], list[dict[str, Any]]]
+    run: Callable[[Bench], Iterable[dict[str, Any]]]
     needs: float
     limit: float
 
@@ -67,7 +68,8 @@ def run(names: list[str], bench: Bench, until: float, write: Callable[[dict[str,
 
     Arguments:
         until: the time (`time.time()`) by which all must have ended.
-        write: given a dict when a work begins (`began`), and when it has ended (`rows`, `error` or `cut`).
+        write: given a dict when a work begins (`began`), for each `row`, and when it has ended (`seconds`, `error` or
+            `cut`).
     """
     for name in names:
         left = until - time.time()
@@ -77,15 +79,16 @@ def run(names: list[str], bench: Bench, until: float, write: Callable[[dict[str,
         write({"work": name, "began": time.time()})
         begin = time.monotonic()
         try:
-            rows = WORKS[name].run(bench)
+            for row in WORKS[name].run(bench):
+                write({"work": name, "row": row, "ceiling": bench.ceiling})
         except Exception as error:  # reported with its traceback, and the command fails; the other works go on
             traceback.print_exc()
-            write({"work": name, "error": f"{type(error).__name__}: {error}", "seconds": time.monotonic() - begin})
+            write({"work": name, "error": f"{type(error).__name__}: {error}"})
             del error
             if not usable(bench.device):
                 return False
         else:
-            write({"work": name, "rows": rows, "seconds": time.monotonic() - begin, "ceiling": bench.ceiling})
+            write({"work": name, "seconds": time.monotonic() - begin})
         gc.collect()
         usable(bench.device)
     return True
