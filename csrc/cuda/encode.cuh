@@ -65,7 +65,7 @@ struct EncodeOf {
     });
   }
 
-  HOST_DEVICE static void walk(const i64* table, i64 chunks, const void*, const i64*, Place place) {
+  HOST_DEVICE static void walk(const i64* table, i64 chunks, const void*, Place place) {
     const u32 number = Warp<Held>::number(place), warps = Warp<Held>::count(place);
     for (i64 c = place.block; c < chunks; c += place.blocks) {
       const Row row(table + c * columns);
@@ -128,8 +128,7 @@ struct EncodeOf {
   extern "C" __global__ void __launch_bounds__(256, 2)                                                    \
   Name(const fasttrain::i64* table, fasttrain::i64 chunks, const void* none) {                            \
     using namespace fasttrain;                                                                            \
-    EncodeOf<k##From, Lost>::walk(table, chunks, none, nullptr,                                           \
-                                  Place{threadIdx.x, blockDim.x, blockIdx.x, gridDim.x});                 \
+    EncodeOf<k##From, Lost>::walk(table, chunks, none, Place{threadIdx.x, blockDim.x, blockIdx.x, gridDim.x}); \
   }
 #define FT_ENCODE_KERNEL(From) FT_ENCODING_KERNEL(encode_##From, From, kNone)
 #define FT_ENCODE_LOST_KERNEL(From, Lost) FT_ENCODING_KERNEL(encode_##From##_##Lost, From, k##Lost)

@@ -67,7 +67,7 @@ struct MoveOf {
     }
   }
 
-  HOST_DEVICE static void walk(const i64* table, i64 chunks, const char* base, const i64*, Place place) {
+  HOST_DEVICE static void walk(const i64* table, i64 chunks, const char* base, Place place) {
     int bytes[streams];
     FT_UNROLL
     for (int s = 0; s < streams; ++s) bytes[s] = bytes_of(s);
@@ -130,7 +130,7 @@ struct MoveOf {
   Name(const fasttrain::i64* table, fasttrain::i64 chunks, const char* base) {                            \
     using namespace fasttrain;                                                                            \
     const Place place{threadIdx.x, blockDim.x, blockIdx.x, gridDim.x};                                    \
-    MoveOf<k##From, k##To, Lost>::walk(table, chunks, base, nullptr, place);                              \
+    MoveOf<k##From, k##To, Lost>::walk(table, chunks, base, place);                                       \
   }
 #define FT_MOVE_KERNEL(From, To) FT_MOVING_KERNEL(move_##From##_##To, From, To, kNone)
 #define FT_FEEDBACK_KERNEL(From, To, Lost) FT_MOVING_KERNEL(move_##From##_##To##_##Lost, From, To, k##Lost)

@@ -188,7 +188,7 @@ struct SumOf {
     }
   }
 
-  HOST_DEVICE static void walk(const i64* table, i64 rows, const void*, const i64*, Place place, char* shared) {
+  HOST_DEVICE static void walk(const i64* table, i64 rows, const void*, Place place, char* shared) {
     const Call call(table, rows);
     const i64 warps = i64{Warp<Held>::count(place)} * place.blocks;
     const bool measured = call.sums != nullptr;
@@ -233,7 +233,7 @@ struct SumOf {
     using Kernel = SumOf<codes::From, codes::To>;                                                         \
     __shared__ alignas(16) char shared[kThreads / 32 * Kernel::shared_bytes_of_warp];                     \
     const Place place{threadIdx.x, blockDim.x, blockIdx.x, gridDim.x};                                    \
-    Kernel::walk(table, rows, none, nullptr, place, shared + threadIdx.x / 32 * Kernel::shared_bytes_of_warp);\
+    Kernel::walk(table, rows, none, place, shared + threadIdx.x / 32 * Kernel::shared_bytes_of_warp);     \
   }
 FASTTRAIN_SUMS(FT_SUM_KERNEL)
 #endif
