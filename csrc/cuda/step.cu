@@ -76,12 +76,13 @@ struct Step {
     return bit_cast<T>(bit_cast<Bits<sizeof(T)>>(scale) | (any & zero));
   }
 
-  HOST_DEVICE static void walk(const i64* table, i64 chunks, const T* rows, Place place) {
+  HOST_DEVICE static void walk(const i64* table, i64 chunks, const T* rows, const i64* gradients, Place place) {
     int bytes[streams];
     FT_UNROLL
     for (int s = 0; s < streams; ++s) bytes[s] = bytes_of(s);
     for (i64 c = place.block; c < chunks; c += place.blocks) {
-      const Chunk<streams> chunk(table + c * columns);
+      const i64* here = table + c * columns;
+      const Chunk<streams> chunk(here, gradient_of(gradients, c, here + 1));
       const T* row = rows + chunk.row * (1 + Rule::coefficients);
       const T scale = row[0];
       const K k(row + 1);
@@ -141,10 +142,11 @@ struct Step {
 // In fp64 the second bound, one block, lets it take the registers that it needs: without it some kernels spill.
 #define FT_KERNEL(Rule, T, P, G, S)                                                                       \
   extern "C" __global__ void __launch_bounds__(fasttrain::kThreads, sizeof(T) == 8)                       \
-  step_##Rule##_##P##_##G##_##S(const fasttrain::i64* table, fasttrain::i64 chunks, const T* rows) {      \
+  step_##Rule##_##P##_##G##_##S(const fasttrain::i64* table, fasttrain::i64 chunks, const T* rows,        \
+                             const fasttrain::i64* gradients) {                                           \
     using namespace fasttrain;                                                                            \
     const Place place{threadIdx.x, blockDim.x, blockIdx.x, gridDim.x};                                    \
-    Step<Rule<T>, T, k##P, k##G, k##S>::walk(table, chunks, rows, place);                                 \
+    Step<Rule<T>, T, k##P, k##G, k##S>::walk(table, chunks, rows, gradients, place);                      \
   }
 #define FT_PLAIN_KERNELS(Rule) FASTTRAIN_PLAIN(FT_KERNEL, Rule)
 #define FT_ALL_KERNELS(Rule) FASTTRAIN_PLAIN(FT_KERNEL, Rule) FASTTRAIN_MIXED(FT_KERNEL, Rule)
@@ -155,5 +157,8 @@ FASTTRAIN_OTHER_RULES(FT_PLAIN_KERNELS)
 #include "cuda/kept.cuh"
 #include "cuda/factored.cuh"
 #include "cuda/norm.cuh"
+#include "cuda/pack.cuh"
+#include "cuda/encode.cuh"
+#include "cuda/sum.cuh"
 #include "cuda/stages.cuh"
 #include "cuda/tree.cuh"
