@@ -33,6 +33,7 @@ class Kernel:
         local: instructions that touch local memory (spills, indexed arrays).
         instructions: all of them, counted in the code.
         fused: fused multiply-adds in the code.
+        shared: bytes of shared memory of a block.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Kernel:
     local: int
     instructions: int
     fused: int
+    shared: int
 
 
 def listing(cubin: bytes) -> str:
@@ -64,16 +66,16 @@ def _shown(cubin: bytes, *options: str) -> list[str]:
 def read(cubin: bytes) -> list[Kernel]:
     """Disassemble a cubin."""
     code, usage = _shown(cubin, "-sass", "-res-usage")
-    resources = {name: (int(registers), int(stack)) for name, registers, stack
-                 in re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", usage)}
+    resources = {name: tuple(map(int, numbers)) for name, *numbers
+                 in re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)}
     kernels = []
     for part in code.split("Function : ")[1:]:
         name = part.split()[0]
         kernels.append(Kernel(
-            name, *resources[name], loads=widths("LDG", part), stores=widths("STG", part),
+            name, *resources[name][:2], loads=widths("LDG", part), stores=widths("STG", part),
             local=len(re.findall(r"\b(?:LDL|STL)\b", part)),
             instructions=len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", part, re.MULTILINE)),
-            fused=len(re.findall(r"\b[FD]FMA\b", part))))
+            fused=len(re.findall(r"\b[FD]FMA\b", part)), shared=resources[name][2]))
     return kernels
 
 

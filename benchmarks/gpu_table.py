@@ -17,7 +17,8 @@ from typing import Any
 
 from benchmarks import disassembly
 from fasttrain.kernels import cuda, native
-from fasttrain.optim import RULES
+from fasttrain.kernels.trace import trace
+from fasttrain.optim import RULES, STAGES
 from fasttrain.precision.codecs import CODECS, POSITIVE, STOCHASTIC, code_dtype, codec
 from fasttrain.rule import Rule
 
@@ -26,6 +27,7 @@ TOGETHER = 2  # packs that a thread loads before it computes, as kTogether in cs
 EACH = 8  # elements of a lane in a tile, and two tiles together, as in csrc/cuda/kept.cuh
 NUMBERS = {cuda.codec_name(base | flags): base | flags for base in range(len(CODECS))
            for flags in (0, POSITIVE, STOCHASTIC, POSITIVE | STOCHASTIC)}
+ENDS = re.compile(r"[FD](MUL|ADD|FMA|SETP)|MUFU|STS|LDS|STG|BRA|BSYNC|BSSY|BAR|EXIT")  # a run of loads
 ARITHMETIC = re.compile(r"[FD](MUL|ADD|FMA|SETP)|MUFU")
 
 TEXT = """\
@@ -54,6 +56,15 @@ gradient and places in shards that are cut by columns are not.
 | rule | p, g, states | bytes | accesses | {heads} |
 |---|---|---|---|{lines}|
 {kept_rows}
+
+Reductions: `squares` is pass A, `stage` a rule with sums or what follows one, `factored` Adafactor; `tree` adds what
+they leave. Sums are made in float64 by warps. And buckets: `move` casts and scales (from, to, residual), `encode` makes
+8-bit codes (from, residual), `sum` adds the chunks of all ranks (from, to). *In flight* are the 16-byte loads that
+follow one another; *shared* the bytes of shared memory of a block.
+
+| kernel | in flight | shared | {registers} |
+|---|---|---|{lines}|
+{sums_rows}
 """
 
 
@@ -202,6 +213,51 @@ class CompiledKept(Compiled):
         return sum(n * loads for n, loads, _ in counts), sum(n * stores for n, _, stores in counts)
 
 
+@dataclass(frozen=True)
+class CompiledSums(Compiled):
+    """One kernel of a reduction."""
+
+    @cached_property
+    def parts(self) -> tuple[str, tuple[str, str, str]]:
+        """Of a stage."""
+        _, rule, p, g, s = self.usage.name.split("_")
+        return rule, (p, g, s)
+
+    @cached_property
+    def rule(self) -> Rule:
+        return next(rule for rule in STAGES if rule.name == self.parts[0])
+
+    @property
+    def expected_loads(self) -> int:
+        """Of what the rule reads: ptxas drops the rest."""
+        graph = trace(self.rule)
+        read = {id(argument) for node in graph.live for argument in node.arguments}
+        return sum(size * self.elements // 16 for size, operand in zip(self.operands, graph.inputs, strict=True)
+                   if id(operand) in read)
+
+    @property
+    def expected_stores(self) -> int:
+        sizes = [self.operands[0], *self.operands[2:]]
+        changed = trace(self.rule).changed
+        return sum(size * self.elements // 16 for size, moved in zip(sizes, changed, strict=True) if moved)
+
+    @cached_property
+    def in_flight(self) -> int:
+        """The largest number of 16-byte loads that follow one another."""
+        most = now = 0
+        for instruction in self.code:
+            if ENDS.match(instruction.op):
+                now = 0
+            now += instruction.op.startswith("LDG.E.128")
+            most = max(most, now)
+        return most
+
+
+def reduces(name: str) -> bool:
+    """Whether a kernel is one of a reduction or of buckets."""
+    return not name.startswith(("step_", "kept_"))
+
+
 def extract(fatbin: Path, what: str) -> Iterator[tuple[str, bytes]]:
     """(architecture, content) of every "elf" or "ptx" in a fatbin."""
     tool = disassembly.cuobjdump()
@@ -232,7 +288,8 @@ def compiled(fatbin: Path) -> list[Compiled]:
     for arch, cubin in extract(fatbin, "elf"):
         code = listing(cubin)
         for kernel in disassembly.read(cubin):
-            kind = CompiledKept if kernel.name.startswith("kept_") else Compiled
+            kept = CompiledKept if kernel.name.startswith("kept_") else Compiled
+            kind = CompiledSums if reduces(kernel.name) else kept
             found.append(kind(arch, kernel, code[kernel.name]))
     return found
 
@@ -241,9 +298,14 @@ def table(found: list[Compiled]) -> str:
     """The document."""
     kernels = {(kernel.usage.name, kernel.arch): kernel for kernel in found}
     archs = sorted({arch for _, arch in kernels}, key=lambda arch: int(arch.removeprefix("sm_")))
-    rows, kept_rows = [], []
+    rows, kept_rows, sums_rows = [], [], []
     for name in native.module().cuda_kernels():
         across = [kernels[name, arch] for arch in archs]
+        if isinstance(across[0], CompiledSums):
+            cells = [name, str(across[0].in_flight), str(across[0].usage.shared),
+                     *(str(kernel.usage.registers) for kernel in across)]
+            sums_rows.append("| " + " | ".join(cells) + " |")
+            continue
         if isinstance(across[0], CompiledKept):
             kept_rows.append(kept_row(across))
             continue
@@ -257,7 +319,8 @@ def table(found: list[Compiled]) -> str:
         rows.append("| " + " | ".join(cells) + " |")
     heads = " | ".join(f"{arch}: registers, instructions" for arch in archs)
     return TEXT.format(nvcc=native.build_info()["nvcc"], heads=heads, lines="---|" * (len(archs) - 1) + "---",
-                       rows="\n".join(rows), kept_rows="\n".join(kept_rows))
+                       rows="\n".join(rows), kept_rows="\n".join(kept_rows),
+                       sums_rows="\n".join(sums_rows), registers=" | ".join(f"{arch}: registers" for arch in archs))
 
 
 def kept_row(across: list[Any]) -> str:

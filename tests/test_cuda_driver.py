@@ -70,6 +70,9 @@ class Host:
         Host.uploads.append(len(data))
         return torch.from_numpy(data.copy())
 
+    def empty(self, size):
+        return torch.full((size,), 0xA5, dtype=torch.uint8)  # as memory that was used before
+
 
 @pytest.fixture
 def fake(library, tmp_path, monkeypatch):

@@ -9,13 +9,15 @@ import re
 from pathlib import Path
 
 import pytest
+from test_cuda_pack import NAMES as BUCKETS
+from test_cuda_sums import REDUCTIONS
 from test_cuda_walk import PAIRS
 from test_storage_cuda import COMBINATIONS as KEPT
 from test_storage_cuda import name_of
 
 SOURCES = Path(__file__).parents[1] / "csrc"
-HEADERS = ("common.h", "codecs.h", "rules.h", "draws.h", "operand.h", "cuda/walk.cuh", "cuda/eight.cuh",
-           "cuda/kept.cuh")
+HEADERS = ("common.h", "codecs.h", "rules.h", "stage_rules.h", "draws.h", "operand.h",
+           *(f"cuda/{path.name}" for path in sorted((SOURCES / "cuda").glob("*.cuh"))))
 OPTIONS = ("--std=c++17", "--fmad=false", "--prec-div=true", "--prec-sqrt=true", "--ftz=false")
 
 
@@ -64,6 +66,9 @@ def test_every_kernel_compiles(arch):
     ptx = compile_ptx(arch)
     kernels = set(re.findall(r"\.entry (\w+)\(", ptx))
     plain = {f"step_{rule.name}_{'_'.join(kinds)}" for rule, kinds in PAIRS}
-    assert kernels == plain | {name_of(combination) for combination in KEPT}
-    assert not re.search(r"\b(fma|mad)\.\w+\.f(32|64)", ptx), "contracted"
+    assert kernels == plain | {name_of(combination) for combination in KEPT} | REDUCTIONS | set(BUCKETS)
+    fused = {entry.split("(")[0] for entry in ptx.split(".entry ")[1:]
+             if re.search(r"\b(fma|mad)\.\w+\.f(32|64)", entry)}
+    sums = {name for name in kernels if name.startswith(("squares_", "sum_")) and not name.endswith("_F64")}
+    assert fused == sums, "contracted"  # where the product is exact
     assert {"div.rn.f32", "sqrt.rn.f32"} <= set(re.findall(r"\b(?:div|sqrt)\.[\w.]+", ptx))

@@ -17,12 +17,25 @@ DOCUMENT = Path(__file__).parents[1] / "docs/gpu-kernels.md"
 NO_CODE = None if cuda.IMAGE.is_file() else f"no device code in this build: {native.build_info()['cuda_reason']}"
 NO_TOOL = None if disassembly.cuobjdump() else "no cuobjdump: neither the CUDA toolkit nor triton is installed"
 ESTIMATE = "sqrt.approx.ftz.f32"  # of a code; an exact product corrects it (square_code in csrc/cuda/eight.cuh)
+# Squares of at most 24 bits are exact in float64, contracted or not.
+EXACT = {name for name in (native.module().cuda_kernels() if native.load()[0] is not None else [])
+         if name.startswith(("squares_", "sum_")) and not name.endswith("_F64")}
 pytestmark = [needs_native, pytest.mark.skipif(bool(NO_CODE or NO_TOOL), reason=str(NO_CODE or NO_TOOL))]
 
 
 @pytest.fixture(scope="module")
-def kernels():
+def everything():
     return gpu_table.compiled(cuda.IMAGE)
+
+
+@pytest.fixture(scope="module")
+def kernels(everything):
+    return [kernel for kernel in everything if not gpu_table.reduces(kernel.usage.name)]
+
+
+@pytest.fixture(scope="module")
+def reductions(everything):
+    return [kernel for kernel in everything if gpu_table.reduces(kernel.usage.name)]
 
 
 @pytest.fixture(scope="module")
@@ -34,23 +47,23 @@ def failures(kernels, holds):
     return [f"{kernel.usage.name} {kernel.arch}" for kernel in kernels if not holds(kernel)]
 
 
-def test_every_kernel_is_there(kernels):
+def test_every_kernel_is_there(everything):
     """Each kernel that the backend may ask for, for each architecture that the build claims."""
     archs = [target for target in native.build_info()["cuda"] if target.startswith("sm_")]
     assert archs
     expected = {(name, arch) for name in native.module().cuda_kernels() for arch in archs}
-    assert {(kernel.usage.name, kernel.arch) for kernel in kernels} == expected
+    assert {(kernel.usage.name, kernel.arch) for kernel in everything} == expected
 
 
-def test_no_spills_and_no_local_memory(kernels):
-    assert not failures(kernels, lambda kernel: kernel.usage.local == 0 and kernel.usage.stack == 0)
+def test_no_spills_and_no_local_memory(everything):
+    assert not failures(everything, lambda kernel: kernel.usage.local == 0 and kernel.usage.stack == 0)
 
 
-def test_registers_let_two_blocks_run(kernels):
+def test_registers_let_two_blocks_run(everything):
     """At most 128, so that a multiprocessor holds two blocks of 256 threads at least. One block has to do for Adan in
     float64: its six streams alone fill 48 registers.
     """
-    others = [kernel for kernel in kernels if not kernel.usage.name.startswith("step_Adan_F64")]
+    others = [kernel for kernel in everything if not kernel.usage.name.startswith("step_Adan_F64")]
     assert not failures(others, lambda kernel: kernel.usage.registers <= 128)
 
 
@@ -92,6 +105,55 @@ def test_loads_are_in_flight_together(kernels):
     assert all(kernel.expected_loads >= 2 * len(kernel.operands) for kernel in kernels if not kernel.kept)
 
 
+def test_accesses_of_stages(reductions):
+    """A round of the aligned path loads and stores 16 bytes at a time, what the rule changes only; every load of it is
+    issued before the first arithmetic.
+    """
+    found = [kernel for kernel in reductions if kernel.usage.name.startswith("stage_")]
+    assert found
+    assert not failures(found, lambda kernel: kernel.usage.loads[16] == kernel.in_flight == kernel.expected_loads)
+    assert not failures(found, lambda kernel: kernel.usage.stores.get(16, 0) == kernel.expected_stores)
+
+
+def test_accesses_of_pass_a(reductions):
+    """Four loads of 16 bytes follow one another, in the first round and in those after."""
+    found = [kernel for kernel in reductions if kernel.usage.name.startswith("squares_")]
+    assert not failures(found, lambda kernel: kernel.in_flight == 4 and kernel.usage.stores == {16: 1})
+    assert not failures(found, lambda kernel: 4 * kernel.usage.registers * 256 <= 65536)  # four blocks run at a time
+    assert all(size in (8, 16, narrow) for kernel in found for size in kernel.usage.loads
+               for narrow in [gpu_table.BYTES[kernel.usage.name.removeprefix("squares_")]])
+
+
+def test_accesses_of_buckets(reductions):
+    """Every load of a round is issued before the first arithmetic; codes are 8 bytes to a lane where they are made."""
+    def moved(kernel):
+        sizes = [gpu_table.BYTES[kind] for kind in kernel.usage.name.split("_")[1:]]
+        width = 16 // min(sizes)
+        loads = sum(size * width // 16 for size in (sizes[0], *sizes[2:]))
+        together = 4 if loads == 1 else 2
+        stores = sum(size * width // 16 for size in sizes[1:])
+        return (loads * together == kernel.in_flight == kernel.usage.loads[16]
+                and kernel.usage.stores[16] == stores * together)
+
+    def encoded(kernel):
+        source, *lost = (gpu_table.BYTES[kind] for kind in kernel.usage.name.split("_")[1:])
+        together = 2 if source == 4 or lost else 4
+        loads, stores = together * 8 * (source + sum(lost)) // 16, together * 8 * sum(lost) // 16
+        return (loads == kernel.in_flight == kernel.usage.loads[16] and kernel.usage.stores.get(16, 0) == stores
+                and kernel.usage.stores[8] == together)
+
+    def added(kernel):
+        chunk, result = ({"INT8": 1, **gpu_table.BYTES}[kind] for kind in kernel.usage.name.split("_")[1:])
+        loads = 4 if chunk == 1 else 2 * 2 * chunk // min(chunk, result)  # of 4 ranks; of two ranks two packs each
+        stores = (1 if chunk == 1 else 2) * result // min(chunk, result) + 1  # and one for the sums
+        return loads == kernel.in_flight and kernel.usage.stores[16] == stores
+
+    for prefix, holds in (("move_", moved), ("encode_", encoded), ("sum_", added)):
+        found = [kernel for kernel in reductions if kernel.usage.name.startswith(prefix)]
+        assert found
+        assert not failures(found, holds)
+
+
 def test_the_largest_of_a_block_is_found_in_one_instruction(kernels):
     def holds(kernel):
         blocks = sum(codec(number).block > 0 for number in kernel.codecs)
@@ -119,10 +181,13 @@ def test_ptx_rounds_every_operation(ptx):
     assert ptx
     for arch, content in ptx.items():
         text = content.decode(errors="replace")
+        fused = [entry for entry in text.split(".entry ")[1:] if "fma." in entry]
+        assert {entry.split("(")[0] for entry in fused} == EXACT, arch
+        assert {found for entry in fused for found in re.findall(r"fma[.\w]+", entry)} == {"fma.rn.f64"}, arch  # exact
         arithmetic = r"\b((?:add|sub|mul|div|sqrt|fma|mad|rcp|rsqrt|ex2)(?:\.\w+)*\.f(?:16|32|64))\b"
         operations = set(re.findall(arithmetic, text)) - {ESTIMATE}
         kinds = {f"{op}.rn.f{width}" for op in ("add", "sub", "mul", "div", "sqrt") for width in (32, 64)}
-        kinds.add("rcp.rn.f32")  # 1 / x
+        kinds |= {"rcp.rn.f32", "fma.rn.f64"}  # 1 / x, and the above
         assert operations == kinds, arch
         assert ".ftz" not in text.replace(ESTIMATE, ""), arch
         assert not re.findall(r"\b(?:ld|st)\.local|\.local\b", text), arch
@@ -134,11 +199,11 @@ def test_ptx_calls_nothing(ptx):
         assert not re.search(r"^\s*call\b", content.decode(errors="replace"), re.MULTILINE), arch
 
 
-def test_document(kernels):
+def test_document(everything):
     """docs/gpu-kernels.md, where it was written with the same compiler."""
     written = DOCUMENT.read_text()
     version = re.search(r"Compiler: nvcc (\S+)\.$", written, re.MULTILINE)
     assert version
     if version.group(1) != native.build_info()["nvcc"]:
         pytest.skip(f"the table is of nvcc {version.group(1)}, this build of {native.build_info()['nvcc']}")
-    assert gpu_table.table(kernels) == written, "write it again: python -m benchmarks.gpu_table docs/gpu-kernels.md"
+    assert gpu_table.table(everything) == written, "write it again: python -m benchmarks.gpu_table docs/gpu-kernels.md"

@@ -39,8 +39,9 @@ std::pair<i64, i64> host_walk(const std::string& name, const py::array& table, c
   require(py::isinstance<py::array_t<i64>>(table) && table.ndim() == 2 && table.shape(1) == kernel.columns &&
               (table.flags() & py::array::c_style) != 0,
           "the table of " + name + " is a contiguous int64 array of " + std::to_string(kernel.columns) + " columns");
-  require((kernel.wide ? py::isinstance<py::array_t<double>>(rows) : py::isinstance<py::array_t<float>>(rows)) &&
-              rows.ndim() == 2 && rows.shape(1) == kernel.coefficients && (rows.flags() & py::array::c_style) != 0,
+  require(kernel.coefficients == 0 ||
+              ((kernel.wide ? py::isinstance<py::array_t<double>>(rows) : py::isinstance<py::array_t<float>>(rows)) &&
+               rows.ndim() == 2 && rows.shape(1) == kernel.coefficients && (rows.flags() & py::array::c_style) != 0),
           "the coefficients of " + name + " are a contiguous array of " + (kernel.wide ? "float64" : "float32") +
               " with " + std::to_string(kernel.coefficients) + " columns");
   accesses = Accesses();

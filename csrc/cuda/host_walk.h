@@ -8,7 +8,7 @@ struct HostKernel {
   const char* name;  // as in step.fatbin
   bool wide;         // coefficients are doubles, else floats
   int columns;       // of the chunk table
-  int coefficients;  // in a row, the gradient's scale included
+  int coefficients;  // in a row, the gradient's scale included; 0: the third argument is memory that is written
   void (*walk)(const i64* table, i64 chunks, const void* rows, u32 thread, u32 threads, u32 block, u32 blocks);
 };
 

@@ -1,42 +1,16 @@
 // The CUDA step of tensors that are not plain: a warp owns tiles of 256 elements, which are whole blocks of codes that
 // share a unit, and finds a block's largest magnitude in one instruction. Elements are held as eight.cuh says.
 //
-// Lanes exchange nothing else, and no thread waits for another, so g++ compiles the same text: on the host one thread is
-// a whole warp (`Warp`), and what walks it counts warps where a GPU counts threads.
+// Lanes exchange nothing else, and no thread waits for another, so g++ compiles the same text (warp.cuh).
 #pragma once
 #include "cuda/eight.cuh"
+#include "cuda/warp.cuh"
 #include "rules.h"
 
 namespace fasttrain {
 inline namespace FT_ISA {
 
 constexpr int kTilesTogether = 2;  // that a warp loads before it computes on the first
-
-#if defined(__CUDA_ARCH__)
-template <class T>
-struct Warp {
-  T own;
-  template <class F> __device__ __forceinline__ void each(F f) { f(own, threadIdx.x % 32); }
-  template <class F> __device__ __forceinline__ u32 largest(F f) { return __reduce_max_sync(~0u, f(own)); }
-  __device__ static u32 number(const Place& place) { return place.thread / 32; }
-  __device__ static u32 count(const Place& place) { return place.threads / 32; }
-};
-#else
-template <class T>
-struct Warp {
-  T lanes[32];
-  template <class F> HOST_DEVICE void each(F f) {
-    for (u32 lane = 0; lane < 32; ++lane) f(lanes[lane], lane);
-  }
-  template <class F> HOST_DEVICE u32 largest(F f) {
-    u32 most = 0;
-    for (T& lane : lanes) most = f(lane) > most ? f(lane) : most;
-    return most;
-  }
-  HOST_DEVICE static u32 number(const Place& place) { return place.thread; }
-  HOST_DEVICE static u32 count(const Place& place) { return place.threads; }
-};
-#endif
 
 // The codecs of p, g and the states, and where their arrays are in the table (fasttrain/kernels/kept_table.py).
 template <u8... C>
@@ -235,8 +209,8 @@ struct KeptStep {
 
 // The codecs by their names in the kernels' names.
 namespace codes {
-constexpr u8 F32 = kF32, BF16 = kBF16, BF16S = kBF16 | kStochastic, SPLIT16 = kSplit16, SPLIT8 = kSplit8,
-             MASTERBF16 = kMasterBF16, INT8 = kInt8, INT8P = kInt8 | kPositive;
+constexpr u8 F32 = kF32, F64 = kF64, BF16 = kBF16, F16 = kF16, BF16S = kBF16 | kStochastic, SPLIT16 = kSplit16,
+             SPLIT8 = kSplit8, MASTERBF16 = kMasterBF16, INT8 = kInt8, INT8P = kInt8 | kPositive;
 }
 
 }  // namespace FT_ISA

@@ -1,8 +1,7 @@
 // The CUDA step: one kernel for each rule and combination of storages. Read alike by nvcc and NVRTC, and by g++ for
 // host_walk.cpp, so that only our own headers are included. Must be compiled with -fmad=false, IEEE division and root,
 // and denormals kept: the bits are those of cpu/step.cpp.
-#include "codecs.h"
-#include "cuda/walk.cuh"
+#include "cuda/elements.cuh"
 #include "rules.h"
 
 namespace fasttrain {
@@ -10,32 +9,6 @@ inline namespace FT_ISA {
 
 constexpr int kThreads = 256;  // of one block
 constexpr int kTogether = 2;   // packs that a thread loads before it computes on the first
-
-template <class T, u8 S>
-HOST_DEVICE T decode(Bits<storage_bytes(S)> bits) {
-  if constexpr (S == kF64) return static_cast<T>(bit_cast<double>(bits));
-  else if constexpr (S == kF32) return static_cast<T>(bit_cast<float>(bits));
-  else if constexpr (S == kBF16) return static_cast<T>(bf16_to_f32(bits));
-  else return static_cast<T>(f16_to_f32(bits));
-}
-
-template <class T, u8 S>
-HOST_DEVICE Bits<storage_bytes(S)> encode(T x) {
-  if constexpr (S == kF64) return bit_cast<u64>(static_cast<double>(x));
-  else if constexpr (S == kF32) return bit_cast<u32>(static_cast<float>(x));
-  else if constexpr (S == kBF16) return f32_to_bf16(static_cast<float>(x));
-  else return f32_to_f16(static_cast<float>(x));
-}
-
-template <u8 S, class T, int N>
-HOST_DEVICE void encode_all(const T (&x)[N], Pack<storage_bytes(S), N>& pack) {
-  FT_UNROLL
-  for (int e = 0; e < N; e += 2) {
-    if constexpr (S == kBF16) pack.set_pair(e, f32_to_bf16_pair(x[e], x[e + 1]));
-    else if constexpr (S == kF16) pack.set_pair(e, f32_to_f16_pair(x[e], x[e + 1]));
-    else pack.set(e, encode<T, S>(x[e])), pack.set(e + 1, encode<T, S>(x[e + 1]));
-  }
-}
 
 // A rule whose parameter is kept as P, gradient as G, and states as S, computed in T.
 template <class Rule, class T, u8 P, u8 G, u8 S>
@@ -180,3 +153,10 @@ FASTTRAIN_OTHER_RULES(FT_PLAIN_KERNELS)
 #endif
 
 #include "cuda/kept.cuh"
+#include "cuda/factored.cuh"
+#include "cuda/norm.cuh"
+#include "cuda/pack.cuh"
+#include "cuda/encode.cuh"
+#include "cuda/sum.cuh"
+#include "cuda/stages.cuh"
+#include "cuda/tree.cuh"

@@ -6,6 +6,7 @@ memory to the device for all of them: coefficient rows, and those chunk tables t
 What is compiled: every built-in rule with the plain storages of `FASTTRAIN_COMBINATIONS` (csrc/cuda/step.cu), and the
 usual storages of AdamW, Lion and SGD with momentum in `FASTTRAIN_KEPT` (csrc/cuda/kept.cuh), with or without clipping
 by value and zeroing of gradients. The rest, and every item with an EMA, runs in Triton, to the same bits.
+Reductions are in `cuda_sums`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -136,6 +137,10 @@ class Place:
         """
         return torch.from_numpy(data).pin_memory().to(self.device, non_blocking=True)
 
+    def empty(self, size: int) -> Tensor:
+        """Memory of so many bytes."""
+        return torch.empty(size, dtype=torch.uint8, device=self.device)
+
 
 place_of: Any = Place
 
@@ -174,25 +179,29 @@ class OnDevice:
     chunks: int
 
 
-class Tables:
-    """The chunk tables that are on devices, the last used at the end.
+Entry = TypeVar("Entry")
+
+
+class Tables(Generic[Entry]):
+    """What is kept on devices for the next step, the last used at the end.
 
     Torch frees memory for later work of the stream that it was made on, so a table is used on its own stream only.
     """
 
-    def __init__(self) -> None:
-        self.known: OrderedDict[tuple[Any, ...], OnDevice] = OrderedDict()
+    def __init__(self, most: int = TABLES) -> None:
+        self.most = most
+        self.known: OrderedDict[tuple[Any, ...], Entry] = OrderedDict()
         self.lock = threading.Lock()
 
-    def get(self, key: tuple[Any, ...]) -> OnDevice | None:
+    def get(self, key: tuple[Any, ...]) -> Entry | None:
         with self.lock:
             return self.known.get(key)
 
-    def keep(self, key: tuple[Any, ...], entry: OnDevice) -> None:
+    def keep(self, key: tuple[Any, ...], entry: Entry) -> None:
         with self.lock:
             self.known[key] = entry
             self.known.move_to_end(key)
-            while len(self.known) > TABLES:
+            while len(self.known) > self.most:
                 self.known.popitem(last=False)
 
 
@@ -215,16 +224,21 @@ class Parcel:
         return np.concatenate(self.parts)
 
 
-tables = Tables()
+tables: Tables[OnDevice] = Tables()
 
 
-def launch(device: torch.device, groups: Sequence[tuple[Any, list[Item]]]) -> None:
-    """Start one kernel for each (name, items), all on one device and on torch's current stream there."""
+def opened(device: torch.device) -> tuple[Any, Any, int]:
+    """Torch's side of a device, the code that is loaded there, and the number of its multiprocessors."""
     place = place_of(device)
     loaded, reason = code(place.ordinal())
     if loaded is None:
         raise RuntimeError(f"the CUDA backend cannot step tensors on {device}: {reason}")
-    processors = driver()[0].multiprocessors(place.ordinal())
+    return place, loaded, driver()[0].multiprocessors(place.ordinal())
+
+
+def launch(device: torch.device, groups: Sequence[tuple[Any, list[Item]]]) -> None:
+    """Start one kernel for each (name, items), all on one device and on torch's current stream there."""
+    place, loaded, processors = opened(device)
     with place.guard():
         stream = place.stream()
         parcel, plans = Parcel(), []

@@ -35,6 +35,11 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(BACKENDS[name][0])
 
 
+def part(name: str) -> Any:
+    """A module of backends' own parts, which import what chooses among them."""
+    return importlib.import_module(f"fasttrain.kernels.{name}")
+
+
 def forced() -> str | None:
     """The backend that the environment asks for."""
     return os.environ.get("FASTTRAIN_BACKEND") or None
@@ -81,7 +86,8 @@ def choose_from(table: Mapping[str, Callable[..., Any]], backend: str, device: t
     For tensors on a GPU Triton, where it can run, stands in for a backend without one; else the reference does.
     """
     if backend not in table:
-        backend = "triton" if device.type != "cpu" and load("triton").why_not(device) is None else "reference"
+        in_triton = "triton" in table and device.type != "cpu" and load("triton").why_not(device) is None
+        backend = "triton" if in_triton else "reference"
     return table[backend]
 
 

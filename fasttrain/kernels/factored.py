@@ -35,10 +35,11 @@ def step(works: Sequence[Work], backend: str) -> None:
 
 def launches(works: Sequence[Work], backend: str) -> int:
     """How many kernels that is, or walks of all."""
-    if works and dispatch.choose_from(STEPS, backend, works[0][0].tensors[0].device) is _triton:
-        from fasttrain.kernels import triton_factored
-
-        return triton_factored.launches(works)
+    if not works:
+        return 0
+    chosen = dispatch.choose_from(STEPS, backend, works[0][0].tensors[0].device)
+    if chosen in (_cuda, _triton):
+        return dispatch.part("cuda_factored" if chosen is _cuda else "triton_factored").launches(works)
     return 1
 
 
@@ -101,10 +102,14 @@ def _rms(x: Tensor) -> Tensor:
 
 
 def _triton(works: Sequence[Work]) -> None:
-    from fasttrain.kernels import triton_factored
+    dispatch.part("triton_factored").step(works)
 
-    triton_factored.step(works)
+
+
+def _cuda(works: Sequence[Work]) -> None:
+    dispatch.part("cuda_factored").step(works)
 
 
 # By backend; `dispatch.choose_from` says what stands in for one that is not here.
-STEPS: dict[str, Callable[..., None]] = {"cpu": step_native, "triton": _triton, "reference": step_reference}
+STEPS: dict[str, Callable[..., None]] = {"cuda": _cuda, "triton": _triton, "cpu": step_native,
+                                         "reference": step_reference}

@@ -72,6 +72,14 @@ def _native(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(sums), torch.tensor(nonfinite)
 
 
+def _cuda(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    return dispatch.part("cuda_sums").squares(tensors)
+
+
+def _cuda_total(sums: Tensor) -> Tensor:
+    return dispatch.part("cuda_sums").total(sums)
+
+
 def _triton(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     from fasttrain.kernels import triton_sums
 
@@ -130,5 +138,5 @@ def tree(numbers: Tensor) -> Tensor:
 
 
 # By backend; `dispatch.choose_from` says what stands in for one that is not here.
-SQUARES: dict[str, Callable[..., Any]] = {"cpu": _native, "triton": _triton, "reference": reference}
-TOTALS: dict[str, Callable[..., Any]] = {"cpu": tree, "triton": _triton_total, "reference": tree}
+SQUARES: dict[str, Callable[..., Any]] = {"cuda": _cuda, "triton": _triton, "cpu": _native, "reference": reference}
+TOTALS: dict[str, Callable[..., Any]] = {"cuda": _cuda_total, "triton": _triton_total, "cpu": tree, "reference": tree}

@@ -50,8 +50,8 @@ def measure(items: Sequence[Item], backend: str) -> torch.Tensor:
 
 
 def launches(items: Iterable[Item], sums: bool, backend: str, device: torch.device) -> int:
-    """How many kernels that is, or walks of all: with Triton one for each (rule, storages), and one for all sums."""
-    if dispatch.choose_from(STAGES, backend, device) is not _triton:
+    """How many kernels that is, or walks of all: on a GPU one for each (rule, storages), and one for all sums."""
+    if dispatch.choose_from(STAGES, backend, device) not in (_cuda, _triton):
         return 1
     return len(grouped([item for item in items if item.tensors[0].numel()])) + sums
 
@@ -65,10 +65,12 @@ def _native(items: Sequence[Item]) -> torch.Tensor:
     return torch.from_numpy(sums[:, : len(items[0].rule.sums or ())])
 
 
-def _triton(items: Sequence[Item]) -> torch.Tensor:
-    from fasttrain.kernels import triton_sums
+def _cuda(items: Sequence[Item]) -> torch.Tensor:
+    return dispatch.part("cuda_sums").measure(items)
 
-    return triton_sums.measure(items)
+
+def _triton(items: Sequence[Item]) -> torch.Tensor:
+    return dispatch.part("triton_sums").measure(items)
 
 
 def _reference(items: Sequence[Item]) -> torch.Tensor:
@@ -96,4 +98,4 @@ def _like(term: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
 
 
 # By backend; `dispatch.choose_from` says what stands in for one that is not here.
-STAGES: dict[str, Callable[..., Any]] = {"cpu": _native, "triton": _triton, "reference": _reference}
+STAGES: dict[str, Callable[..., Any]] = {"cuda": _cuda, "triton": _triton, "cpu": _native, "reference": _reference}

@@ -7,9 +7,7 @@ a table of 64-bit words: the compiler specialises on nothing else than dtypes, a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import cache
-from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +16,8 @@ from torch import Tensor
 
 from fasttrain.kernels import triton_bits, triton_blocks, triton_codecs, triton_kept
 from fasttrain.kernels.item import STORAGES
+from fasttrain.kernels.pack import scale_bits
+from fasttrain.kernels.triton import compile_for, guard, upload, wrapped
 from fasttrain.precision.codecs import NUMBER
 
 if TYPE_CHECKING:  # bound when the functions are wrapped
@@ -142,18 +142,8 @@ FUNCTIONS = (bytes_of, scale_of, stored, is_finite, chunk_of, move_elements, mov
 @cache
 def kernels(interpreted: bool) -> dict[str, Any]:
     """The functions by name, for the compiler or for the interpreter."""
-    import triton
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpretedFunction
-
-    jit = InterpretedFunction if interpreted else triton.jit
-    space: dict[str, Any] = {"tl": tl, "__name__": "fasttrain.generated.pack"}
-    for function in (*triton_codecs.FUNCTIONS, *triton_bits.FUNCTIONS, *triton_kept.FUNCTIONS, *triton_blocks.FUNCTIONS,
-                     *FUNCTIONS):
-        copy = FunctionType(function.__code__, space, function.__name__)
-        copy.__annotations__ = function.__annotations__
-        space[function.__name__] = jit(copy)
-    return space
+    return wrapped([*triton_codecs.FUNCTIONS, *triton_bits.FUNCTIONS, *triton_kept.FUNCTIONS, *triton_blocks.FUNCTIONS,
+                    *FUNCTIONS], interpreted)
 
 
 def move(moves: Sequence[tuple[Tensor, Tensor, Tensor | None]], scale: float) -> None:
@@ -187,10 +177,10 @@ def _launch_moves(kind: tuple[int, int, int], group: Sequence[tuple[Tensor, Tens
         at = np.array([0 if array is None else array.data_ptr() for array in arrays], np.int64)
         table[:, column] = at[of] + begin // (256 if column == 2 else 1) * bytes_each
     table[:, 4] = np.minimum(elements[of] - begin, block)
-    table[:, 5] = _bits(scale, wide)
+    table[:, 5] = scale_bits(scale, wide)
     table[:, 6] = (table[:, [0, 1, 3]] % 16 == 0).all(axis=1)
     if len(table):
-        _start("move_chunk", device, len(table), _upload(table, device), source=kind[0], target=kind[1], lost=kind[2],
+        _start("move_chunk", device, len(table), upload(table, device), source=kind[0], target=kind[1], lost=kind[2],
                wide=wide, block=block)
 
 
@@ -202,49 +192,29 @@ def sum_chunks(chunks: Sequence[Tensor], units: Sequence[Tensor] | None, out: Te
     programs = -(-len(out) // block)
     places = [out.data_ptr(), *(chunk.data_ptr() for chunk in chunks)]
     aligned = all(place % 16 == 0 for place in places)
-    table = [places[0], len(out), _bits(scale, wide), int(aligned), len(chunks), *places[1:],
+    table = [places[0], len(out), scale_bits(scale, wide), int(aligned), len(chunks), *places[1:],
              *(unit.data_ptr() for unit in units or ())]
     sums = torch.zeros(programs if squares else 0, dtype=torch.float64, device=device)
     flags = torch.zeros(programs if squares else 0, dtype=torch.int32, device=device)
     if programs:
-        _start("sum_chunk", device, programs, _upload(np.array(table, np.int64), device), sums, flags,
+        _start("sum_chunk", device, programs, upload(np.array(table, np.int64), device), sums, flags,
                source=STORAGES[chunks[0].dtype] if units is None else INT8, target=STORAGES[out.dtype],
                ranks=len(chunks), wide=wide, squares=squares, block=block)
     return (sums.sum(), flags.any()) if squares else None
 
 
-def _bits(scale: float, wide: bool) -> int:
-    """Of a float64 that is the scale in the type of the computation."""
-    exact = torch.tensor(scale, dtype=torch.float64 if wide else torch.float32).double()
-    return int(exact.view(torch.int64).item())
-
-
-def _upload(array: np.ndarray, device: torch.device) -> Tensor:
-    """A copy on the device, ordered on the current stream; the host does not wait."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
 def _start(name: str, device: torch.device, programs: int, *arrays: Tensor, **constants: Any) -> None:
     interpreted = device.type == "cpu"
     options = {} if interpreted else OPTIONS
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    with guard(device):
         kernels(interpreted)[name][(programs,)](*arrays, **constants, interpreted=interpreted, **options)
 
 
 def compile_ahead(name: str, arch: int, **constants: Any) -> Any:
     """Compile `move_chunk` or `sum_chunk` for a GPU that need not be here, as `fasttrain.kernels.triton.compile_ahead`.
     """
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     function = kernels(interpreted=False)[name]
-    names = function.arg_names
     types = {"table": "*i64", "sums": "*fp64", "flags": "*i32"}
-    aligned: Any = [["tt.divisibility", 16]]
     values = {**constants, "block": BLOCK, "interpreted": False}
-    source = ASTSource(function, {name: types.get(name, "constexpr") for name in names},
-                       {(names.index(name),): value for name, value in values.items()},
-                       {(names.index(name),): aligned for name in names if name in types})
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=OPTIONS)
+    return compile_for(function, arch, OPTIONS, {name: types[name] for name in function.arg_names if name in types},
+                       values)

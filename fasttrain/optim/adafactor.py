@@ -39,7 +39,8 @@ class Adafactor(Itemwise, torch.optim.Adafactor):
         foreach: accepted for torch's sake; every step here is fused.
         maximize: ascend instead of descend.
         backend: a name from `fasttrain.kernels.dispatch`, or None to choose. In CPU memory a step makes three passes
-            (24 bytes an element in fp32, from the cache where a parameter fits it), on a GPU eight launches.
+            (24 bytes an element in fp32, from the cache where a parameter fits it); CUDA takes six launches, Triton
+            eight.
 
     Sharded parameters (DTensor): sums by row and by column are added over the parts, 8 (rows + columns + 3) bytes for
     a matrix, those of all parameters in one collective of two a step; `row_var` and `col_var` are whole on every
