@@ -190,8 +190,11 @@ def _compile_ahead(function: Any, arch: int, options: dict[str, Any], values: di
 
 
 def compile_for(function: Any, arch: int, options: dict[str, Any], types: dict[str, str],
-                values: dict[str, Any]) -> Any:
-    """Compile a function for an architecture, given the types of its arguments and the values of its constants."""
+                values: dict[str, Any], multiples: Sequence[str] = ()) -> Any:
+    """Compile a function for an architecture, given the types of its arguments and the values of its constants.
+
+    `multiples`: integer arguments that are multiples of 16, for which Triton compiles a version of its own.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -200,5 +203,6 @@ def compile_for(function: Any, arch: int, options: dict[str, Any], types: dict[s
     aligned: Any = [["tt.divisibility", 16]]  # as for every tensor of torch that is passed as an argument
     source = ASTSource(function, dict.fromkeys(names, "constexpr") | types,
                        {(names.index(name),): value for name, value in values.items()},
-                       {(names.index(name),): aligned for name, kind in types.items() if kind.startswith("*")})
+                       {(names.index(name),): aligned for name, kind in types.items()
+                        if kind.startswith("*") or name in multiples})
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
