@@ -79,12 +79,22 @@ def wrapped(functions: Sequence[Any], interpreted: bool) -> dict[str, Any]:
 
     jit = InterpretedFunction if interpreted else triton.jit
     space: dict[str, Any] = {"tl": tl, "jit": jit, "__name__": "fasttrain.generated"}
+    if interpreted:
+        space["range"] = range_interpreted
     for function in functions:
         # The wrapped copy looks its names up in this space, where Triton's language and the other copies are.
         copy = FunctionType(function.__code__, space, function.__name__)
         copy.__annotations__ = function.__annotations__
         space[function.__name__] = jit(copy)
     return space
+
+
+def range_interpreted(*bounds: Any) -> range:
+    """`range` of the interpreter's numbers, which NumPy keeps in arrays of shape (1,).
+
+    Triton 3.6 makes an index of one by int(), which NumPy 2.4 refuses.
+    """
+    return range(*(bound.handle.data.item() if hasattr(bound, "handle") else bound for bound in bounds))
 
 
 def printed(rule: Rule, source: str, space: dict[str, Any], kind: str) -> Any:
