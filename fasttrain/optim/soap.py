@@ -256,13 +256,13 @@ class SOAP(Itemwise):
         bases = {dim: state[f"Q_{dim}"] for dim in dims}
         if not one.fresh:
             step = dispatch.load(dispatch.choose(p.device, self.backend)).step
-            projected = part_of(rotated(g, bases, space).reshape(whole.shape), whole)
+            projected = part_of(rotated(g, bases, space).view(whole.shape), whole)
             update = space.take("update", p.shape, item.dtype, p.device)
             plain = {**group, "maximize": False}
             row = self._row(ADAM, plain, one.step, 1.0)
             step([Item(item.name, ADAM, (update, projected, exp_avg, exp_avg_sq), row, item.counter)])
             update = gathered(update, whole) if cut else update
-            update = rotated(update.view(shape), bases, space, back=True).reshape(whole.shape)
+            update = rotated(update.reshape(shape), bases, space, back=True).view(whole.shape)
             if group["normalize_grads"]:
                 update.div_(torch.linalg.vector_norm(update) / math.sqrt(update.numel()) + 1e-30)
             row = self._row(APPLY, plain, one.step, 1.0)
@@ -290,4 +290,4 @@ class SOAP(Itemwise):
             second = torch.index_select(second, dim, places, out=space.take(role, shape, second.dtype, second.device))
             basis.copy_(torch.linalg.qr(product[:, places])[0])
         moments[1].copy_(part_of(second.reshape(whole.shape), whole))
-        moments[0].copy_(part_of(rotated(straight, bases, space).reshape(whole.shape), whole))
+        moments[0].copy_(part_of(rotated(straight, bases, space).view(whole.shape), whole))
