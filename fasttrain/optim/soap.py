@@ -262,7 +262,7 @@ class SOAP(Itemwise):
             row = self._row(ADAM, plain, one.step, 1.0)
             step([Item(item.name, ADAM, (update, projected, exp_avg, exp_avg_sq), row, item.counter)])
             update = gathered(update, whole) if cut else update
-            update = rotated(update.view(shape), bases, space, back=True).view(whole.shape)
+            update = rotated(update.reshape(shape), bases, space, back=True).view(whole.shape)
             if group["normalize_grads"]:
                 update.div_(torch.linalg.vector_norm(update) / math.sqrt(update.numel()) + 1e-30)
             row = self._row(APPLY, plain, one.step, 1.0)
