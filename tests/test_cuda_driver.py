@@ -22,7 +22,7 @@ from helpers import run as run_case
 from test_cuda_walk import oracle, row_of, states_of
 from test_storage_cuda import COMBINATIONS, case_of, name_of
 
-from fasttrain.kernels import cuda, kept_table, native
+from fasttrain.kernels import cuda, kept_table, native, nvrtc
 from fasttrain.kernels.item import Item
 from fasttrain.kernels.trace import trace
 from fasttrain.optim import RULES, SGD, Adam, Lion
@@ -76,11 +76,13 @@ class Host:
 
 @pytest.fixture
 def fake(library, tmp_path, monkeypatch):
-    """The backend with the fake driver; `launches` holds (kernel, blocks, threads, stream) of each."""
+    """The backend with the fake driver; `launches` holds (kernel, blocks, threads, stream) of each. `own` are kernels
+    that the compiled module has not: functions of (table, chunks, rows, blocks, warps).
+    """
     loaded = ctypes.CDLL(str(library))
     loaded.fake_log.restype = ctypes.c_char_p
     loaded.fake_reset()
-    launches, errors = [], []
+    launches, errors, own = [], [], {}
     rules = {rule.name: rule for rule in RULES}
 
     @LAUNCH
@@ -88,6 +90,9 @@ def fake(library, tmp_path, monkeypatch):
         try:
             name = kernel.decode()
             launches.append((name, blocks, threads, stream))
+            if name in own:
+                own[name](table_at, chunks, rows_at, blocks, threads)
+                return 0
             rule, wide = rules[name.split("_")[1]], name.split("_")[2] == "F64"
             columns, width = len(rule.state) + 5, 1 + len(trace(rule).coefficients)
             row_at = columns - 2
@@ -109,16 +114,17 @@ def fake(library, tmp_path, monkeypatch):
     loaded.fake_set(launch, 13000, 9, 0)
     image = tmp_path / "step.fatbin"
     image.write_bytes(b"an image\0")
-    for cached in (cuda.driver, cuda.code):
+    for cached in (cuda.driver, cuda.code, cuda.kernel_of):
         cached.cache_clear()
     Host.uploads = []
     monkeypatch.setattr(cuda, "LIBRARY", str(library))
     monkeypatch.setattr(cuda, "IMAGE", image)
     monkeypatch.setattr(cuda, "place_of", Host)
+    monkeypatch.setattr(nvrtc, "cupy", lambda: (None, "CuPy is not here"))
     monkeypatch.setattr(cuda, "tables", cuda.Tables())
-    yield SimpleNamespace(lib=loaded, launches=launches, errors=errors, callback=launch,
+    yield SimpleNamespace(lib=loaded, launches=launches, errors=errors, callback=launch, own=own,
                           log=lambda: loaded.fake_log().decode().splitlines())
-    for cached in (cuda.driver, cuda.code):
+    for cached in (cuda.driver, cuda.code, cuda.kernel_of):
         cached.cache_clear()
     assert errors == []
     assert loaded.fake_current_contexts() == 0, "a context was left current"
@@ -311,7 +317,8 @@ def test_driver_that_does_not_start(fake):
 
 def test_no_device_code(fake, monkeypatch, tmp_path):
     monkeypatch.setattr(cuda, "IMAGE", tmp_path / "absent.fatbin")
-    assert cuda.why_not(GPU) == f"this build has no device code: {native.build_info()['cuda_reason']}"
+    assert cuda.why_not(GPU) == (f"this build has no device code ({native.build_info()['cuda_reason']}), and none can "
+                                 "be compiled at run time: CuPy is not here")
 
 
 def test_old_gpu(fake):

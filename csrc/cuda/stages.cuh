@@ -210,5 +210,7 @@ struct Stage {
     const Place place{threadIdx.x, blockDim.x, blockIdx.x, gridDim.x};                                    \
     Kernel::walk(table, chunks, rows, place, shared + threadIdx.x / 32 * Kernel::shared_bytes_of_warp);   \
   }
+#ifndef FT_ON_DEMAND
 FASTTRAIN_STAGE_KERNELS(FT_STAGE_KERNEL)
+#endif
 #endif
