@@ -5,9 +5,9 @@ memory to the device for all of them: coefficient rows, and those chunk tables t
 
 What is compiled ahead: every built-in rule with the plain storages of `FASTTRAIN_PLAIN` and `FASTTRAIN_MIXED`
 (csrc/cuda/step.cu), and the usual storages of AdamW, Lion and SGD with momentum in `FASTTRAIN_KEPT`
-(csrc/cuda/kept.cuh), with or without clipping by value and zeroing of gradients. Other rules and storages are compiled when they are first stepped (`nvrtc`), and so
-is everything where the build had no nvcc. What cannot be, and every item with an EMA, runs in Triton, to the same bits.
-Reductions are in `cuda_sums`.
+(csrc/cuda/kept.cuh), with or without clipping by value and zeroing of gradients. Other rules and storages are compiled
+when they are first stepped (`nvrtc`), and so is everything where the build had no nvcc. What cannot be, and every item
+with an EMA, runs in Triton, to the same bits. Reductions are in `cuda_sums`.
 """
 
 from __future__ import annotations
@@ -300,5 +300,6 @@ def step_elsewhere(items: Sequence[Item]) -> None:
 def say_not_compiled(rule: str, storages: tuple[Any, ...], why_none: str, reason: str) -> None:
     kept = ", ".join(codec_name(one).lower() if isinstance(one, int) else str(one).removeprefix("torch.")
                      for one in storages)
-    warnings.warn(f"rule {rule} with {kept} has no CUDA kernel in this build, none was compiled ({why_none}), and "
-                  f"Triton cannot take it ({reason}): it runs on the slow reference backend", RuntimeWarning, stacklevel=6)
+    warnings.warn(f"rule {rule} with {kept} has no CUDA kernel in this build, none was compiled ({why_none}), "
+                  f"and Triton cannot take it ({reason}): it runs on the slow reference backend", RuntimeWarning,
+                  stacklevel=6)

@@ -53,7 +53,7 @@ def own(rule: Rule, dtypes: tuple[torch.dtype, ...], codecs: tuple[int, ...]) ->
         >>> descent = Rule("Descent", (), lambda step, lr: {"lr": lr}, lambda p, g, k: p - k.lr * g)
         >>> name, text = own(descent, (torch.float32, torch.bfloat16), ())
         >>> name, text.splitlines()[-1]
-        ('step_DescentB4BEAB13_F32_BF16_F32', 'FT_STEP_KERNEL(step_DescentB4BEAB13_F32_BF16_F32, 2, own::Descent, \
+        ('step_DescentC7F51932_F32_BF16_F32', 'FT_STEP_KERNEL(step_DescentC7F51932_F32_BF16_F32, 2, own::Descent, \
 float, F32, BF16, F32)')
     """
     rule_name = f"{rule.name}{digest(rule):08X}"
