@@ -6,6 +6,7 @@ import importlib
 import importlib.machinery
 import re
 import stat
+import struct
 import sys
 import types
 from pathlib import Path
@@ -215,6 +216,9 @@ def test_a_cupy_without_nvrtc(forgotten, monkeypatch):
     assert "cannot reach NVRTC (RuntimeError: libnvrtc.so.13 was not found): install NVIDIA's nvidia-cuda-n" in reason
 
 
+CUBIN = b"\x7fELF" + bytes(28) + struct.pack("<QQIHHHHHH", 64, 0, 0, 64, 56, 2, 64, 0, 0) + b"x" * 111 + b"\0"
+
+
 class Binding:
     """As CuPy's `cupy.cuda.nvrtc`: headers are bytes, and a program is destroyed once."""
 
@@ -238,7 +242,7 @@ class Binding:
         if "wrong" in self.programs[program][0]:
             raise self.NVRTCError("NVRTC_ERROR_COMPILATION (6)")
 
-    def getCUBIN(self, program): return b"cubin"
+    def getCUBIN(self, program): return CUBIN[:-1]  # as CuPy 14 does
     def getPTX(self, program): return b"ptx"
     def getProgramLog(self, program): return "in it:\n  x.cu(1): error: one\n\n1 error detected\n"
     def destroyProgram(self, program): self.destroyed.append(program)
@@ -250,7 +254,8 @@ def test_cupy_is_asked_as_it_wants(forgotten, monkeypatch):
     found, reason = nvrtc.cupy()
     assert reason == ""
     assert (found.version, found.architectures) == ((13, 0), (80, 90))
-    assert found.compile("text", {"a.h": "b"}, ["--gpu-architecture=sm_90"]) == b"cubin"
+    assert found.compile("text", {"a.h": "b"}, ["--gpu-architecture=sm_90"]) == CUBIN
+    assert nvrtc.whole(CUBIN) == CUBIN
     assert found.compile("text", {}, ["--gpu-architecture=compute_90"]) == b"ptx"
     with pytest.raises(RuntimeError, match=r"^x.cu\(1\): error: one / 1 error detected$"):
         found.compile("wrong", {}, ["--gpu-architecture=sm_90"])
@@ -266,6 +271,10 @@ def test_the_real_cupy(forgotten, tmp_path, monkeypatch):
     if found is None:
         pytest.skip(reason)
     monkeypatch.setenv("FASTTRAIN_CACHE_DIR", str(tmp_path))
+    headers = emit_cuda.included(TEXT, nvrtc.sources(jit.folder()))
+    for target in ("sm_80", "compute_90"):
+        options = [*nvrtc.FLAGS, f"--gpu-architecture={target}"]
+        assert found.compile(TEXT, headers, options) == nvrtc_library.Library().compile(TEXT, headers, options)
     (made,) = disassembly.read(nvrtc.image(TEXT, (9, 0)))
     assert made.name == emit_cuda.own(*plain(DESCENT, (F32,) * 3))[0]
     with pytest.raises(nvrtc.Refused, match=r"fasttrain.cu\(1\): .*error"):

@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import json
 import logging
+import struct
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -56,11 +57,23 @@ class CuPy:
         try:
             self.nvrtc.compileProgram(program, tuple(options))
             virtual = any("compute_" in option for option in options)
-            return self.nvrtc.getPTX(program) if virtual else self.nvrtc.getCUBIN(program)
+            return self.nvrtc.getPTX(program) if virtual else whole(self.nvrtc.getCUBIN(program))
         except self.nvrtc.NVRTCError as error:
             raise RuntimeError(first_errors(self.nvrtc.getProgramLog(program)) or str(error)) from None
         finally:
             self.nvrtc.destroyProgram(program)
+
+
+def whole(cubin: bytes) -> bytes:
+    """A cubin with its last byte, which CuPy (14.2, say) drops as if it ended a string.
+
+    A cubin is a 64-bit ELF file, and ends with one of its two tables of headers, whose last number is an alignment or a
+    size of eight bytes: what is dropped is a zero.
+    """
+    tables = struct.unpack_from("<QQ", cubin, 32)
+    sizes = struct.unpack_from("<HHHH", cubin, 54)  # of an entry, and how many: of either table
+    end = max(tables[0] + sizes[0] * sizes[1], tables[1] + sizes[2] * sizes[3])
+    return cubin + b"\0" if len(cubin) == end - 1 else cubin
 
 
 def first_errors(log: str) -> str:
