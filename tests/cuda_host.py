@@ -2,58 +2,46 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 
 import numpy as np
-import torch
+from fake_place import FakePlace
 
-from fasttrain.kernels import cuda, cuda_factored, cuda_sums, native
+from fasttrain.kernels import cuda, cuda_factored, cuda_sums, native, ring
 from fasttrain.kernels.trace import trace
 from fasttrain.optim.header import STAGES
 
 RULES = {rule.name: rule for rule in STAGES}
 
 
-class Device:
+class Device(FakePlace):
     """Torch's side of it, the loaded code, and what was asked of both."""
 
-    device = torch.device("cpu")
-
     def __init__(self):
-        self.launches, self.uploads, self.counts = [], [], {}
+        super().__init__()
+        self.launches, self.counts = [], {}
         self.numbers = np.random.default_rng(0)
-
-    # --- As cuda.Place
-
-    def guard(self):
-        return contextlib.nullcontext()
-
-    def stream(self):
-        return 7
-
-    def upload(self, data):
-        self.uploads.append(len(data))
-        return torch.from_numpy(data.copy())
-
-    def empty(self, size):
-        return torch.full((size,), 0xA5, dtype=torch.uint8)  # as memory that was used before
 
     # --- As DeviceCode
 
-    def launch(self, kernel, blocks, threads, stream, table, chunks, rows):
+    def usage(self, kernel, threads):
+        assert kernel in cuda.compiled()
+        return {}
+
+    def launch(self, kernel, blocks, threads, stream, table, chunks, rows, gradients):
         assert threads == cuda.THREADS
-        assert stream == 7
+        assert stream == self.STREAM
         assert blocks > 0
         self.launches.append((kernel, blocks))
         blocks = self.grid or blocks
-        walk(self, kernel, blocks, table, chunks, rows)
+        walk(self, kernel, blocks, table, chunks, rows, gradients)
 
     grid: int | None = None  # instead of what was asked for
     warps = 8
 
 
-def walk(device: Device, kernel: str, blocks: int, table: int, chunks: int, rows: int) -> None:
+def walk(device: Device, kernel: str, blocks: int, table: int, chunks: int, rows: int,
+         gradients: int) -> None:
     """The blocks in a random order."""
     columns = {"squares": 3, "tree": 5, "factored": 10 if "_lines_" in kernel else 14}.get(kernel.split("_")[0])
     array = np.zeros(1, np.uint8)
@@ -72,13 +60,16 @@ def walk(device: Device, kernel: str, blocks: int, table: int, chunks: int, rows
     elif rows:
         array = np.ctypeslib.as_array((ctypes.c_ubyte * 16).from_address(rows))
     order = device.numbers.permutation(blocks).tolist()
-    device.counts[kernel] = native.module().cuda_host_walk(kernel, words, array, blocks, device.warps, order)
+    moving = np.ctypeslib.as_array((ctypes.c_longlong * chunks).from_address(gradients)) \
+        if gradients and "_lines_" not in kernel else None
+    device.counts[kernel] = native.module().cuda_host_walk(kernel, words, array, blocks, device.warps, order, moving)
 
 
 def install(monkeypatch, processors: int = 4) -> Device:
     """A device in the place of every GPU, with nothing kept from others."""
     device = Device()
     monkeypatch.setattr(cuda, "opened", lambda asked: (device, device, processors))
+    monkeypatch.setattr(ring, "rings", {})
     monkeypatch.setattr(cuda_sums, "kept", cuda.Tables())
     monkeypatch.setattr(cuda_factored, "kept", cuda.Tables())
     return device

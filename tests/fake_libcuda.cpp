@@ -11,7 +11,8 @@ enum { kSuccess = 0, kInvalidValue = 1, kNotInitialized = 3, kInvalidDevice = 10
 constexpr int kDevices = 2;
 
 using Launch = int (*)(const char* kernel, unsigned blocks, unsigned threads, unsigned long long stream,
-                       unsigned long long table, long long chunks, unsigned long long rows);
+                       unsigned long long table, long long chunks, unsigned long long rows,
+                       unsigned long long gradients);
 
 struct State {
   std::string log;
@@ -66,6 +67,7 @@ int cuDriverGetVersion(int* version) {
 int cuGetErrorName(int error, const char** text) {
   *text = error == kInvalidDevice ? "CUDA_ERROR_INVALID_DEVICE"
           : error == kInvalidContext ? "CUDA_ERROR_INVALID_CONTEXT"
+          : error == 2               ? "CUDA_ERROR_OUT_OF_MEMORY"
           : error == 209             ? "CUDA_ERROR_NO_BINARY_FOR_GPU"
           : error == 222             ? "CUDA_ERROR_UNSUPPORTED_PTX_VERSION"
           : error == kNotFound       ? "CUDA_ERROR_NOT_FOUND"
@@ -122,7 +124,9 @@ int cuModuleLoadData(void** module, const void* image) {
 int cuModuleGetFunction(void** function, void* module, const char* name) {
   if (int error = enter("cuModuleGetFunction", name)) return error;
   if (!current()) return kInvalidContext;
-  const bool known = std::strncmp(name, "step_", 5) == 0 || std::strncmp(name, "kept_", 5) == 0;
+  bool known = std::strcmp(name, "tree") == 0;
+  for (const char* kind : {"step_", "kept_", "squares_", "stage_", "factored_"})
+    known = known || std::strncmp(name, kind, std::strlen(kind)) == 0;
   if (module != &module_tag || !known) return kNotFound;
   *function = &state.functions.emplace(name, name).first->second;
   return kSuccess;
@@ -152,7 +156,7 @@ int cuLaunchKernel(void* function, unsigned grid_x, unsigned grid_y, unsigned gr
   if (state.launch == nullptr) return kSuccess;
   return state.launch(name.c_str(), grid_x, block_x, reinterpret_cast<unsigned long long>(stream),
                       *static_cast<unsigned long long*>(arguments[0]), *static_cast<long long*>(arguments[1]),
-                      *static_cast<unsigned long long*>(arguments[2]));
+                      *static_cast<unsigned long long*>(arguments[2]), *static_cast<unsigned long long*>(arguments[3]));
 }
 
 }  // extern "C"

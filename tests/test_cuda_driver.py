@@ -4,7 +4,6 @@ on the host, with host memory in the place of device memory.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import shutil
 import subprocess
@@ -13,19 +12,21 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import cuda_host
 import kept
 import numpy as np
 import pytest
 import torch
+from fake_place import FakePlace
 from helpers import Case, assert_same_bits, assert_same_run, generator, needs_native, normal
 from helpers import run as run_case
 from test_cuda_walk import oracle, row_of, states_of
 from test_storage_cuda import COMBINATIONS, case_of, name_of
 
-from fasttrain.kernels import cuda, kept_table, native, nvrtc
+from fasttrain.kernels import cuda, cuda_factored, cuda_sums, dispatch, kept_table, native, norm, nvrtc, resident, ring
 from fasttrain.kernels.item import Item
 from fasttrain.kernels.trace import trace
-from fasttrain.optim import RULES, SGD, Adam, Lion
+from fasttrain.optim import LAMB, RULES, SGD, Adafactor, Adam, Lion
 
 SOURCE = Path(__file__).with_name("fake_libcuda.cpp")
 COMPILER = shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
@@ -33,8 +34,8 @@ NO_COMPILER = "no C++ compiler to build the fake driver with"
 pytestmark = [needs_native, pytest.mark.skipif(COMPILER is None, reason=NO_COMPILER)]
 
 LAUNCH = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint, *[ctypes.c_ulonglong] * 2,
-                          ctypes.c_longlong, ctypes.c_ulonglong)
-STREAM = 0x5EA
+                          ctypes.c_longlong, *[ctypes.c_ulonglong] * 2)
+STREAM = FakePlace.STREAM
 CPU = torch.device("cpu")
 KEPT = {name_of(combination): kept.numbers_of(case_of(combination).codecs) for combination in COMBINATIONS}
 
@@ -49,49 +50,27 @@ def library(tmp_path_factory):
     return compile_library(SOURCE, tmp_path_factory.mktemp("driver") / "libcuda.so.1")
 
 
-class Host:
-    """The CPU in the place of a GPU."""
-
-    uploads: list[int]
-
-    def __init__(self, device):
-        self.device = device
-
-    def ordinal(self):
-        return self.device.index or 0
-
-    def guard(self):
-        return contextlib.nullcontext()
-
-    def stream(self):
-        return STREAM
-
-    def upload(self, data):
-        Host.uploads.append(len(data))
-        return torch.from_numpy(data.copy())
-
-    def empty(self, size):
-        return torch.full((size,), 0xA5, dtype=torch.uint8)  # as memory that was used before
-
-
 @pytest.fixture
 def fake(library, tmp_path, monkeypatch):
     """The backend with the fake driver; `launches` holds (kernel, blocks, threads, stream) of each. `own` are kernels
-    that the compiled module has not: functions of (table, chunks, rows, blocks, warps).
+    that the compiled module has not: of (table, chunks, rows, gradients, blocks, warps).
     """
     loaded = ctypes.CDLL(str(library))
     loaded.fake_log.restype = ctypes.c_char_p
     loaded.fake_reset()
-    launches, errors, own = [], [], {}
+    launches, errors, own, host = [], [], {}, cuda_host.Device()
     rules = {rule.name: rule for rule in RULES}
 
     @LAUNCH
-    def launch(kernel, blocks, threads, stream, table_at, chunks, rows_at):
+    def launch(kernel, blocks, threads, stream, table_at, chunks, rows_at, gradients_at):
         try:
             name = kernel.decode()
             launches.append((name, blocks, threads, stream))
             if name in own:
-                own[name](table_at, chunks, rows_at, blocks, threads)
+                own[name](table_at, chunks, rows_at, gradients_at, blocks, threads)
+                return 0
+            if not name.startswith(("step_", "kept_")):
+                cuda_host.walk(host, name, blocks, table_at, chunks, rows_at, gradients_at)
                 return 0
             rule, wide = rules[name.split("_")[1]], name.split("_")[2] == "F64"
             columns, width = len(rule.state) + 5, 1 + len(trace(rule).coefficients)
@@ -105,7 +84,8 @@ def fake(library, tmp_path, monkeypatch):
             count = int(table[:, row_at].max()) + 1
             kept = ctypes.c_double if wide else ctypes.c_float
             rows = np.ctypeslib.as_array((kept * (count * width)).from_address(rows_at)).reshape(count, width)
-            native.module().cuda_host_walk(name, table, rows, blocks, threads, list(range(blocks)))
+            moving = np.ctypeslib.as_array((ctypes.c_longlong * chunks).from_address(gradients_at))
+            native.module().cuda_host_walk(name, table, rows, blocks, threads, list(range(blocks)), moving)
         except Exception as error:  # it cannot pass through C
             errors.append(error)
             return 999
@@ -116,13 +96,16 @@ def fake(library, tmp_path, monkeypatch):
     image.write_bytes(b"an image\0")
     for cached in (cuda.driver, cuda.code, cuda.kernel_of):
         cached.cache_clear()
-    Host.uploads = []
+    places = {}
     monkeypatch.setattr(cuda, "LIBRARY", str(library))
     monkeypatch.setattr(cuda, "IMAGE", image)
-    monkeypatch.setattr(cuda, "place_of", Host)
+    monkeypatch.setattr(cuda, "place_of", lambda device: places.setdefault(device, FakePlace(device)))
+    monkeypatch.setattr(ring, "rings", {})
+    for owner, name in ((cuda, "tables"), (cuda_sums, "kept"), (cuda_factored, "kept")):
+        monkeypatch.setattr(owner, name, cuda.Tables())
     monkeypatch.setattr(nvrtc, "cupy", lambda: (None, "CuPy is not here"))
-    monkeypatch.setattr(cuda, "tables", cuda.Tables())
-    yield SimpleNamespace(lib=loaded, launches=launches, errors=errors, callback=launch, own=own,
+    yield SimpleNamespace(lib=loaded, launches=launches, errors=errors, callback=launch, own=own, places=places,
+                          place=cuda.place_of(CPU),
                           log=lambda: loaded.fake_log().decode().splitlines())
     for cached in (cuda.driver, cuda.code, cuda.kernel_of):
         cached.cache_clear()
@@ -160,8 +143,7 @@ def test_step_end_to_end(fake):
         assert len(fake.launches) == 9 * (step + 1)
     assert sum(item.counter.item() for item in items) == 9 * (0 + 1 + 2 + 3) + 3 * len(items)
     assert {(threads, stream) for _, _, threads, stream in fake.launches} == {(256, STREAM)}
-    assert len(Host.uploads) == 3
-    assert Host.uploads[1] == Host.uploads[2] < Host.uploads[0] / 2, "the tables did not change"
+    assert len(fake.place.uploads) == 1, "nothing changed"
 
 
 def test_kept_items_end_to_end(fake):
@@ -184,7 +166,9 @@ def test_kept_items_end_to_end(fake):
         assert len(fake.launches) == (len(COMBINATIONS) + 1) * (step + 1)
         kept.new_gradients(items, numbers)
         items = [replace(item, key=item.key + 1) for item in items]
-    assert Host.uploads[1] == Host.uploads[2] < Host.uploads[0] / 2, "the tables did not change"
+    first, *others = fake.place.uploads
+    assert len(others) == 2
+    assert max(others) < first / 2, "the tables did not change"
 
 
 def test_kept_items_without_a_kernel_go_elsewhere(fake):
@@ -197,23 +181,222 @@ def test_kept_items_without_a_kernel_go_elsewhere(fake):
     assert fake.launches == []
 
 
-def test_table_is_built_anew_for_new_pointers(fake):
-    rule, numbers = Lion.rules[0], generator(2)
-    items = items_of([rule], [F32], numbers)
+def moved(item, past=0):
+    """The item with its gradient elsewhere, `past` elements behind a multiple of 16 bytes."""
+    storage = torch.zeros(past + item.tensors[1].numel(), dtype=item.tensors[1].dtype)
+    storage[past:] = item.tensors[1]
+    return replace(item, tensors=(item.tensors[0], storage[past:], *item.tensors[2:]))
+
+
+def stepped(fake, items):
+    """Step, compare with the oracle, and return the bytes of the copies to the device."""
+    wanted, before = oracle(items), len(fake.place.uploads)
     cuda.step(items)
-    fresh = [replace(item, tensors=(item.tensors[0], item.tensors[1].clone(), *item.tensors[2:])) for item in items]
-    wanted = oracle(fresh)
-    cuda.step(fresh)
-    for item, right in zip(fresh, wanted, strict=True):
-        assert_same_bits(item.tensors[0], right.tensors[0], item.name)
-    assert Host.uploads[0] == Host.uploads[1]
+    for item, right in zip(items, wanted, strict=True):
+        for got, tensor in zip(item.tensors, right.tensors, strict=True):
+            assert_same_bits(got, tensor, item.name)
+    return fake.place.uploads[before:]
 
 
-def test_tables_kept_are_few(fake):
-    alive = [items_of([SGD.rules[0]], [F32], generator(seed), sizes=(8,)) for seed in range(cuda.TABLES + 5)]
-    for items in alive:
+def test_only_what_changed_is_sent(fake):
+    """In one copy: the rows, the addresses of new gradients, both, or nothing; all of it for new parameters."""
+    adam, numbers = Adam.rules[0], generator(2)
+    sizes = (5, 4096, 3 * 4096 + 1, 7)
+    chunks = 1 + 1 + 4 + 1
+    items = items_of([adam], [F32, BF16], numbers, sizes)
+    rows = len(sizes) * (1 + len(trace(adam).coefficients)) * 4
+    whole, = stepped(fake, items)
+    assert whole > 2 * chunks * 8 * 7, "tables of at least seven columns"
+    assert stepped(fake, items) == []
+    items = [replace(item, row=row_of(adam, 9 + index)) for index, item in enumerate(items)]
+    sent, = stepped(fake, items)
+    assert rows < sent <= 2 * rows + 16, "rows of both launches"
+    other = [moved(item) for item in items]
+    assert stepped(fake, other) == [2 * chunks * 8 + 8], "both columns of gradients, and what aligns the second"
+    one = [*other[:3], moved(other[3]), *other[4:]]
+    assert stepped(fake, one) == [8], "one address"
+    both = [replace(moved(item), row=row_of(adam, 20 + index)) for index, item in enumerate(one)]
+    sent, = stepped(fake, both)
+    assert 2 * chunks * 8 + rows < sent <= 2 * (rows + chunks * 8) + 64
+    new = items_of([adam], [F32, BF16], numbers, sizes)
+    assert stepped(fake, new) == [whole]
+    assert stepped(fake, both) == [], "what was known stays"
+    assert len(fake.launches) == 2 * 8
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS, ids=name_of)
+def test_gradients_that_lose_their_alignment(fake, combination):
+    """A table that was made for aligned gradients serves others; a misaligned wide access would stop the walk."""
+    numbers = generator(12)
+    case = case_of(combination)
+    items = [case.random(size, numbers, key=size) for size in (5, 1000, 9001)]
+    for past in (0, 1, 3, 0):
+        items = [moved(item, past) for item in items]
+        wanted = kept.oracle(items)
         cuda.step(items)
-    assert len(cuda.tables.known) == cuda.TABLES
+        kept.compare(items, wanted, f"{past} past")
+    assert len(cuda.tables.known) == 1
+
+
+def test_report_of_a_step(fake, monkeypatch):
+    """What an optimizer sends: once its tables, then rows and new addresses; nothing where neither changed."""
+    monkeypatch.setattr(cuda, "why_not", lambda device: None)
+    params = [torch.nn.Parameter(normal((size,), torch.float32, generator(size))) for size in (5, 4096, 9000)]
+    for make, changes in ((Adam, True), (Lion, False)):
+        optimizer = make(params, lr=0.1, backend="cuda")
+        reports = []
+        for step in range(4):
+            for p in params:
+                p.grad = torch.ones_like(p) if step != 3 else p.grad
+            kept_alive = [p.grad for p in params]
+            optimizer.step()
+            reports.append((optimizer.last_step.copies, optimizer.last_step.bytes_sent))
+            del kept_alive
+        assert reports[0][0] == 1
+        assert reports[0][1] > 200
+        assert all(copies <= 1 and size <= 5 * 8 + 64 for copies, size in reports[1:])
+        assert reports[3] == ((1, reports[3][1]) if changes else (0, 0))
+        assert optimizer.last_step.host_syncs == 0
+
+
+def test_tables_kept_are_few(fake, monkeypatch):
+    """So many, and of no more than so many bytes."""
+    monkeypatch.setattr(cuda.tables, "most", 3)
+    alive = [items_of([SGD.rules[0]], [F32], generator(seed), sizes=(8,)) for seed in range(5)]
+    for items in alive:
+        stepped(fake, items)
+    assert len(cuda.tables.known) == len(cuda.tables.sizes) == 3
+    monkeypatch.setattr(cuda.tables, "most", 1000)
+    assert cuda.tables.bytes == sum(entry.on_device.memory.nbytes for entry in cuda.tables.known.values()) > 0
+    monkeypatch.setattr(resident, "ROOM", 2 * cuda.tables.bytes // 3)
+    stepped(fake, alive[0])
+    assert len(cuda.tables.known) == 2
+    monkeypatch.setattr(resident, "ROOM", 1)
+    assert stepped(fake, alive[0]) == []
+    assert len(cuda.tables.known) == 1, "but the last"
+
+
+# --- Several GPUs -----------------------------------------------------------------------------------------------------
+
+class OnSecond(torch.Tensor):
+    """A tensor in host memory that says that it is on the second GPU."""
+
+    device = torch.device("cuda:1")
+
+
+class OnFirst(torch.Tensor):
+    device = torch.device("cuda:0")
+
+
+def test_several_gpus(fake):
+    """One launch on each, with its own context, stream, tables and ring, while it is the current device."""
+    items = items_of([Lion.rules[0]], [F32], generator(13), (5, 4096, 9000, 70))
+    wanted = oracle(items)
+    kinds = (OnFirst, OnSecond, OnFirst, OnSecond)
+    there = [replace(item, tensors=tuple(tensor.as_subclass(kind) for tensor in item.tensors), counter=None)
+             for item, kind in zip(items, kinds, strict=True)]
+    cuda.step(there)
+    for item, right in zip(items, wanted, strict=True):
+        assert_same_bits(item.tensors[0], right.tensors[0], item.name)
+    assert [(name, stream) for name, _, _, stream in fake.launches] == [
+        ("step_Lion_F32_F32_F32", STREAM), ("step_Lion_F32_F32_F32", STREAM + 1)]
+    first, second = (fake.places[torch.device("cuda", index)] for index in (0, 1))
+    assert len(first.uploads) == len(second.uploads) == 1
+    assert first.guards == second.guards == 0
+    log = fake.log()
+    assert log.count("cuDevicePrimaryCtxRetain(100)") == log.count("cuDevicePrimaryCtxRetain(101)") == 1
+    assert set(ring.rings) == {OnFirst.device, OnSecond.device}
+
+    second.room = 0
+    before = [item.tensors[0].clone() for item in items]
+    with pytest.raises(torch.OutOfMemoryError, match="on cuda:1, and no parameter was stepped"):
+        cuda.step([moved(there[index]) for index in (2, 0, 3, 1)])
+    assert len(fake.launches) == 2, "nor of the other GPU"
+    for item, old in zip(items, before, strict=True):
+        assert_same_bits(item.tensors[0], old)
+
+
+# --- Memory that is not there -----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("where", ["device", "pinned", "cuModuleGetFunction", "cuFuncGetAttribute"])
+def test_out_of_memory(fake, where):
+    """One error that says what to do; nothing is stepped, of no group; and the next step works."""
+    items = items_of([Lion.rules[0], SGD.rules[0]], [F32], generator(14), (5, 4096))
+    before = [[tensor.clone() for tensor in (*item.tensors, item.counter)] for item in items]
+
+    def refused(size):
+        raise RuntimeError("CUDA error: out of memory")
+
+    if where == "device":
+        fake.place.room = 100
+    elif where == "pinned":
+        fake.place.pinned = refused
+    else:
+        fake.lib.fake_fail(where.encode(), 2)
+    said = "(?i)no memory left for the tables of a step on cpu, and no parameter was stepped: take.*out.of.memory"
+    with pytest.raises(torch.OutOfMemoryError, match=said) as caught:
+        cuda.step(items)
+    assert caught.value.__cause__ is not None
+    assert fake.launches == []
+    for item, tensors in zip(items, before, strict=True):
+        for got, tensor in zip((*item.tensors, item.counter), tensors, strict=True):
+            assert_same_bits(got, tensor, item.name)
+    fake.place.room = 1 << 40
+    fake.place.__dict__.pop("pinned", None)
+    fake.lib.fake_fail(where.encode(), 0)
+    assert len(stepped(fake, items)) == 1
+
+
+@pytest.mark.parametrize("where", ["device", "cuModuleGetFunction"])
+@pytest.mark.parametrize("make", [LAMB, Adafactor], ids=lambda make: make.__name__)
+def test_out_of_memory_for_a_workspace(fake, monkeypatch, make, where):
+    """Parameters are untouched, the error says what to do, and the next step is the reference's."""
+    monkeypatch.setattr(cuda, "why_not", lambda device: None)
+    params = [torch.nn.Parameter(normal(shape, torch.float32, generator(15))) for shape in ((40, 30), (9,))]
+    before = [p.detach().clone() for p in params]
+    optimizer = make(params, lr=0.1, backend="cuda")
+    for p in params:
+        p.grad = torch.ones_like(p)
+    fake.place.room = 100 if where == "device" else 1 << 40
+    fake.lib.fake_fail(b"cuModuleGetFunction", 2 if where != "device" else 0)
+    with pytest.raises(torch.OutOfMemoryError, match=r"no memory left for the workspace of .*no parameter was stepped"):
+        optimizer.step()
+    assert fake.launches == []
+    for p, old in zip(params, before, strict=True):
+        assert_same_bits(p, old)
+    fake.place.room = 1 << 40
+    fake.lib.fake_fail(b"cuModuleGetFunction", 0)
+    optimizer.step()
+    assert {stream for *_, stream in fake.launches} == {STREAM}
+    other = [torch.nn.Parameter(old) for old in before]
+    reference = make(other, lr=0.1, backend="reference")
+    for p in other:
+        p.grad = torch.ones_like(p)
+    reference.step()
+    for p, right in zip(params, other, strict=True):
+        assert torch.allclose(p, right, rtol=1e-6, atol=1e-7)
+
+
+def test_norm_through_the_driver(fake):
+    """Bits, launches and one copy; a norm that finds no memory says so."""
+    tensors = [normal((size,), torch.bfloat16, generator(size)) for size in (3, 9000, 0)]
+    fake.place.room = 10
+    with pytest.raises(torch.OutOfMemoryError, match="no memory left for the workspace of a norm"):
+        cuda_sums.squares(tensors)
+    fake.place.room = 1 << 40
+    for _ in range(2):
+        sums, flag = cuda_sums.squares(tensors)
+        wanted, bad = norm.reference(tensors)
+        assert_same_bits(sums, wanted)
+        assert bool(flag) == bool(bad)
+        assert_same_bits(cuda_sums.total(sums), norm.tree(sums))
+    assert [name for name, *_ in fake.launches] == 2 * ["squares_BF16", "tree", "tree", "tree"]
+    assert len(fake.place.uploads) == 2, "tables of the norm, and of the total"
+
+
+def test_other_errors_are_not_called_out_of_memory():
+    with pytest.raises(RuntimeError, match=r"^something else$"), resident.making("a table", CPU):
+        raise RuntimeError("something else")
 
 
 def test_strided_and_empty_and_none(fake):
@@ -268,7 +451,7 @@ def test_contexts_and_functions(fake):
     log = fake.log()
     assert log.count("cuDevicePrimaryCtxRetain(100)") == log.count("cuModuleLoadData(an image)") == 1
     assert log.count("cuModuleGetFunction(step_SGD_F32_F32_F32)") == 1
-    assert log.count("cuCtxPushCurrent()") == log.count("cuCtxPopCurrent()") == 3
+    assert log.count("cuCtxPushCurrent()") == log.count("cuCtxPopCurrent()") == 4, "load, usage, two launches"
     assert log.count(f"cuLaunchKernel(step_SGD_F32_F32_F32 1 256 {STREAM})") == 2
     assert cuda.code(0)[0].usage("step_SGD_F32_F32_F32", 256) == {"registers": 40, "local_bytes": 0, "blocks": 8}
 
@@ -336,6 +519,28 @@ def test_image_that_the_driver_refuses(fake, error, text):
     assert "The driver is for CUDA 12.4: install a newer driver, or build with an older toolkit" in reason
     with pytest.raises(RuntimeError, match="the CUDA backend cannot step tensors on cpu: GPU 0 cannot load"):
         cuda.step(items_of([SGD.rules[0]], [F32], generator(7), sizes=(3,)))
+
+
+@pytest.mark.parametrize("what", ["driver", "gpu", "none"])
+def test_automatic_choice(fake, monkeypatch, what):
+    """A driver or a GPU that is too old leaves the step to Triton, and the reasons say so; a forced backend raises."""
+    if what == "driver":
+        fake.lib.fake_set(fake.callback, 12040, 9, 0)
+        fake.lib.fake_fail(b"cuModuleLoadData", 222)
+    elif what == "gpu":
+        fake.lib.fake_set(fake.callback, 13000, 7, 5)
+    else:
+        monkeypatch.setattr(cuda, "LIBRARY", "libcuda-that-is-not-there.so.1")
+    said = {"driver": "install a newer driver", "gpu": "kernels need 8.0 or newer", "none": "no CUDA driver"}[what]
+    monkeypatch.setattr(dispatch.load("triton"), "why_not", lambda device: None)
+    dispatch._best.cache_clear()
+    try:
+        assert dispatch.choose(GPU) == "triton"
+        assert said in (dispatch.reasons(GPU)["cuda"] or "")
+        with pytest.raises(RuntimeError, match=f"backend 'cuda' was asked for and cannot run: .*{said}"):
+            dispatch.choose(GPU, "cuda")
+    finally:
+        dispatch._best.cache_clear()
 
 
 def test_launch_that_fails(fake):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import cuda_host
@@ -138,7 +139,12 @@ def test_dtypes_together_and_what_goes_elsewhere(device):
     check([*works, (mixed, ROW)])
     assert len(device.launches) == 4 * 4 + 2
     check(works)
-    assert len(device.uploads) == 3, "tables, numbers; then numbers only"
+    assert len(device.uploads) == 1, "tables and numbers; then nothing, since nothing changed"
+    works = [(replace(item, tensors=(item.tensors[0], item.tensors[1].clone(), *item.tensors[2:])), row)
+             for item, row in works]
+    check(works)
+    assert len(device.uploads) == 2
+    assert device.uploads[1] < device.uploads[0] / 3, "addresses of gradients"
 
 
 def test_whole_optimizer(device, monkeypatch):

@@ -13,7 +13,7 @@ import torch
 from helpers import assert_same_bits, generator, needs_native, normal
 from own_kernels import CODECS, DESCENT, OPTIONS, PLAIN, RULE, Nothing, coded, on_host, plain
 from own_kernels import nothing as nothing
-from test_cuda_driver import COMPILER, GPU, NO_COMPILER, Host, items_of, oracle
+from test_cuda_driver import COMPILER, GPU, NO_COMPILER, items_of, oracle
 from test_cuda_driver import fake as fake
 from test_cuda_driver import library as library
 from test_cuda_walk import states_of
@@ -63,7 +63,6 @@ def test_your_own_rule(ready, nothing: Nothing, tmp_path):
     assert len(nothing.asked) == len(dtypes)
     log = ready.log()
     assert [f"cuModuleLoadData(image {i})" in log for i in range(1, 5)] == [True] * 4
-    assert Host.uploads[1] < Host.uploads[0] / 2, "the tables did not change"
 
 
 def test_storages_that_are_not_in_the_list(ready, nothing: Nothing, tmp_path, monkeypatch):

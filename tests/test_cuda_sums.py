@@ -143,6 +143,9 @@ def test_tables_stay(device):
     tensors[0].fill_(2.0)
     check(tensors)
     assert len(device.uploads) == 1
+    tensors = [tensor.clone() for tensor in tensors]
+    check(tensors)
+    assert device.uploads[1:] == [2 * 8], "each of two chunks has a new address"
     first = cuda_sums.squares(tensors)[0].clone()
     kept = cuda_sums.squares(tensors)[0]
     tensors[0].fill_(3.0)
@@ -266,8 +269,15 @@ def test_rules_and_dtypes_together(device):
     assert all(tensor._version == version + (index != 1) for item, versions in zip(items, before, strict=True)
                for index, (tensor, version) in enumerate(zip(item.tensors, versions, strict=True)))
     cuda_sums.run_stages(items)
-    assert len(device.uploads) == 3, "rows, tables; then rows only"
-    assert device.uploads[2] == device.uploads[0]
+    assert len(device.uploads) == 1, "rows and tables; then nothing, since nothing changed"
+    items = [replace(item, row=[0.5, *item.row[1:]]) for item in items]
+    cuda_sums.run_stages(items)
+    items = [replace(item, tensors=(item.tensors[0], item.tensors[1].clone(), *item.tensors[2:])) for item in items]
+    wanted, sums, right = step(items)
+    compare(items, wanted, "new gradients")
+    assert_same_bits(sums, right)
+    first, rows, addresses = device.uploads
+    assert max(rows, addresses) < first / 3
 
 
 @pytest.mark.parametrize("dtype", REALS, ids=str)

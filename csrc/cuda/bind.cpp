@@ -3,6 +3,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -34,7 +35,8 @@ void require(bool holds, const std::string& what) {
 // Walks a kernel on the host, block by block in the given order and thread by thread. Returns the number of 16-byte
 // accesses and of single ones.
 std::pair<i64, i64> host_walk(const std::string& name, const py::array& table, const py::array& rows, u32 blocks,
-                              u32 threads, const std::vector<u32>& order) {
+                              u32 threads, const std::vector<u32>& order,
+                              const std::optional<py::array_t<i64, py::array::c_style>>& gradients) {
   const HostKernel& kernel = find(name);
   require(py::isinstance<py::array_t<i64>>(table) && table.ndim() == 2 && table.shape(1) == kernel.columns &&
               (table.flags() & py::array::c_style) != 0,
@@ -44,11 +46,14 @@ std::pair<i64, i64> host_walk(const std::string& name, const py::array& table, c
                rows.ndim() == 2 && rows.shape(1) == kernel.coefficients && (rows.flags() & py::array::c_style) != 0),
           "the coefficients of " + name + " are a contiguous array of " + (kernel.wide ? "float64" : "float32") +
               " with " + std::to_string(kernel.coefficients) + " columns");
+  require(!gradients || gradients->size() == table.shape(0),
+          "gradients of " + name + " are one address for each row of its table");
   accesses = Accesses();
   const auto* words = static_cast<const i64*>(table.data());
   for (u32 block : order)
     for (u32 thread = 0; thread < threads; ++thread)
-      kernel.walk(words, table.shape(0), rows.data(), thread, threads, block, blocks);
+      kernel.walk(words, table.shape(0), rows.data(), gradients ? gradients->data() : nullptr, thread, threads, block,
+                  blocks);
   return {accesses.wide, accesses.narrow};
 }
 
@@ -57,7 +62,7 @@ std::pair<i64, i64> host_walk(const std::string& name, const py::array& table, c
 void bind_cuda(py::module_& m) {
   m.def("cuda_kernels", &kernels, "Names of the kernels that step.fatbin holds.");
   m.def("cuda_host_walk", &host_walk, "Run a kernel's own text on the host.", py::arg("name"), py::arg("table"),
-        py::arg("rows"), py::arg("blocks"), py::arg("threads"), py::arg("order"));
+        py::arg("rows"), py::arg("blocks"), py::arg("threads"), py::arg("order"), py::arg("gradients") = py::none());
   py::class_<DeviceCode>(m, "DeviceCode")
       .def("usage", [](DeviceCode& code, const std::string& kernel, int threads) {
         const DeviceCode::Usage usage = code.usage(kernel, threads);
@@ -65,7 +70,8 @@ void bind_cuda(py::module_& m) {
                         py::arg("blocks") = usage.blocks);
       })
       .def("launch", &DeviceCode::launch, py::call_guard<py::gil_scoped_release>(), py::arg("kernel"), py::arg("blocks"),
-           py::arg("threads"), py::arg("stream"), py::arg("table"), py::arg("chunks"), py::arg("rows"));
+           py::arg("threads"), py::arg("stream"), py::arg("table"), py::arg("chunks"), py::arg("rows"),
+           py::arg("gradients") = 0);
   py::class_<Driver, std::shared_ptr<Driver>>(m, "Driver")
       .def(py::init<const std::string&>())
       .def("version", &Driver::version)

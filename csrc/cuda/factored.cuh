@@ -49,8 +49,8 @@ struct FactoredTile {
   const char* total;       // of the parameter
   char *row_parts, *column_parts;  // sums over the tile, one for each row and for each column
 
-  HOST_DEVICE explicit FactoredTile(const i64* words)
-      : p(reinterpret_cast<char*>(words[0])), g(reinterpret_cast<char*>(words[1])),
+  HOST_DEVICE FactoredTile(const i64* words, const i64* gradient)
+      : p(reinterpret_cast<char*>(words[0])), g(reinterpret_cast<char*>(*gradient)),
         second(reinterpret_cast<char*>(words[2])), rows_moved(second),
         columns_moved(reinterpret_cast<const char*>(words[3])), rows(static_cast<u32>(words[4])),
         columns(static_cast<u32>(words[5])), stride(words[6]), row(words[7]),
@@ -315,13 +315,17 @@ struct Factored {
         if (lane == 0) store_sums(reinterpret_cast<char*>(words[6]), held.moved, 0.0);
       });
     }
-    HOST_DEVICE static void one(const i64* words, const double* numbers) { lines(words, numbers); }
+    HOST_DEVICE static void one(const i64* words, const double* numbers, const i64*) { lines(words, numbers); }
   };
   struct Measure : SumsKernel {
-    HOST_DEVICE static void one(const i64* words, const double* numbers) { SumsKernel::tile(FactoredTile(words), numbers); }
+    HOST_DEVICE static void one(const i64* words, const double* numbers, const i64* gradient) {
+      SumsKernel::tile(FactoredTile(words, gradient), numbers);
+    }
   };
   template <bool Write> struct Update : Pass<Write> {
-    HOST_DEVICE static void one(const i64* words, const double* numbers) { Pass<Write>::tile(FactoredTile(words), numbers); }
+    HOST_DEVICE static void one(const i64* words, const double* numbers, const i64* gradient) {
+      Pass<Write>::tile(FactoredTile(words, gradient), numbers);
+    }
   };
 };
 
@@ -329,10 +333,10 @@ struct Factored {
 template <class Kernel>
 struct ByRow {
   static constexpr int columns = Kernel::columns;
-  HOST_DEVICE static void walk(const i64* table, i64 rows, const double* numbers, Place place) {
+  HOST_DEVICE static void walk(const i64* table, i64 rows, const double* numbers, const i64* gradients, Place place) {
     const i64 warps = i64{Warp<int>::count(place)} * place.blocks;
     for (i64 r = i64{Warp<int>::count(place)} * place.block + Warp<int>::number(place); r < rows; r += warps)
-      Kernel::one(table + r * columns, numbers);
+      Kernel::one(table + r * columns, numbers, gradient_of(gradients, r, table + r * columns + 1));
   }
 };
 
@@ -345,12 +349,13 @@ struct ByRow {
   X(S, rows, 4, Measure) X(S, lines, 1, LinesKernel) X(S, update, 2, Update<false>) X(S, apply, 2, Update<true>)
 
 #if defined(__CUDACC__) || defined(__CUDACC_RTC__)
-#define FT_FACTORED_KERNEL(S, What, Together, Kernel)                                                               \
+#define FT_FACTORED_KERNEL(S, What, Together, Kernel)                                                     \
   extern "C" __global__ void __launch_bounds__(256, 2)                                                    \
-  factored_##What##_##S(const fasttrain::i64* table, fasttrain::i64 rows, const double* numbers) {        \
+  factored_##What##_##S(const fasttrain::i64* table, fasttrain::i64 rows, const double* numbers,          \
+                        const fasttrain::i64* gradients) {                                                \
     using namespace fasttrain;                                                                            \
     const Place place{threadIdx.x, blockDim.x, blockIdx.x, gridDim.x};                                    \
-    ByRow<Factored<k##S, Together>::Kernel>::walk(table, rows, numbers, place);                                     \
+    ByRow<Factored<k##S, Together>::Kernel>::walk(table, rows, numbers, gradients, place);                \
   }
 #ifndef FT_ON_DEMAND
 FASTTRAIN_FACTORED(FT_FACTORED_KERNEL)

@@ -18,18 +18,21 @@ void check_address(const void* at, int bytes) {
 namespace {
 
 template <class Kernel, class T>
-void walk(const i64* table, i64 chunks, const void* rows, u32 thread, u32 threads, u32 block, u32 blocks) {
-  Kernel::walk(table, chunks, static_cast<const T*>(rows), Place{thread, threads, block, blocks});
+void walk(const i64* table, i64 chunks, const void* rows, const i64* gradients, u32 thread, u32 threads, u32 block,
+          u32 blocks) {
+  Kernel::walk(table, chunks, static_cast<const T*>(rows), gradients, Place{thread, threads, block, blocks});
 }
 
 // As it, of kernels whose warps have shared memory.
 template <class Kernel, class T>
-void walk_shared(const i64* table, i64 chunks, const void* rows, u32 thread, u32 threads, u32 block, u32 blocks) {
+void walk_shared(const i64* table, i64 chunks, const void* rows, const i64* gradients, u32 thread, u32 threads,
+                 u32 block, u32 blocks) {
   alignas(kAccess) char shared[Kernel::shared_bytes_of_warp];
-  Kernel::walk(table, chunks, static_cast<const T*>(rows), Place{thread, threads, block, blocks}, shared);
+  Kernel::walk(table, chunks, static_cast<const T*>(rows), gradients, Place{thread, threads, block, blocks}, shared);
 }
 
-void walk_tree(const i64* table, i64 lists, const void* out, u32 thread, u32 threads, u32 block, u32 blocks) {
+void walk_tree(const i64* table, i64 lists, const void* out, const i64*, u32 thread, u32 threads, u32 block,
+               u32 blocks) {
   Tree::walk(table, lists, static_cast<char*>(const_cast<void*>(out)), Place{thread, threads, block, blocks}, nullptr);
 }
 

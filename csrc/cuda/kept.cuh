@@ -68,10 +68,11 @@ struct KeptStep {
     u32 zero;  // the upper half of the count, of which the compiler does not know that it is zero
     Source sources[random > 0 ? random : 1];
 
-    HOST_DEVICE Chunk(const i64* chunk, const float* row)
+    HOST_DEVICE Chunk(const i64* chunk, const float* row, const i64* gradient)
         : k(row + 1), scale(row[0]), limit(row[after]), elements(static_cast<u32>(chunk[O::arrays])),
           flags(static_cast<u32>(chunk[O::arrays + 2])), zero(static_cast<u32>(chunk[O::arrays] >> 32)) {
       read_addresses(chunk, Every());
+      arrays[1].main = reinterpret_cast<char*>(*gradient);
       FT_UNROLL
       for (int r = 0; r < random; ++r) {
         const float* words = row + after + 3 + 2 * r;
@@ -159,12 +160,13 @@ struct KeptStep {
     (encode<2 + I>(warp, chunk), ...);
   }
 
-  HOST_DEVICE static void walk(const i64* table, i64 chunks, const float* rows, Place place) {
+  HOST_DEVICE static void walk(const i64* table, i64 chunks, const float* rows, const i64* gradients, Place place) {
     const u32 number = Warp<Held>::number(place), warps = Warp<Held>::count(place);
     for (i64 c = place.block; c < chunks; c += place.blocks) {
       const i64* here = table + c * O::columns;
-      const Chunk chunk(here, rows + here[O::arrays + 1] * width);
-      const u32 tiles = (chunk.flags & 1) != 0 ? chunk.elements / kTile : 0;  // in which every access is wide
+      const Chunk chunk(here, rows + here[O::arrays + 1] * width, gradient_of(gradients, c, here + 1));
+      const bool aligned = (chunk.flags & 1) != 0 && reinterpret_cast<u64>(chunk.arrays[1].main) % kAccess == 0;
+      const u32 tiles = aligned ? chunk.elements / kTile : 0;  // in which every access is wide
       for (u32 first = number; first < tiles; first += kTilesTogether * warps) {
         Warp<Held> warp[kTilesTogether];
         u32 arrived = 0;
@@ -231,11 +233,12 @@ constexpr u8 F32 = kF32, BF16 = kBF16, BF16S = kBF16 | kStochastic, SPLIT16 = kS
 #if defined(__CUDACC__) || defined(__CUDACC_RTC__)
 #define FT_KEPT_KERNEL(Name, Rule, ...)                                                                   \
   extern "C" __global__ void __launch_bounds__(256, 2)                                                    \
-  Name(const fasttrain::i64* table, fasttrain::i64 chunks, const float* rows) {                           \
+  Name(const fasttrain::i64* table, fasttrain::i64 chunks, const float* rows,                             \
+       const fasttrain::i64* gradients) {                                                                 \
     using namespace fasttrain;                                                                            \
     using namespace fasttrain::codes;                                                                     \
     const Place place{threadIdx.x, blockDim.x, blockIdx.x, gridDim.x};                                    \
-    KeptStep<Rule<float>, __VA_ARGS__>::walk(table, chunks, rows, place);                                 \
+    KeptStep<Rule<float>, __VA_ARGS__>::walk(table, chunks, rows, gradients, place);                      \
   }
 #define FT_KEPT_1(Rule, P, G, S) FT_KEPT_KERNEL(kept_##Rule##_##P##_##G##_##S, Rule, P, G, S)
 #define FT_KEPT_2(Rule, P, G, S, Z) FT_KEPT_KERNEL(kept_##Rule##_##P##_##G##_##S##_##Z, Rule, P, G, S, Z)

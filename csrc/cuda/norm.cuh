@@ -131,11 +131,12 @@ struct Squares {
     });
   }
 
-  HOST_DEVICE static void walk(const i64* table, i64 chunks, const void*, Place place, char* shared) {
+  HOST_DEVICE static void walk(const i64* table, i64 chunks, const void*, const i64* gradients, Place place,
+                               char* shared) {
     const i64 warps = i64{Warp<Held>::count(place)} * place.blocks;
     for (i64 c = i64{Warp<Held>::count(place)} * place.block + Warp<Held>::number(place); c < chunks; c += warps) {
       const i64* chunk = table + c * columns;
-      const char* at = reinterpret_cast<const char*>(chunk[0]);
+      const char* at = reinterpret_cast<const char*>(*gradient_of(gradients, c, chunk));
       char* sums = reinterpret_cast<char*>(chunk[2]);
       for (i64 left = chunk[1]; left > 0; left -= 2 * kSumElements) {
         pair(at, static_cast<u32>(left < 2 * kSumElements ? left : 2 * kSumElements), sums, shared);
@@ -159,12 +160,13 @@ struct Squares {
 #endif
 #define FT_SQUARES_KERNEL(S)                                                                              \
   extern "C" __global__ void __launch_bounds__(256, FT_SQUARES_BLOCKS)                                    \
-  squares_##S(const fasttrain::i64* table, fasttrain::i64 chunks, const void* none) {                     \
+  squares_##S(const fasttrain::i64* table, fasttrain::i64 chunks, const void* none,                       \
+              const fasttrain::i64* gradients) {                                                          \
     using namespace fasttrain;                                                                            \
     constexpr u32 room = Squares<k##S>::shared_bytes_of_warp;                                             \
     __shared__ alignas(16) char shared[kThreads / 32 * room];                                             \
     const Place place{threadIdx.x, blockDim.x, blockIdx.x, gridDim.x};                                    \
-    Squares<k##S>::walk(table, chunks, none, place, shared + threadIdx.x / 32 * room);                    \
+    Squares<k##S>::walk(table, chunks, none, gradients, place, shared + threadIdx.x / 32 * room);         \
   }
 #ifndef FT_ON_DEMAND
 FASTTRAIN_SQUARES(FT_SQUARES_KERNEL)

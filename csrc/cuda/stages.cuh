@@ -138,14 +138,16 @@ struct Stage {
     }
   }
 
-  HOST_DEVICE static void walk(const i64* table, i64 chunks, const T* rows, Place place, char* shared) {
+  HOST_DEVICE static void walk(const i64* table, i64 chunks, const T* rows, const i64* gradients, Place place,
+                               char* shared) {
     const i64 warps = i64{Warp<Held>::count(place)} * place.blocks;
     int bytes[streams];
     FT_UNROLL
     for (int s = 0; s < streams; ++s) bytes[s] = bytes_of(s);
     for (i64 c = i64{Warp<Held>::count(place)} * place.block + Warp<Held>::number(place); c < chunks; c += warps) {
-      const Chunk<streams> chunk(table + c * columns);
-      char* to = reinterpret_cast<char*>(table[c * columns + streams + 2]);
+      const i64* here = table + c * columns;
+      const Chunk<streams> chunk(here, gradient_of(gradients, c, here + 1));
+      char* to = reinterpret_cast<char*>(here[streams + 2]);
       const T* row = rows + chunk.row * (1 + Rule::coefficients);
       const T scale = row[0];
       const K k(row + 1);
@@ -203,12 +205,14 @@ struct Stage {
 #if defined(__CUDACC__) || defined(__CUDACC_RTC__)
 #define FT_STAGE_KERNEL(Rule, T, P, G, S)                                                                 \
   extern "C" __global__ void __launch_bounds__(fasttrain::kThreads, sizeof(T) == 8 ? 1 : 2)               \
-  stage_##Rule##_##P##_##G##_##S(const fasttrain::i64* table, fasttrain::i64 chunks, const T* rows) {     \
+  stage_##Rule##_##P##_##G##_##S(const fasttrain::i64* table, fasttrain::i64 chunks, const T* rows,       \
+                              const fasttrain::i64* gradients) {                                          \
     using namespace fasttrain;                                                                            \
     using Kernel = Stage<Rule<T>, T, k##P, k##G, k##S>;                                                   \
     __shared__ alignas(16) char shared[kThreads / 32 * Kernel::shared_bytes_of_warp];                     \
     const Place place{threadIdx.x, blockDim.x, blockIdx.x, gridDim.x};                                    \
-    Kernel::walk(table, chunks, rows, place, shared + threadIdx.x / 32 * Kernel::shared_bytes_of_warp);   \
+    char* own = shared + threadIdx.x / 32 * Kernel::shared_bytes_of_warp;                                 \
+    Kernel::walk(table, chunks, rows, gradients, place, own);                                             \
   }
 #ifndef FT_ON_DEMAND
 FASTTRAIN_STAGE_KERNELS(FT_STAGE_KERNEL)

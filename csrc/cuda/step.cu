@@ -76,12 +76,13 @@ struct Step {
     return bit_cast<T>(bit_cast<Bits<sizeof(T)>>(scale) | (any & zero));
   }
 
-  HOST_DEVICE static void walk(const i64* table, i64 chunks, const T* rows, Place place) {
+  HOST_DEVICE static void walk(const i64* table, i64 chunks, const T* rows, const i64* gradients, Place place) {
     int bytes[streams];
     FT_UNROLL
     for (int s = 0; s < streams; ++s) bytes[s] = bytes_of(s);
     for (i64 c = place.block; c < chunks; c += place.blocks) {
-      const Chunk<streams> chunk(table + c * columns);
+      const i64* here = table + c * columns;
+      const Chunk<streams> chunk(here, gradient_of(gradients, c, here + 1));
       const T* row = rows + chunk.row * (1 + Rule::coefficients);
       const T scale = row[0];
       const K k(row + 1);
@@ -141,10 +142,11 @@ struct Step {
 // In fp64 the second bound, one block, lets it take the registers that it needs: without it some kernels spill.
 #define FT_STEP_KERNEL(Name, Blocks, Rule, T, P, G, S)                                                    \
   extern "C" __global__ void __launch_bounds__(fasttrain::kThreads, Blocks)                               \
-  Name(const fasttrain::i64* table, fasttrain::i64 chunks, const T* rows) {                               \
+  Name(const fasttrain::i64* table, fasttrain::i64 chunks, const T* rows,                                 \
+       const fasttrain::i64* gradients) {                                                                 \
     using namespace fasttrain;                                                                            \
     const Place place{threadIdx.x, blockDim.x, blockIdx.x, gridDim.x};                                    \
-    Step<Rule<T>, T, k##P, k##G, k##S>::walk(table, chunks, rows, place);                                 \
+    Step<Rule<T>, T, k##P, k##G, k##S>::walk(table, chunks, rows, gradients, place);                      \
   }
 #define FT_KERNEL(Rule, T, P, G, S) FT_STEP_KERNEL(step_##Rule##_##P##_##G##_##S, sizeof(T) == 8, Rule, T, P, G, S)
 #define FT_PLAIN_KERNELS(Rule) FASTTRAIN_PLAIN(FT_KERNEL, Rule)

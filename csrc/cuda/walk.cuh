@@ -149,6 +149,12 @@ struct Pack {
   }
 };
 
+// Where the address of a chunk's gradient is. Gradients change their places between steps, while the table stays: their
+// addresses are a column by itself, which is copied alone, or in the table if there is none.
+HOST_DEVICE const i64* gradient_of(const i64* gradients, i64 chunk, const i64* in_table) {
+  return gradients == nullptr ? in_table : gradients + chunk;
+}
+
 // --- One row of the table: addresses of p, g and the states, elements, row of coefficients, aligned or not.
 // The last is for kernels that cannot peel; here every chunk finds its own first aligned element.
 HOST_DEVICE constexpr int table_columns(int streams) { return streams + 3; }
@@ -160,11 +166,11 @@ struct Chunk {
   u32 zero;      // the upper half of the count, of which the compiler does not know that it is zero
   i64 row;
 
-  HOST_DEVICE explicit Chunk(const i64* table_row)
+  HOST_DEVICE Chunk(const i64* table_row, const i64* gradient)
       : elements(static_cast<u32>(table_row[Streams])), zero(static_cast<u32>(table_row[Streams] >> 32)),
         row(table_row[Streams + 1]) {
     FT_UNROLL
-    for (int s = 0; s < Streams; ++s) at[s] = reinterpret_cast<char*>(table_row[s]);
+    for (int s = 0; s < Streams; ++s) at[s] = reinterpret_cast<char*>(s == 1 ? *gradient : table_row[s]);
   }
 
   HOST_DEVICE char* address(int stream, u32 element, int bytes) const {

@@ -1,7 +1,8 @@
 """The CUDA backend: kernels compiled ahead of time (`step.fatbin`) or at first use, started through the driver API.
 
-One launch for each (rule, storage combination, device), whatever the number of parameters, and one copy from pinned
-memory to the device for all of them: coefficient rows, and those chunk tables that changed since an earlier step.
+One launch for each (rule, storage combination, device), whatever the number of parameters. Their chunk tables stay on
+the device (`resident`); what changed since the last step, rows of coefficients and addresses of gradients, goes there
+in one copy for all of them, from a ring of pinned slots (`ring`). Work is ordered on torch's current stream (`place`).
 
 What is compiled ahead: every built-in rule with the plain storages of `FASTTRAIN_PLAIN` and `FASTTRAIN_MIXED`
 (csrc/cuda/step.cu), and the usual storages of AdamW, Lion and SGD with momentum in `FASTTRAIN_KEPT`
@@ -12,15 +13,12 @@ with an EMA, runs in Triton, to the same bits. Reductions are in `cuda_sums`.
 
 from __future__ import annotations
 
-import threading
 import warnings
-from collections import OrderedDict
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +28,10 @@ from fasttrain.kernels import emit_cuda, kept_table, native, table
 from fasttrain.kernels.cuda_code import Code
 from fasttrain.kernels.emit_cuda import NAMES, codec_name
 from fasttrain.kernels.item import Item, dense
+from fasttrain.kernels.place import Place as Place
+from fasttrain.kernels.resident import Column, Resident, making
+from fasttrain.kernels.resident import Parcel as Parcel
+from fasttrain.kernels.resident import Tables as Tables
 from fasttrain.rule import Rule
 
 LIBRARY = "libcuda.so.1"
@@ -38,7 +40,6 @@ OLDEST = (8, 0)  # compute capability: bfloat16 conversions, and the oldest code
 THREADS = 256  # of a block, as kThreads in csrc/cuda/step.cu
 TILE = 4096  # elements that a block takes at once in 16-bit storages
 CHUNKS_PER_PROCESSOR = 32  # so many that multiprocessors end at about the same time
-TABLES = 16  # kept on a device
 
 
 # --- What can run -----------------------------------------------------------------------------------------------------
@@ -121,37 +122,7 @@ def kernel_of(rule: Rule, dtypes: tuple[torch.dtype, ...], codecs: tuple[int, ..
     return (name, reason) if loaded is None else loaded.find(name, rule, dtypes, codecs)
 
 
-# --- Torch's side of a device -----------------------------------------------------------------------------------------
-
-@dataclass(frozen=True)
-class Place:
-    """What a step needs from torch on one GPU."""
-
-    device: torch.device
-
-    def ordinal(self) -> int:
-        if self.device.index is not None:
-            return self.device.index
-        return torch.cuda.current_device() if torch.cuda.is_available() else 0
-
-    def guard(self) -> AbstractContextManager[Any]:
-        return torch.cuda.device(self.device)
-
-    def stream(self) -> int:
-        return torch.cuda.current_stream(self.device).cuda_stream
-
-    def upload(self, data: np.ndarray) -> Tensor:
-        """A copy on the device, ordered on the current stream. Torch's allocators keep the pinned memory until the copy
-        has been done, and give the device memory to nobody but later work of this stream.
-        """
-        return torch.from_numpy(data).pin_memory().to(self.device, non_blocking=True)
-
-    def empty(self, size: int) -> Tensor:
-        """Memory of so many bytes."""
-        return torch.empty(size, dtype=torch.uint8, device=self.device)
-
-
-place_of: Any = Place
+place_of: Any = Place  # torch's side of a device; tests put a host in its place
 
 
 # --- The step ---------------------------------------------------------------------------------------------------------
@@ -166,9 +137,11 @@ def step(items: Sequence[Item]) -> None:
         (others if name is None else known).append(item)
     with dense(known) as walkable:
         groups = table.grouped(walkable)
-        for device in {kind.device: None for kind in groups}:
-            launch(device, [(kernel_of(kind.rule, kind.dtypes, kind.codecs, device)[0], group)
-                            for kind, group in groups.items() if kind.device == device])
+        starts = [ready(device, [(kernel_of(kind.rule, kind.dtypes, kind.codecs, device)[0], group)
+                                 for kind, group in groups.items() if kind.device == device])
+                  for device in {kind.device: None for kind in groups}]
+        for begin in starts:  # when nothing more takes memory
+            begin()
         torch.autograd.graph.increment_version(
             [tensor for item in walkable for tensor in item.written if tensor is not item.counter])
     counters: dict[torch.device, list[Tensor]] = {}
@@ -181,59 +154,15 @@ def step(items: Sequence[Item]) -> None:
 
 
 @dataclass(frozen=True)
-class OnDevice:
-    """A chunk table in device memory."""
+class Launches:
+    """The launches over items whose gradients alone may lie elsewhere at the next step."""
 
-    owner: Tensor  # of the memory
-    offset: int
-    chunks: int
-
-
-Entry = TypeVar("Entry")
+    on_device: Resident
+    chunks: tuple[int, ...]  # of each
+    gradients: tuple[Column, ...]  # of each
 
 
-class Tables(Generic[Entry]):
-    """What is kept on devices for the next step, the last used at the end.
-
-    Torch frees memory for later work of the stream that it was made on, so a table is used on its own stream only.
-    """
-
-    def __init__(self) -> None:
-        self.known: OrderedDict[tuple[Any, ...], Entry] = OrderedDict()
-        self.lock = threading.Lock()
-
-    def get(self, key: tuple[Any, ...]) -> Entry | None:
-        with self.lock:
-            return self.known.get(key)
-
-    def keep(self, key: tuple[Any, ...], entry: Entry) -> None:
-        with self.lock:
-            self.known[key] = entry
-            self.known.move_to_end(key)
-            while len(self.known) > TABLES:
-                self.known.popitem(last=False)
-
-
-class Parcel:
-    """Arrays that go to the device in one copy, each at a multiple of 16 bytes."""
-
-    def __init__(self) -> None:
-        self.parts: list[np.ndarray] = []
-        self.bytes = 0
-
-    def add(self, part: np.ndarray) -> int:
-        """Add an array and return where it begins."""
-        begin = self.bytes
-        self.parts.append(np.ascontiguousarray(part).reshape(-1).view(np.uint8))
-        self.bytes += -(-part.nbytes // table.ALIGNED) * table.ALIGNED
-        self.parts.append(np.zeros(self.bytes - begin - part.nbytes, np.uint8))
-        return begin
-
-    def data(self) -> np.ndarray:
-        return np.concatenate(self.parts)
-
-
-tables: Tables[OnDevice] = Tables()
+tables: Tables[Launches] = Tables()
 
 
 def opened(device: torch.device) -> tuple[Any, Any, int]:
@@ -245,32 +174,59 @@ def opened(device: torch.device) -> tuple[Any, Any, int]:
     return place, loaded, driver()[0].multiprocessors(place.ordinal())
 
 
-def launch(device: torch.device, groups: Sequence[tuple[Any, list[Item]]]) -> None:
-    """Start one kernel for each (name, items), all on one device and on torch's current stream there."""
+def ready(device: torch.device, groups: Sequence[tuple[Any, list[Item]]]) -> Callable[[], None]:
+    """What starts one kernel for each (name, items), all on one device and on torch's current stream there."""
     place, loaded, processors = opened(device)
     with place.guard():
         stream = place.stream()
-        parcel, plans = Parcel(), []
-        for name, items in groups:
+        rows, fixed, moving = [], [], []
+        for _, items in groups:
             kind: Any = table if items[0].plain else kept_table
-            rows, row_of = kind.rows(items)
-            rows_at = parcel.add(rows)
+            own, row_of = kind.rows(items)
             described = kind.describe(items, row_of)
-            key = (name, device, stream, described.tobytes())
-            known, chunks, chunks_at = tables.get(key), 0, 0
-            if known is None:
-                elements = sum(item.tensors[0].numel() for item in items)
-                built = kind.build(items, chunk_size(elements, processors), described)
-                chunks, chunks_at = len(built), parcel.add(built)
-            plans.append((name, key, known, chunks, chunks_at, rows_at))
-        buffer = place.upload(parcel.data())
-        for name, key, known, chunks, chunks_at, rows_at in plans:
-            on_device = known or OnDevice(buffer, chunks_at, chunks)
-            tables.keep(key, on_device)
-            if on_device.chunks:
-                loaded.launch(kernel=name, blocks=on_device.chunks, threads=THREADS, stream=stream,
-                              table=on_device.owner.data_ptr() + on_device.offset, chunks=on_device.chunks,
-                              rows=buffer.data_ptr() + rows_at)
+            rows.append(own)
+            moving.append(described[:, 1].copy())
+            described[:, 1] = 0
+            fixed.append(described)
+        key = (device, stream, *((name, one.tobytes()) for (name, _), one in zip(groups, fixed, strict=True)))
+        launches = tables.get(key)
+        with making("the tables of a step", device):
+            if launches is None:
+                launches = prepare(place, loaded, processors, groups, fixed, rows, moving)
+            else:
+                launches.on_device.update(place, live(rows, launches.gradients, moving))
+        tables.keep(key, launches, launches.on_device.memory.nbytes)
+    return partial(start, place, loaded, stream, [name for name, _ in groups], launches)
+
+
+def start(place: Place, loaded: Any, stream: int, names: Sequence[str], launches: Launches) -> None:
+    addresses = launches.on_device
+    with place.guard():
+        for index, (name, chunks) in enumerate(zip(names, launches.chunks, strict=True)):
+            if chunks:
+                loaded.launch(kernel=name, blocks=chunks, threads=THREADS, stream=stream, table=addresses.fixed[index],
+                              chunks=chunks, rows=addresses.live[index], gradients=addresses.live[len(names) + index])
+
+
+def prepare(place: Place, loaded: Any, processors: int, groups: Sequence[tuple[Any, list[Item]]],
+            fixed: Sequence[np.ndarray], rows: Sequence[np.ndarray], moving: Sequence[np.ndarray]) -> Launches:
+    """The tables on the device, and the code of their kernels: all that a launch might lack memory for."""
+    built, columns = [], []
+    for (name, items), described in zip(groups, fixed, strict=True):
+        kind: Any = table if items[0].plain else kept_table
+        elements = np.array([item.tensors[0].numel() for item in items], np.int64)
+        chunk = chunk_size(int(elements.sum()), processors)
+        built.append(kind.build(items, chunk, described))
+        columns.append(Column(np.repeat(np.arange(len(items)), -(-elements // chunk)), built[-1][:, 1].copy()))
+        if len(built[-1]):
+            loaded.usage(name, THREADS)
+    on_device = Resident(place, live(rows, columns, moving), built)
+    return Launches(on_device, tuple(map(len, built)), tuple(columns))
+
+
+def live(rows: Sequence[np.ndarray], columns: Sequence[Column], moving: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """What changes from step to step: rows of coefficients, and the addresses of the chunks' gradients."""
+    return [*rows, *(column.addresses(own) for column, own in zip(columns, moving, strict=True))]
 
 
 def chunk_size(elements: int, processors: int) -> int:

@@ -9,7 +9,8 @@
 
 For each further dtype there is one launch more of 1, 2, 4 and 6; nothing is launched that has no work. The host waits
 for nothing. In fp32 they touch 24 bytes an element. Every sum is made in float64, in one order: the same bits whatever
-else is stepped. Tables and the workspace stay on the device from one step to the next with the same addresses.
+else is stepped. Tables and the workspace stay on the device from one step to the next; of new gradients only the
+addresses are sent.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 from fasttrain.kernels import cuda, dispatch, factored
 from fasttrain.kernels.cuda_sums import SUMS, WARPS, Prepared, start, tree_rows, upload
 from fasttrain.kernels.item import Item, in_turns
+from fasttrain.kernels.resident import Column, making
 
 LINES = 64  # rows of a tile, as in csrc/cuda/factored.cuh
 GROUP = 32  # lines whose states one warp moves
@@ -71,22 +73,29 @@ def launch(params: Sequence[tuple[torch.Tensor, ...]], rows: Sequence[Sequence[f
     device = params[0][0].device
     place, loaded, _ = cuda.opened(device)
     dtypes = list(dict.fromkeys(tensors[0].dtype for tensors in params))
-    described = tuple((tensors[0].dtype, *matrix_of(tensors), *(tensor.data_ptr() for tensor in tensors))
-                      for tensors in params)
+    described = tuple((tensors[0].dtype, *matrix_of(tensors), tensors[0].data_ptr(),
+                       *(tensor.data_ptr() for tensor in tensors[2:])) for tensors in params)
+    gradients = np.array([tensors[1].data_ptr() for tensors in params], np.int64)
     numbers = np.array([[*row, tensors[0].numel()] for row, tensors in zip(rows, params, strict=True)], np.float64)
     with place.guard():
         stream = place.stream()
         key = (device, stream, described)
-        ready = kept.get(key) or prepare(place, params, dtypes)
-        kept.keep(key, ready)
-        parcel = cuda.Parcel()
-        parcel.add(numbers)
-        buffer = place.upload(parcel.data())
+        ready = kept.get(key)
+        with making("the workspace of Adafactor", device):
+            if ready is None:
+                for what in WORDS:
+                    for dtype in dtypes:
+                        loaded.usage(f"factored_{what}_{cuda.NAMES[dtype]}", cuda.THREADS)
+                ready = prepare(place, params, dtypes, numbers, gradients)
+            else:
+                ready.on_device.update(place, [numbers, *(one.addresses(gradients) for one in ready.columns)])
+        kept.keep(key, ready, ready.on_device.memory.nbytes + ready.workspace.nbytes)
+        live = ready.on_device.live
         for what, trees in (("rows", False), ("lines", True), ("update", True), ("apply", False)):
             at = list(WORDS).index(what) * len(dtypes)
             for index, dtype in enumerate(dtypes):
                 name = f"factored_{what}_{cuda.NAMES[dtype]}"
-                start(loaded, name, stream, ready, at + index, buffer.data_ptr(), WARPS)
+                start(loaded, name, stream, ready, at + index, live[0], WARPS, live[1 + at + index])
             if trees:
                 start(loaded, "tree", stream, ready, len(WORDS) * len(dtypes) + (what == "update"),
                       ready.workspace.data_ptr())
@@ -112,7 +121,8 @@ class Room:
         return begin
 
 
-def prepare(place: cuda.Place, params: Sequence[tuple[torch.Tensor, ...]], dtypes: Sequence[torch.dtype]) -> Prepared:
+def prepare(place: cuda.Place, params: Sequence[tuple[torch.Tensor, ...]], dtypes: Sequence[torch.dtype],
+            numbers: np.ndarray, gradients: np.ndarray) -> Prepared:
     shapes = [matrix_of(tensors) for tensors in params]
     matrices = np.array([count if rows else 0 for count, rows, _ in shapes], np.int64)
     before = np.cumsum(matrices) - matrices
@@ -140,7 +150,8 @@ def prepare(place: cuda.Place, params: Sequence[tuple[torch.Tensor, ...]], dtype
         tables["apply", dtype].append(tiles)
     trees = [tree_of(found, room, out) for found, out in zip(lists, (0, int(matrices.sum())), strict=True)]
     workspace = place.empty(room.bytes)
-    parts = []
+    parts: list[np.ndarray] = []
+    moving: list[Column] = []
     for (what, _), found in tables.items():
         whole = np.concatenate([np.empty((0, WORDS[what]), np.int64), *found])
         if what == "lines":
@@ -155,9 +166,19 @@ def prepare(place: cuda.Place, params: Sequence[tuple[torch.Tensor, ...]], dtype
                 whole[factored_ones, column] += workspace.data_ptr()
             whole[~factored_ones, 3] = 0
         parts.append(whole)
+        moving.append(gradient_column(whole, gradients) if what != "lines" else Column(*np.empty((2, 0), np.int64)))
     for rows_of_tree in trees:
         rows_of_tree[:, [0, 2]] += workspace.data_ptr()
-    return upload(place, [*parts, *trees], workspace)
+    return upload(place, [*parts, *trees], workspace, moving,
+                  [numbers, *(column.addresses(gradients) for column in moving)])
+
+
+def gradient_column(tiles: np.ndarray, gradients: np.ndarray) -> Column:
+    """The addresses of the gradients of tiles, which leave the table."""
+    parameter = tiles[:, 7].copy()
+    offset = tiles[:, 1] - gradients[parameter]
+    tiles[:, 1] = 0
+    return Column(parameter, offset)
 
 
 def of_matrices(tensors: Sequence[torch.Tensor], count: int, rows: int, columns: int, index: int, totals: int,

@@ -8,7 +8,8 @@ Whatever the number of tensors, in this order on torch's current stream:
   rules have sums, one that adds those of each item.
 
 Nothing waits for the device. There are no atomics: the bits are those of `fasttrain.kernels.norm` whatever the grid.
-Tables and the workspace stay on the device from one call to the next with the same addresses.
+Tables and the workspace stay on the device from one call to the next over the same tensors; the addresses of gradients
+may change, and only they are sent.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +26,7 @@ from torch import Tensor
 from fasttrain.kernels import cuda, dispatch, norm, stages, table
 from fasttrain.kernels.emit_cpp import digest
 from fasttrain.kernels.item import STORAGES, Item, dense
+from fasttrain.kernels.resident import Column, Resident, making
 from fasttrain.rule import Rule
 
 SUMS = 16  # bytes of the two sums of a block, as `Sums` in csrc/cuda/warp.cuh
@@ -37,10 +40,10 @@ MOST_BLOCKS = 16  # of 4,096 elements, in a chunk
 class Prepared:
     """Tables in device memory, and the workspace that they point to."""
 
-    tables: Tensor
-    offsets: tuple[int, ...]  # of each table, in bytes
+    on_device: Resident
     rows: tuple[int, ...]  # of each table
     workspace: Tensor
+    columns: tuple[Column, ...] = ()  # of addresses that move, for the first tables
 
 
 kept: cuda.Tables[Prepared] = cuda.Tables()
@@ -55,12 +58,18 @@ def squares(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     dtypes = list(dict.fromkeys(tensor.dtype for tensor in flat))
     with place.guard():
         stream = place.stream()
-        key = ("squares", device, stream, described.tobytes())
-        ready = kept.get(key) or prepare_squares(place, described, dtypes, processors)
-        kept.keep(key, ready)
-        out = place.empty((count + 1) * SUMS + SUMS)
+        key = ("squares", device, stream, described[:, 1:].tobytes())
+        ready = kept.get(key)
+        with making("the workspace of a norm", device):
+            if ready is None:
+                ready = prepare_squares(place, described, dtypes, processors)
+            else:
+                ready.on_device.update(place, [column.addresses(described[:, 0]) for column in ready.columns])
+            keep(key, ready)
+            out = place.empty((count + 1) * SUMS + SUMS)
         for index, dtype in enumerate(dtypes):
-            start(loaded, f"squares_{cuda.NAMES[dtype]}", stream, ready, index, out.data_ptr(), WARPS)
+            start(loaded, f"squares_{cuda.NAMES[dtype]}", stream, ready, index, out.data_ptr(), WARPS,
+                  ready.on_device.live[index])
         start(loaded, "tree", stream, ready, len(dtypes), out.data_ptr())
         start(loaded, "tree", stream, ready, len(dtypes) + 1, out.data_ptr())
     sums = out[: count * SUMS].view(torch.float64).view(count, 2)[:, 0]
@@ -73,9 +82,10 @@ def total(sums: Tensor) -> Tensor:
     with place.guard():
         stream = place.stream()
         key = ("total", sums.device, stream, count)
-        ready = kept.get(key) or prepare_total(place, count)
-        kept.keep(key, ready)
-        out = place.empty((count + 1) * SUMS)
+        with making("the workspace of a norm", sums.device):
+            ready = kept.get(key) or prepare_total(place, count)
+            keep(key, ready)
+            out = place.empty((count + 1) * SUMS)
         pairs = out.view(torch.float64).view(count + 1, 2)
         pairs[:count, 0] = sums
         pairs[:count, 1] = 0
@@ -113,15 +123,17 @@ def prepare_squares(place: cuda.Place, described: np.ndarray, dtypes: Sequence[t
     total[:, 2] += workspace.data_ptr() + size
     total[:, 3:] = len(elements), (len(elements) + 1) * SUMS
     chunk = blocks_of_chunk(int(elements.sum()), processors) * norm.BLOCK
-    parts = []
+    parts, columns = [], []
     for dtype in dtypes:
         own = np.flatnonzero((described[:, 2] == STORAGES[dtype]) & (elements > 0))
         chunks = -(-elements[own] // chunk)
         item = np.repeat(own, chunks)
         begin = (np.arange(len(item)) - np.repeat(np.cumsum(chunks) - chunks, chunks)) * chunk
-        parts.append(np.stack([described[item, 0] + begin * dtype.itemsize, np.minimum(elements[item] - begin, chunk),
+        columns.append(Column(item, begin * dtype.itemsize))
+        parts.append(np.stack([np.zeros_like(begin), np.minimum(elements[item] - begin, chunk),
                                workspace.data_ptr() + (first[item] + begin // (2 * norm.BLOCK)) * SUMS], axis=1))
-    return upload(place, [*parts, lists, total], workspace)
+    return upload(place, [*parts, lists, total], workspace, columns,
+                  [column.addresses(described[:, 0]) for column in columns])
 
 
 def tree_rows(first: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, int]:
@@ -144,18 +156,23 @@ def blocks_of_chunk(elements: int, processors: int) -> int:
     return min(max(2 * wanted, 2), MOST_BLOCKS)
 
 
-def upload(place: cuda.Place, parts: Sequence[np.ndarray], workspace: Tensor) -> Prepared:
-    parcel = cuda.Parcel()
-    offsets = tuple(parcel.add(part.astype(np.int64)) for part in parts)
-    return Prepared(place.upload(parcel.data()), offsets, tuple(len(part) for part in parts), workspace)
+def upload(place: cuda.Place, parts: Sequence[np.ndarray], workspace: Tensor, columns: Sequence[Column] = (),
+           live: Sequence[np.ndarray] = ()) -> Prepared:
+    """Tables, and what is live beside them, in device memory."""
+    return Prepared(Resident(place, live, [part.astype(np.int64) for part in parts]), tuple(map(len, parts)), workspace,
+                    tuple(columns))
 
 
-def start(loaded: object, kernel: str, stream: int, ready: Prepared, index: int, rows: int, each: int = 1) -> None:
+def keep(key: tuple[Any, ...], ready: Prepared) -> None:
+    kept.keep(key, ready, ready.on_device.memory.nbytes + ready.workspace.nbytes)
+
+
+def start(loaded: Any, kernel: str, stream: int, ready: Prepared, index: int, rows: int, each: int = 1,
+          gradients: int = 0) -> None:
     """Launch a kernel over one of the tables, of which a block takes `each` rows at a time."""
     if ready.rows[index]:
-        loaded.launch(kernel=kernel, blocks=-(-ready.rows[index] // each), threads=cuda.THREADS,  # type: ignore[attr-defined]
-                      stream=stream, table=ready.tables.data_ptr() + ready.offsets[index], chunks=ready.rows[index],
-                      rows=rows)
+        loaded.launch(kernel=kernel, blocks=-(-ready.rows[index] // each), threads=cuda.THREADS, stream=stream,
+                      table=ready.on_device.fixed[index], chunks=ready.rows[index], rows=rows, gradients=gradients)
 
 
 # --- Stages -----------------------------------------------------------------------------------------------------------
@@ -211,25 +228,34 @@ def launch_stages(items: Sequence[Item]) -> Tensor:
     names = [stage_name(kind.rule, kind.dtypes) for kind in groups]
     with place.guard():
         stream = place.stream()
-        parcel, rows_at, described = cuda.Parcel(), [], []
+        rows, described, moving = [], [], []
         for group in groups.values():
-            rows, row_of = table.rows(group)
-            rows_at.append(parcel.add(rows))
+            own, row_of = table.rows(group)
+            rows.append(own)
             described.append(table.describe(group, row_of))
-        buffer = place.upload(parcel.data())
+            moving.append(described[-1][:, 1].copy())
+            described[-1][:, 1] = 0
         key = ("stages", device, stream, *zip(names, (one.tobytes() for one in described), strict=True), tuple(order))
-        ready = kept.get(key) or prepare_stages(place, list(groups.values()), described, order, processors)
-        kept.keep(key, ready)
-        out = place.empty(len(items) * SUMS)
-        for index, (name, at_row) in enumerate(zip(names, rows_at, strict=True)):
-            start(loaded, str(name), stream, ready, index, buffer.data_ptr() + at_row, WARPS)
+        ready = kept.get(key)
+        with making("the workspace of a step", device):
+            if ready is None:
+                for name in names:
+                    loaded.usage(name, cuda.THREADS)
+                ready = prepare_stages(place, list(groups.values()), described, order, processors, rows, moving)
+            else:
+                ready.on_device.update(place, cuda.live(rows, ready.columns, moving))
+            keep(key, ready)
+            out = place.empty(len(items) * SUMS)
+        addresses = ready.on_device.live
+        for index, name in enumerate(names):
+            start(loaded, str(name), stream, ready, index, addresses[index], WARPS, addresses[len(names) + index])
         if items[0].rule.sums:
             start(loaded, "tree", stream, ready, len(names), out.data_ptr())
     return out.view(torch.float64).view(len(items), 2)
 
 
 def prepare_stages(place: cuda.Place, groups: Sequence[list[Item]], described: Sequence[np.ndarray], order: list[int],
-                   processors: int) -> Prepared:
+                   processors: int, rows: Sequence[np.ndarray], moving: Sequence[np.ndarray]) -> Prepared:
     elements = np.array([item.tensors[0].numel() for group in groups for item in group], np.int64)
     sums = -(-elements // norm.BLOCK)  # of each item
     lists, size = tree_rows(np.cumsum(sums) - sums, sums)
@@ -237,11 +263,13 @@ def prepare_stages(place: cuda.Place, groups: Sequence[list[Item]], described: S
     lists[:, [0, 2]] += workspace.data_ptr()
     lists[:, 3] = order
     chunk = blocks_of_chunk(int(elements.sum()), processors) * norm.BLOCK
-    parts, before = [], 0
+    parts, columns, before = [], [], 0
     for group, known in zip(groups, described, strict=True):
         built = table.build(group, chunk, known)
         blocks = -(-built[:, -3] // norm.BLOCK)  # of each chunk
         built[:, -1] = workspace.data_ptr() + (before + np.cumsum(blocks) - blocks) * SUMS
         before += int(blocks.sum())
         parts.append(built)
-    return upload(place, [*parts, lists], workspace)
+        item = np.repeat(np.arange(len(group)), -(-known[:, -2] // chunk))
+        columns.append(Column(item, built[:, 1].copy()))
+    return upload(place, [*parts, lists], workspace, columns, cuda.live(rows, columns, moving))

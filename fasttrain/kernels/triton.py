@@ -19,6 +19,8 @@ from fasttrain.kernels import (
     emit_triton_kept,
     emit_triton_stage,
     kept_table,
+    resident,
+    ring,
     table,
     triton_bits,
     triton_blocks,
@@ -28,6 +30,7 @@ from fasttrain.kernels import (
 )
 from fasttrain.kernels.emit_cpp import digest
 from fasttrain.kernels.item import STORAGES, Item, dense
+from fasttrain.kernels.place import Place
 from fasttrain.rule import Rule
 
 # Elements of a chunk in fp32 and in fp64: two 16-byte loads of each fp32 operand are in flight per thread. Left alone,
@@ -148,7 +151,10 @@ def guard(device: torch.device) -> AbstractContextManager[Any]:
 def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
     """A copy on the device, ordered on the current stream; the host does not wait."""
     tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    if device.type != "cuda":
+        return tensor.to(device)
+    with resident.making("the tables of a step", device):
+        return ring.upload(Place(device), array).view(tensor.dtype).view(tensor.shape)
 
 
 def count_up(items: Sequence[Item]) -> None:

@@ -145,4 +145,5 @@ class Around(Groups):
                     if p.grad is not None:
                         p.grad.detach_().zero_()
         self._arrived.clear()
+        report.close()
         self.last_step = report

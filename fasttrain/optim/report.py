@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fasttrain.kernels.item import Item
+from fasttrain.kernels.ring import sent
 from fasttrain.precision.codecs import codec
 
 
@@ -19,6 +20,8 @@ class StepReport:
         bytes_read, bytes_written: of parameters, gradients, states and what else is kept with them.
         allocations: tensors that the step made: states at a parameter's first step, copies of strided tensors.
         host_syncs: how often the host waited for a device.
+        copies, bytes_sent: copies to GPUs, and their bytes: rows of coefficients and what changed in the tables of
+            addresses (docs/optimizers.md). None where neither coefficients nor addresses changed.
         skipped: whether a gradient scaler had found something not finite.
     """
 
@@ -28,7 +31,16 @@ class StepReport:
     bytes_written: int = 0
     allocations: int = 0
     host_syncs: int = 0
+    copies: int = 0
+    bytes_sent: int = 0
     skipped: bool = False
+    _before: tuple[int, int, int] = field(default_factory=sent.now, repr=False, compare=False)
+
+    def close(self) -> None:
+        """Count what was sent to devices since the report was begun."""
+        copies, size, waits = (now - before for now, before in zip(sent.now(), self._before, strict=True))
+        self.copies, self.bytes_sent = copies, size
+        self.host_syncs += waits
 
     def count(self, item: Item) -> None:
         """Add the traffic of an item."""
