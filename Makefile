@@ -1,9 +1,12 @@
-# Every target makes and fills its own environment (.venv) and is quick the second time; `make test-gpu` makes none.
+# Every target makes and fills its own environment (.venv) and is quick the second time; but for `gpu` and `test-gpu`.
 #   make train          two minutes of training on the text that is on the machine    (ARGS="--optimizer torch.AdamW")
 #   make test           all tests but the slow ones; skipped ones are listed with their reason         (ARGS="-k lion")
 #   make test-install   the tests that install into fresh environments;   make test-all   every test
 #   make test-matrix    the tests on the oldest torch and triton, in .venv-oldest (downloads torch's CUDA wheels, 3 GB)
-#   make test-gpu       the GPU tests with the Python it finds: installs nothing, downloads nothing
+#   make gpu            the proof on a GPU, in under 9 minutes: build, tests, compute-sanitizer, benchmarks; with the
+#                       Python it finds: installs nothing, downloads nothing       (ARGS=--dry without a GPU; docs/gpu.md)
+#   make test-gpu       its build and all of its tests, the exhaustive ones too    (ARGS="-k lion")
+#   make figures        the README's tables and plots from the newest results
 #   make lint, make bench, make rules (writes csrc/rules.h), make install (only fills .venv), make clean
 # Variables: PYTHON (which Python makes .venv), TORCH (what pip installs as torch), FASTTRAIN_CUDA (auto, on, off).
 
@@ -14,7 +17,7 @@ EXTRAS ?= test,dev
 ARGS   ?=
 PY     := $(VENV)/bin/python
 
-.PHONY: train test test-all test-install test-matrix test-gpu lint bench rules install clean
+.PHONY: train test test-all test-install test-matrix test-gpu gpu lint bench figures rules install clean
 
 train: $(VENV)/.native
 	$(PY) -m fasttrain train $(ARGS)
@@ -38,6 +41,10 @@ lint: $(VENV)/.deps
 
 bench: $(VENV)/.native
 	$(PY) -m benchmarks $(ARGS)
+
+figures: $(VENV)/.native
+	$(PY) -m benchmarks.readme
+	$(PY) -m benchmarks.storage_page
 
 rules: $(VENV)/.torch  # not .native, which needs csrc/rules.h
 	$(PY) -m fasttrain.optim.header csrc/rules.h
@@ -65,9 +72,9 @@ $(VENV)/.native: setup.py CMakeLists.txt $(shell find csrc -type f) $(VENV)/.dep
 	touch $@
 
 # --- A bare GPU machine: torch, triton, CuPy, numpy, pytest, pybind11, CMake, ninja and nvcc are there, or it says so ---
-test-gpu: export PATH := $(shell $(PYTHON) -c 'import sys; print(sys.prefix)')/bin:$(PATH)
+gpu:
+	$(PYTHON) -m benchmarks gpu $(ARGS)
+
 test-gpu:
-	cmake -S . -B build/gpu -G Ninja -DPython_EXECUTABLE="$$($(PYTHON) -c 'import sys; print(sys.executable)')"
-	cmake --build build/gpu
-	cmake --install build/gpu --prefix fasttrain
+	$(PYTHON) -m benchmarks gpu --only build
 	$(PYTHON) -m pytest -m gpu $(ARGS) $$(grep -lrE --include='test_*.py' 'mark\.gpu' tests)

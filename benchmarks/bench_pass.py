@@ -171,6 +171,7 @@ def run() -> list[dict[str, Any]]:
         middle = harness.medians(seconds)
         bandwidth = 32 * elements / middle["update of four streams"]  # four streams read and written
         figures.append({"work": work.name, "peer": work.peer, "aim": work.aim, "bytes": work.bytes, "seconds": middle,
+                        "of": f"{elements / 1e6:.0f}M elements in {TENSORS:,} tensors",
                         "ratio": harness.ratio(seconds, "peer", "fasttrain"),
                         "of_ceiling": work.bytes * elements / middle["fasttrain"] / bandwidth})
     return figures

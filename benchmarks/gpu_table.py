@@ -58,8 +58,9 @@ gradient and places in shards that are cut by columns are not.
 {kept_rows}
 
 Reductions: `squares` is pass A, `stage` a rule with sums or what follows one, `factored` Adafactor; `tree` adds what
-they leave. Sums are made in float64 by warps. *In flight* are the 16-byte loads that follow one another; *shared* the
-bytes of shared memory of a block.
+they leave. Sums are made in float64 by warps. And buckets: `move` casts and scales (from, to, residual), `encode` makes
+8-bit codes (from, residual), `sum` adds the chunks of all ranks (from, to). *In flight* are the 16-byte loads that
+follow one another; *shared* the bytes of shared memory of a block.
 
 | kernel | in flight | shared | {registers} |
 |---|---|---|{lines}|
@@ -253,7 +254,7 @@ class CompiledSums(Compiled):
 
 
 def reduces(name: str) -> bool:
-    """Whether a kernel is one of a reduction."""
+    """Whether a kernel is one of a reduction or of buckets."""
     return not name.startswith(("step_", "kept_"))
 
 

@@ -58,21 +58,30 @@ def git(*arguments: str) -> str:
     return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=RESULTS.parent).stdout.strip()
 
 
+def commit() -> str:
+    """The commit that is checked out, marked if it was changed; nothing where this is no checkout."""
+    found = git("rev-parse", "--short", "HEAD")
+    if git("status", "--porcelain", "--", ":/", ":(top,exclude)benchmarks/results"):  # but for results being written
+        found += "-dirty"
+    return found
+
+
 def machine() -> dict[str, Any]:
     """What the figures were measured on."""
     model = next((line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
                   if line.startswith("model name")), platform.processor())
-    commit = git("rev-parse", "--short", "HEAD")
-    if git("status", "--porcelain", "--", ":/", ":(top,exclude)benchmarks/results"):  # but for results being written
-        commit += "-dirty"
-    return {"date": date.today().isoformat(), "commit": commit, "processor": model,
+    return {"date": date.today().isoformat(), "commit": commit(), "processor": model,
             "threads": torch.get_num_threads(), "isa": native.module().isa(), "python": platform.python_version(),
             "torch": torch.__version__, "threading": native.module().threading().split(":")[0]}
 
 
-def save(name: str, figures: Any) -> Path:
-    """Write one dated JSON file of results; older ones stay."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{datetime.now():%Y-%m-%dT%H%M}-{name}.json"
-    path.write_text(json.dumps({"machine": machine(), "figures": figures}, indent=1) + "\n")
+def save(name: str, figures: Any, on: dict[str, Any] | None = None, folder: Path = RESULTS) -> Path:
+    """Write one dated JSON file of results; older ones stay.
+
+    Arguments:
+        on: what they were measured on, if it is not this machine's processor.
+    """
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{datetime.now():%Y-%m-%dT%H%M}-{name}.json"
+    path.write_text(json.dumps({"machine": machine() if on is None else on, "figures": figures}, indent=1) + "\n")
     return path

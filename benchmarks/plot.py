@@ -57,3 +57,23 @@ def convergence(figures: dict[str, Any], path: Path = RESULTS / "convergence.svg
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
     return path
+
+
+def gpu(rows: list[dict[str, Any]], path: Path = RESULTS / "gpu.svg") -> Path:
+    """Bars of the speed of each work that memory decides, as a share of a copy's."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    rows = [row for row in rows if "of_copy" in row]
+    figure, axes = pyplot.subplots(figsize=(10, 0.35 * len(rows) + 1.2))
+    axes.barh(range(len(rows)), [row["of_copy"] for row in rows], color="#4477aa", height=0.7)
+    axes.axvline(1.0, color="#999999", linewidth=1)
+    axes.set_yticks(range(len(rows)), [row["work"] for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel("bytes that the work must move, per second, as a share of a copy on the device")
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+    return path

@@ -3,7 +3,9 @@
 An equation is two plain functions:
 
 - ``coefficients(step, **hyperparameters)`` runs on the host in double precision and returns a dict of scalars: bias
-  corrections and every product of scalars. They are rounded once, to the element type.
+  corrections and every product of scalars. They are rounded once, to the element type. For steps that are captured it
+  is traced (`fasttrain.kernels.trace_scalars`): it may also use powers, `log` of this module, `if` on comparisons, and
+  NumPy's functions of the same meaning.
 - ``element(p, g, *state, k)`` is arithmetic on one element and returns the new parameter and the new states:
   ``+ - * /``, comparisons (joined by ``& | ~``), ``abs``, and from this module `sqrt`, `sign`, `where`, `minimum`,
   `maximum`. Every operation is one IEEE operation, rounded to nearest; nothing is contracted or reassociated.
@@ -31,7 +33,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-__all__ = ["Operand", "Rule", "RuleError", "Step", "maximum", "minimum", "sign", "sqrt", "where"]
+__all__ = ["Operand", "Rule", "RuleError", "Step", "log", "maximum", "minimum", "sign", "sqrt", "where"]
 
 
 class RuleError(TypeError):
@@ -90,6 +92,12 @@ class Operand:
 
     __rpow__ = __pow__
 
+    def log(self):
+        raise self.refuse("a logarithm", "compute logarithms of scalars in coefficients()")
+
+    def count(self):
+        raise self.refuse("a step count", "count steps in coefficients()")
+
     def __floordiv__(self, other):
         raise self.refuse("an integer division or remainder", "use /")
 
@@ -110,6 +118,12 @@ def sqrt(x: Any) -> Any:
     """Square root, correctly rounded."""
     operand = _operand(x)
     return math.sqrt(x) if operand is None else operand.apply("sqrt", x)
+
+
+def log(x: Any) -> Any:
+    """Natural logarithm, of scalars in `coefficients` only."""
+    operand = _operand(x)
+    return math.log(x) if operand is None else operand.log()
 
 
 def where(condition: Any, a: Any, b: Any) -> Any:
@@ -144,6 +158,9 @@ class Step(float):
     >>> 0.5 ** Step(3)
     0.125
     """
+
+    def __new__(cls, value: Any) -> Any:
+        return value.count() if isinstance(value, Operand) else super().__new__(cls, value)
 
     def __rpow__(self, base: Any, modulus: None = None) -> Any:
         result, factor, exponent = 1.0, base, int(self)

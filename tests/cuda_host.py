@@ -7,7 +7,7 @@ import ctypes
 import numpy as np
 from fake_place import FakePlace
 
-from fasttrain.kernels import cuda, cuda_factored, cuda_sums, native, ring
+from fasttrain.kernels import cuda, cuda_factored, cuda_pack, cuda_sums, native, ring
 from fasttrain.kernels.trace import trace
 from fasttrain.optim.header import STAGES
 
@@ -36,6 +36,9 @@ class Device(FakePlace):
         blocks = self.grid or blocks
         walk(self, kernel, blocks, table, chunks, rows, gradients)
 
+    def usage(self, kernel, threads):
+        return {"registers": 32, "local_bytes": 0, "blocks": 2}
+
     grid: int | None = None  # instead of what was asked for
     warps = 8
 
@@ -43,7 +46,8 @@ class Device(FakePlace):
 def walk(device: Device, kernel: str, blocks: int, table: int, chunks: int, rows: int,
          gradients: int) -> None:
     """The blocks in a random order."""
-    columns = {"squares": 3, "tree": 5, "factored": 10 if "_lines_" in kernel else 14}.get(kernel.split("_")[0])
+    columns = {"squares": 3, "tree": 5, "factored": 10 if "_lines_" in kernel else 14, "move": 3 + kernel.count("_"),
+               "encode": 6, "sum": 2}.get(kernel.split("_")[0])
     array = np.zeros(1, np.uint8)
     if kernel.startswith("stage_"):
         rule = RULES[kernel.split("_")[1]]
@@ -72,4 +76,6 @@ def install(monkeypatch, processors: int = 4) -> Device:
     monkeypatch.setattr(ring, "rings", {})
     monkeypatch.setattr(cuda_sums, "kept", cuda.Tables())
     monkeypatch.setattr(cuda_factored, "kept", cuda.Tables())
+    monkeypatch.setattr(cuda_pack, "kept", cuda.Tables())
+    monkeypatch.setattr(cuda_pack, "slots", cuda.Tables(cuda_pack.SLOTS))
     return device

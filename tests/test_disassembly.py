@@ -17,6 +17,9 @@ DOCUMENT = Path(__file__).parents[1] / "docs/gpu-kernels.md"
 NO_CODE = None if cuda.IMAGE.is_file() else f"no device code in this build: {native.build_info()['cuda_reason']}"
 NO_TOOL = None if disassembly.cuobjdump() else "no cuobjdump: neither the CUDA toolkit nor triton is installed"
 ESTIMATE = "sqrt.approx.ftz.f32"  # of a code; an exact product corrects it (square_code in csrc/cuda/eight.cuh)
+# Squares of at most 24 bits are exact in float64, contracted or not.
+EXACT = {name for name in (native.module().cuda_kernels() if native.load()[0] is not None else [])
+         if name.startswith(("squares_", "sum_")) and not name.endswith("_F64")}
 pytestmark = [needs_native, pytest.mark.skipif(bool(NO_CODE or NO_TOOL), reason=str(NO_CODE or NO_TOOL))]
 
 
@@ -121,6 +124,36 @@ def test_accesses_of_pass_a(reductions):
                for narrow in [gpu_table.BYTES[kernel.usage.name.removeprefix("squares_")]])
 
 
+def test_accesses_of_buckets(reductions):
+    """Every load of a round is issued before the first arithmetic; codes are 8 bytes to a lane where they are made."""
+    def moved(kernel):
+        sizes = [gpu_table.BYTES[kind] for kind in kernel.usage.name.split("_")[1:]]
+        width = 16 // min(sizes)
+        loads = sum(size * width // 16 for size in (sizes[0], *sizes[2:]))
+        together = 4 if loads == 1 else 2
+        stores = sum(size * width // 16 for size in sizes[1:])
+        return (loads * together == kernel.in_flight == kernel.usage.loads[16]
+                and kernel.usage.stores[16] == stores * together)
+
+    def encoded(kernel):
+        source, *lost = (gpu_table.BYTES[kind] for kind in kernel.usage.name.split("_")[1:])
+        together = 2 if source == 4 or lost else 4
+        loads, stores = together * 8 * (source + sum(lost)) // 16, together * 8 * sum(lost) // 16
+        return (loads == kernel.in_flight == kernel.usage.loads[16] and kernel.usage.stores.get(16, 0) == stores
+                and kernel.usage.stores[8] == together)
+
+    def added(kernel):
+        chunk, result = ({"INT8": 1, **gpu_table.BYTES}[kind] for kind in kernel.usage.name.split("_")[1:])
+        loads = 4 if chunk == 1 else 2 * 2 * chunk // min(chunk, result)  # of 4 ranks; of two ranks two packs each
+        stores = (1 if chunk == 1 else 2) * result // min(chunk, result) + 1  # and one for the sums
+        return loads == kernel.in_flight and kernel.usage.stores[16] == stores
+
+    for prefix, holds in (("move_", moved), ("encode_", encoded), ("sum_", added)):
+        found = [kernel for kernel in reductions if kernel.usage.name.startswith(prefix)]
+        assert found
+        assert not failures(found, holds)
+
+
 def test_the_largest_of_a_block_is_found_in_one_instruction(kernels):
     def holds(kernel):
         blocks = sum(codec(number).block > 0 for number in kernel.codecs)
@@ -149,7 +182,7 @@ def test_ptx_rounds_every_operation(ptx):
     for arch, content in ptx.items():
         text = content.decode(errors="replace")
         fused = [entry for entry in text.split(".entry ")[1:] if "fma." in entry]
-        assert {entry.split("(")[0] for entry in fused} == {"squares_F32", "squares_BF16", "squares_F16"}, arch
+        assert {entry.split("(")[0] for entry in fused} == EXACT, arch
         assert {found for entry in fused for found in re.findall(r"fma[.\w]+", entry)} == {"fma.rn.f64"}, arch  # exact
         arithmetic = r"\b((?:add|sub|mul|div|sqrt|fma|mad|rcp|rsqrt|ex2)(?:\.\w+)*\.f(?:16|32|64))\b"
         operations = set(re.findall(arithmetic, text)) - {ESTIMATE}

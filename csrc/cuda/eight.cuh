@@ -229,6 +229,7 @@ struct Lane {
     for (int e = 0; e < kEach; ++e) {
       if constexpr (base == kF32) x[e] = float_of(main.get(e));
       else if constexpr (base == kBF16) x[e] = bf16_to_f32(static_cast<u16>(main.get(e)));
+      else if constexpr (base == kF16) x[e] = f16_to_f32(static_cast<u16>(main.get(e)));
       else if constexpr (base == kSplit16) x[e] = float_of((main.get(e) << 16) + sign_extended<16>(extra.get(e)));
       else if constexpr (base == kSplit8) x[e] = float_of((main.get(e) << 16) + (sign_extended<8>(extra.get(e)) << 8));
       else if constexpr (base == kMasterBF16) x[e] = float_of(extra.get(e));

@@ -54,6 +54,17 @@ void walk_tree(const i64* table, i64 lists, const void* out, const i64*, u32 thr
    walk<ByRow<Factored<k##S, Together>::Kernel>, double>},
 #define FT_HOST_SQUARES(S) \
   {"squares_" #S, false, Squares<k##S>::columns, 0, walk_shared<Squares<k##S>, float>},
+#define FT_HOST_MOVE(From, To)                                                       \
+  {"move_" #From "_" #To, false, MoveOf<k##From, k##To, kNone>::columns, 0, walk<MoveOf<k##From, k##To, kNone>, char>},
+#define FT_HOST_FEEDBACK(From, To, Lost)                                             \
+  {"move_" #From "_" #To "_" #Lost, false, MoveOf<k##From, k##To, k##Lost>::columns, 0, \
+   walk<MoveOf<k##From, k##To, k##Lost>, char>},
+#define FT_HOST_ENCODE(From) \
+  {"encode_" #From, false, EncodeOf<k##From, kNone>::columns, 0, walk<EncodeOf<k##From, kNone>, float>},
+#define FT_HOST_ENCODE_LOST(From, Lost) \
+  {"encode_" #From "_" #Lost, false, EncodeOf<k##From, k##Lost>::columns, 0, walk<EncodeOf<k##From, k##Lost>, float>},
+#define FT_HOST_SUM(From, To) \
+  {"sum_" #From "_" #To, false, SumOf<codes::From, codes::To>::columns, 0, walk_shared<SumOf<codes::From, codes::To>, float>},
 #define FT_HOST_STAGE(Rule, T, P, G, S)                                              \
   {"stage_" #Rule "_" #P "_" #G "_" #S, sizeof(T) == 8,                              \
    Stage<Rule<T>, T, k##P, k##G, k##S>::columns, 1 + Rule<T>::coefficients,          \
@@ -63,6 +74,8 @@ const HostKernel host_kernels[] = {FASTTRAIN_COMMON_RULES(FT_ALL_HOST_KERNELS) F
                                    FASTTRAIN_KEPT(FT_HOST_KEPT_1, FT_HOST_KEPT_2)
                                    FASTTRAIN_SQUARES(FT_HOST_SQUARES) FASTTRAIN_STAGE_KERNELS(FT_HOST_STAGE)
                                    FASTTRAIN_FACTORED(FT_HOST_FACTORED)
+                                   FASTTRAIN_MOVES(FT_HOST_MOVE) FASTTRAIN_FEEDBACKS(FT_HOST_FEEDBACK)
+                                   FASTTRAIN_ENCODES(FT_HOST_ENCODE, FT_HOST_ENCODE_LOST) FASTTRAIN_SUMS(FT_HOST_SUM)
                                    {"tree", false, Tree::columns, 0, walk_tree}};
 const int host_kernel_count = static_cast<int>(sizeof(host_kernels) / sizeof(host_kernels[0]));
 

@@ -211,8 +211,8 @@ struct KeptStep {
 
 // The codecs by their names in the kernels' names.
 namespace codes {
-constexpr u8 F32 = kF32, BF16 = kBF16, BF16S = kBF16 | kStochastic, SPLIT16 = kSplit16, SPLIT8 = kSplit8,
-             MASTERBF16 = kMasterBF16, INT8 = kInt8, INT8P = kInt8 | kPositive;
+constexpr u8 F32 = kF32, F64 = kF64, BF16 = kBF16, F16 = kF16, BF16S = kBF16 | kStochastic, SPLIT16 = kSplit16,
+             SPLIT8 = kSplit8, MASTERBF16 = kMasterBF16, INT8 = kInt8, INT8P = kInt8 | kPositive;
 }
 
 }  // namespace FT_ISA

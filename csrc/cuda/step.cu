@@ -160,5 +160,8 @@ FASTTRAIN_OTHER_RULES(FT_PLAIN_KERNELS)
 #include "cuda/kept.cuh"
 #include "cuda/factored.cuh"
 #include "cuda/norm.cuh"
+#include "cuda/pack.cuh"
+#include "cuda/encode.cuh"
+#include "cuda/sum.cuh"
 #include "cuda/stages.cuh"
 #include "cuda/tree.cuh"

@@ -65,6 +65,9 @@ __device__ __forceinline__ void share_words(char* at, const Words& w) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
                :: "r"(shared_address(at)), "r"(w.word[0]), "r"(w.word[1]), "r"(w.word[2]), "r"(w.word[3]) : "memory");
 }
+__device__ __forceinline__ void share_bits(char* at, u16 bits) {
+  asm volatile("st.shared.u16 [%0], %1;" :: "r"(shared_address(at)), "h"(bits) : "memory");
+}
 __device__ __forceinline__ void share_bits(char* at, u32 bits) {
   asm volatile("st.shared.u32 [%0], %1;" :: "r"(shared_address(at)), "r"(bits) : "memory");
 }

@@ -10,17 +10,19 @@ and for each element a code c from -127 to 127 that stands for unit * c * abs(c)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fasttrain.kernels import native, norm
+from fasttrain.kernels import dispatch, native, norm
 from fasttrain.kernels.pack import backend_of, check_flat, span_of
 from fasttrain.precision import codecs
 
 INT8 = codecs.NUMBER["int8"]
 BLOCK = codecs.codec(INT8).block
+Measured = tuple[Tensor, Tensor] | None
 
 
 def sum_chunks(chunks: Tensor | Sequence[Tensor], out: Tensor, scale: float = 1.0, squares: bool = False,
@@ -33,14 +35,14 @@ def sum_chunks(chunks: Tensor | Sequence[Tensor], out: Tensor, scale: float = 1.
         out: flat, of that size and any of these dtypes. It may be one of the chunks.
         scale: 1 / ranks for a mean, for example.
         squares: also measure what is stored, in the same walk.
-        backend: "reference", "cpu" or "triton"; None: the best for the device.
+        backend: "reference", "cpu", "cuda" or "triton"; None: the best for the device.
 
     Returns:
         With `squares`, the sum of squares of `out` (float64, shape ()) and whether any of its elements is infinite or
-        NaN (bool, shape ()). From "cpu" and "reference" these are the bits of `fasttrain.kernels.norm.squares([out])`,
-        whatever the threads: `out` counts as one tensor, whose blocks begin at its first element. The squares of a
-        bucket are not the same bits as those of the tensors in it, added up, from which they differ by rounding in
-        float64. "triton" adds the squares in another fixed order. Without `squares`, None.
+        NaN (bool, shape ()). From every backend but "triton" these are the bits of `norm.squares([out])` in
+        `fasttrain.kernels`, whatever the threads: `out` counts as one tensor, whose blocks begin at its first element.
+        The squares of a bucket are not the same bits as those of the tensors in it, added up, from which they differ by
+        rounding in float64. "triton" adds the squares in another fixed order. Without `squares`, None.
 
     Raises:
         TypeError: a dtype that is not taken.
@@ -98,14 +100,7 @@ def encode_int8(bucket: Tensor, codes: Tensor, units: Tensor, scale: float = 1.0
             raise TypeError("the residual is float64: codes are made in float32, so give it that or fewer bits")
     backend = backend_of(bucket.device, backend)
     bucket, residual = bucket.detach(), None if residual is None else residual.detach()
-    if backend == "cpu":
-        native.module().encode_chunk(native.reader(), bucket, codes, units, scale, residual, torch.get_num_threads())
-    elif backend == "triton":
-        from fasttrain.kernels import triton_pack
-
-        triton_pack.encode(bucket, codes, units, scale, residual)
-    else:
-        _encode(bucket, codes, units, scale, residual)
+    ENCODES[backend](bucket, codes, units, scale, residual)
     torch.autograd.graph.increment_version([codes, units] if residual is None else [codes, units, residual])
 
 
@@ -174,31 +169,41 @@ def _check_codes(plain: Tensor, name: str, codes: Tensor, units: Tensor, whose: 
 def _sum(chunks: list[Tensor], units: list[Tensor] | None, out: Tensor, scale: float, squares: bool,
          backend: str) -> tuple[Tensor, Tensor] | None:
     out = out.detach()
-    if backend == "cpu":
-        found = native.module().sum_chunks(native.reader(), [chunk.detach() for chunk in chunks], units, out, scale,
-                                           squares, torch.get_num_threads())
-        measured = (torch.tensor(found[0], dtype=torch.float64), torch.tensor(found[1])) if squares else None
-    elif backend == "triton":
-        from fasttrain.kernels import triton_pack
-
-        measured = triton_pack.sum_chunks(chunks, units, out, scale, squares)
-    else:
-        dtype = torch.float64 if torch.float64 in (chunks[0].dtype, out.dtype) else torch.float32
-        _reference([chunk.to(dtype) for chunk in chunks] if units is None else
-                   [codecs.decode(INT8, *pair, len(out)) for pair in zip(chunks, units, strict=True)], out, scale)
-        sums, nonfinite = norm.reference([out])
-        measured = (sums[0], nonfinite) if squares else None
+    measured = SUMS[backend]([chunk.detach() for chunk in chunks], units, out, scale, squares)
     torch.autograd.graph.increment_version(out)
     return measured
 
 
+def _native_sum(chunks: Sequence[Tensor], units: Sequence[Tensor] | None, out: Tensor, scale: float,
+                squares: bool) -> Measured:
+    found = native.module().sum_chunks(native.reader(), chunks, units, out, scale, squares, torch.get_num_threads())
+    return (torch.tensor(found[0], dtype=torch.float64), torch.tensor(found[1])) if squares else None
+
+
+def _native_encode(bucket: Tensor, codes: Tensor, units: Tensor, scale: float, residual: Tensor | None) -> None:
+    native.module().encode_chunk(native.reader(), bucket, codes, units, scale, residual, torch.get_num_threads())
+
+
+def _part(module: str, name: str) -> Callable[..., Any]:
+    """A function of a module that is imported when it is called."""
+    return lambda *arguments: getattr(dispatch.part(module), name)(*arguments)
+
+
 # --- The oracle: eager torch ------------------------------------------------------------------------------------------
 
-def _reference(chunks: list[Tensor], out: Tensor, scale: float) -> None:
-    total = chunks[0]
-    for chunk in chunks[1:]:
+def reference(chunks: Sequence[Tensor], units: Sequence[Tensor] | None, out: Tensor, scale: float,
+              squares: bool) -> Measured:
+    """The sum, one operation of torch at a time, on any device."""
+    dtype = torch.float64 if torch.float64 in (chunks[0].dtype, out.dtype) else torch.float32
+    total, *others = [chunk.to(dtype) for chunk in chunks] if units is None else \
+        [codecs.decode(INT8, *pair, len(out)) for pair in zip(chunks, units, strict=True)]
+    for chunk in others:
         total = total + chunk
-    out.copy_(total * torch.tensor(scale, dtype=total.dtype, device=total.device))
+    out.copy_(total * torch.tensor(scale, dtype=dtype, device=out.device))
+    if not squares:
+        return None
+    sums, nonfinite = norm.reference([out])
+    return sums[0], nonfinite
 
 
 def _encode(bucket: Tensor, codes: Tensor, units: Tensor, scale: float, residual: Tensor | None) -> None:
@@ -210,3 +215,12 @@ def _encode(bucket: Tensor, codes: Tensor, units: Tensor, scale: float, residual
         sent = codecs.decode(INT8, codes, units, len(values))
         lost = values - sent
         residual.copy_(torch.where(sent.isfinite(), lost, torch.zeros_like(lost)))
+
+
+# By backend.
+SUMS: dict[str, Callable[..., Measured]] = {"cuda": _part("cuda_pack", "sum_chunks"),
+                                            "triton": _part("triton_pack", "sum_chunks"), "cpu": _native_sum,
+                                            "reference": reference}
+ENCODES: dict[str, Callable[..., None]] = {"cuda": _part("cuda_pack", "encode"),
+                                           "triton": _part("triton_pack", "encode"), "cpu": _native_encode,
+                                           "reference": _encode}

@@ -12,7 +12,7 @@ What is too large becomes infinite, NaN stays NaN, and denormal numbers are kept
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -20,6 +20,8 @@ from torch import Tensor
 
 from fasttrain.kernels import dispatch, native
 from fasttrain.kernels.item import STORAGES, order, overlaps
+
+Move = tuple[Tensor, Tensor, Tensor | None]  # flat source, target and residual
 
 
 def pack(tensors: Sequence[Tensor], bucket: Tensor, offsets: Sequence[int], scale: float = 1.0,
@@ -33,7 +35,7 @@ def pack(tensors: Sequence[Tensor], bucket: Tensor, offsets: Sequence[int], scal
         scale: rounded to the type of the computation (see above).
         residual: laid out as the bucket, of any of these dtypes: added before the rounding, and given what the rounding
             lost, so that nothing is lost for good (error feedback). Where what is stored is not finite it becomes zero.
-        backend: "reference", "cpu" or "triton"; None: the best for the device.
+        backend: "reference", "cpu", "cuda" or "triton"; None: the best for the device.
 
     Raises:
         TypeError: a dtype that is not taken, a sparse tensor, or a subclass of Tensor.
@@ -197,13 +199,7 @@ class Slots:
                 lost = self.residual.detach()[self.offsets[index] : self.offsets[index] + tensor.numel()]
             slot, given = in_memory(self.views[index]), in_memory(tensor)
             moves.append((given, slot, lost) if into else (slot, given, lost))
-        if self.backend == "triton":
-            from fasttrain.kernels import triton_pack
-
-            triton_pack.move(moves, scale)
-        else:
-            for source, target, lost in moves:
-                move(source, target, scale, lost)
+        MOVES[self.backend](moves, scale)
         feedback = sum(lost.nbytes for _, _, lost in moves if lost is not None)
         counts = (1, sum(len(source) for source, _, _ in moves),
                   feedback + sum(source.nbytes for source, _, _ in moves),
@@ -212,18 +208,35 @@ class Slots:
 
 
 def backend_of(device: torch.device, wanted: str | None = None) -> str:
-    """Who moves tensors on `device`: "cpu", "triton" or "reference". Where optimizers run on "cuda", Triton moves.
+    """Who moves tensors on `device`: "cpu", "cuda", "triton" or "reference".
 
     Raises:
         RuntimeError: the wanted backend cannot run there; the message says why.
     """
-    name = dispatch.choose(device, wanted)
-    if name == "cuda":
-        return "reference" if dispatch.load("triton").why_not(device) else "triton"
-    return name
+    return dispatch.choose(device, wanted)
+
+
+def _cuda(moves: Sequence[Move], scale: float) -> None:
+    dispatch.part("cuda_pack").move(moves, scale)
+
+
+def _triton(moves: Sequence[Move], scale: float) -> None:
+    dispatch.part("triton_pack").move(moves, scale)
+
+
+def scale_bits(scale: float, wide: bool) -> int:
+    """Of a float64 that is the scale in the type of the computation."""
+    exact = torch.tensor(scale, dtype=torch.float64 if wide else torch.float32).double()
+    return int(exact.view(torch.int64).item())
 
 
 # --- The oracle: eager torch ------------------------------------------------------------------------------------------
+
+def reference(moves: Sequence[Move], scale: float) -> None:
+    """The same one after the other, on any device."""
+    for source, target, residual in moves:
+        move(source, target, scale, residual)
+
 
 def move(source: Tensor, target: Tensor, scale: float, residual: Tensor | None = None) -> None:
     """Flat `source`, scaled, into flat `target`; with the residual if there is one. On any device."""
@@ -235,6 +248,10 @@ def move(source: Tensor, target: Tensor, scale: float, residual: Tensor | None =
     if residual is not None:
         lost = values - target.to(dtype)
         residual.copy_(torch.where(target.isfinite(), lost, torch.zeros_like(lost)))
+
+
+# By backend; what moves on the CPU is `Bucket` of the compiled module.
+MOVES: dict[str, Callable[[Sequence[Move], float], None]] = {"cuda": _cuda, "triton": _triton, "reference": reference}
 
 
 # --- Checks -----------------------------------------------------------------------------------------------------------

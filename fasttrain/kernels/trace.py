@@ -17,6 +17,7 @@ from fasttrain import rule as vocabulary
 from fasttrain.rule import Operand, Rule, RuleError
 
 ARITHMETIC = ("add", "sub", "mul", "div", "neg", "sqrt")
+TRACERS = (__name__, vocabulary.__name__)  # modules, by how their names begin: trace_scalars as well
 COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
 LOGIC = ("and", "or", "not")
 
@@ -51,14 +52,14 @@ class Symbol(Operand):
         return self.graph.record(op, arguments)
 
     def refuse(self, what: str, remedy: str) -> RuleError:
-        return RuleError(f"{_where()}: {what} is outside the vocabulary of a rule: {remedy}")
+        return RuleError(f"{written()}: {what} is outside the vocabulary of a rule: {remedy}")
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         try:
             return super().__torch_function__(func, types, args, kwargs)
         except RuleError as error:
-            raise RuleError(f"{_where()}: {error}") from None
+            raise RuleError(f"{written()}: {error}") from None
 
 
 @dataclass(eq=False)
@@ -87,12 +88,12 @@ class Graph:
         scalars = [node for node in nodes if node.kind in ("coefficient", "constant")]
         if len(scalars) == len(nodes) and op not in COMPARISONS:
             spelled = ", ".join(f"k.{n.op}" if n.kind == "coefficient" else str(n.value) for n in scalars)
-            raise RuleError(f"{_where()}: '{op}' combines scalars only ({spelled}): they would be rounded before they "
+            raise RuleError(f"{written()}: '{op}' combines scalars only ({spelled}): they would be rounded before they "
                             "are combined. Compute the result in coefficients() and use it as one coefficient")
         kind = "condition" if op in COMPARISONS + LOGIC else "value"
         for position, node in enumerate(nodes):
             if (node.kind == "condition") != (op in LOGIC or (op == "where" and position == 0)):
-                raise RuleError(f"{_where()}: '{op}' takes {'a value' if node.kind == 'condition' else 'a comparison'}"
+                raise RuleError(f"{written()}: '{op}' takes {'a value' if node.kind == 'condition' else 'a comparison'}"
                                 " there: a comparison selects, in where(), and joins others with & | ~")
         return self._unique((op, *map(id, nodes)), kind, op, nodes)
 
@@ -100,10 +101,10 @@ class Graph:
         if isinstance(value, Symbol):
             return value
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise RuleError(f"{_where()}: {type(value).__name__} is not a value of a rule: use p, g, the states, "
+            raise RuleError(f"{written()}: {type(value).__name__} is not a value of a rule: use p, g, the states, "
                             "coefficients, and float constants")
         if not math.isfinite(value):
-            raise RuleError(f"{_where()}: the constant {value} is outside the vocabulary of a rule: constants are "
+            raise RuleError(f"{written()}: the constant {value} is outside the vocabulary of a rule: constants are "
                             "finite")
         return self._unique(("constant", repr(float(value))), "constant", "constant", (), float(value))
 
@@ -116,7 +117,7 @@ class Graph:
 
     def coefficient(self, name: str) -> Symbol:
         if name in KEYWORDS:
-            raise RuleError(f"{_where()}: a coefficient cannot be called {name!r}, a word of C++: choose another name")
+            raise RuleError(f"{written()}: a coefficient cannot be called {name!r}, a word of C++: choose another name")
         if name not in self.coefficients:
             self.coefficients.append(name)
         return self._unique(("coefficient", name), "coefficient", name)
@@ -183,10 +184,10 @@ class _Coefficients:
         return self._graph.coefficient(name)
 
 
-def _where() -> str:
-    """File, line and text of the author's line: the innermost frame outside the vocabulary and this file."""
+def written() -> str:
+    """File, line and text of the author's line: the innermost frame outside the vocabulary and the tracers."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename in (__file__, vocabulary.__file__):
+    while frame is not None and frame.f_globals.get("__name__", "").startswith((*TRACERS, "numpy")):
         frame = frame.f_back
     if frame is None:
         return "a rule"

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fasttrain.kernels import triton_bits, triton_blocks, triton_codecs, triton_kept
 from fasttrain.kernels.item import STORAGES
+from fasttrain.kernels.pack import scale_bits
 from fasttrain.kernels.triton import compile_for, guard, upload, wrapped
 from fasttrain.precision.codecs import NUMBER
 
@@ -176,7 +177,7 @@ def _launch_moves(kind: tuple[int, int, int], group: Sequence[tuple[Tensor, Tens
         at = np.array([0 if array is None else array.data_ptr() for array in arrays], np.int64)
         table[:, column] = at[of] + begin // (256 if column == 2 else 1) * bytes_each
     table[:, 4] = np.minimum(elements[of] - begin, block)
-    table[:, 5] = _bits(scale, wide)
+    table[:, 5] = scale_bits(scale, wide)
     table[:, 6] = (table[:, [0, 1, 3]] % 16 == 0).all(axis=1)
     if len(table):
         _start("move_chunk", device, len(table), upload(table, device), source=kind[0], target=kind[1], lost=kind[2],
@@ -191,7 +192,7 @@ def sum_chunks(chunks: Sequence[Tensor], units: Sequence[Tensor] | None, out: Te
     programs = -(-len(out) // block)
     places = [out.data_ptr(), *(chunk.data_ptr() for chunk in chunks)]
     aligned = all(place % 16 == 0 for place in places)
-    table = [places[0], len(out), _bits(scale, wide), int(aligned), len(chunks), *places[1:],
+    table = [places[0], len(out), scale_bits(scale, wide), int(aligned), len(chunks), *places[1:],
              *(unit.data_ptr() for unit in units or ())]
     sums = torch.zeros(programs if squares else 0, dtype=torch.float64, device=device)
     flags = torch.zeros(programs if squares else 0, dtype=torch.int32, device=device)
@@ -200,12 +201,6 @@ def sum_chunks(chunks: Sequence[Tensor], units: Sequence[Tensor] | None, out: Te
                source=STORAGES[chunks[0].dtype] if units is None else INT8, target=STORAGES[out.dtype],
                ranks=len(chunks), wide=wide, squares=squares, block=block)
     return (sums.sum(), flags.any()) if squares else None
-
-
-def _bits(scale: float, wide: bool) -> int:
-    """Of a float64 that is the scale in the type of the computation."""
-    exact = torch.tensor(scale, dtype=torch.float64 if wide else torch.float32).double()
-    return int(exact.view(torch.int64).item())
 
 
 def _start(name: str, device: torch.device, programs: int, *arrays: Tensor, **constants: Any) -> None:

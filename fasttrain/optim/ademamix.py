@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from math import log
-
 from fasttrain.optim.checks import check_hyperparameters
 from fasttrain.optim.optimizer import Optimizer
-from fasttrain.rule import Rule, sqrt
+from fasttrain.rule import Rule, log, sqrt
 
 
 def half_life(beta):

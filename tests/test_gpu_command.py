@@ -1,0 +1,441 @@
+"""`make gpu` without a GPU: every benchmark's code at tiny sizes, its budgets, its errors, and what it draws."""
+
+from __future__ import annotations
+
+import doctest
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from helpers import ROOT, needs_native
+
+from benchmarks import plot, readme
+from benchmarks.__main__ import main
+from benchmarks.gpu import bench, command, end_to_end, machine, peers, processes, shapes, table, worker
+from benchmarks.gpu.bench import AGAIN, OURS, Bench, Rival
+from benchmarks.gpu.processes import Done, execute
+
+CPU = torch.device("cpu")
+
+
+def results(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """A file of results; its numbers are made up."""
+    on = {"gpu": "Test", "driver": "1.2", "commit": "abc", "date": "2000-01-01T00:00:00", "packages": {"torch": "9"}}
+    return {"machine": on, "figures": {"rows": rows}}
+
+
+ROW = {"work": "AdamW, fp32: 1e9 in 300 tensors", "section": "adamw", "unit": "ms", "value": {OURS: 6.543, "peer": 7.0},
+       "ratio": {"peer": {"median": 1.07}}, "of_copy": 0.9512, "spread": 0.004, "rounds": 30,
+       "absent": {"apex": "not there"}}
+
+
+# --- Every work -------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def lines() -> list[dict[str, Any]]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    found: list[dict[str, Any]] = []
+    try:
+        worker.run(list(worker.WORKS), Bench(CPU, dry=True), time.time(), found.append)
+    finally:
+        torch.set_num_threads(before)
+    return found
+
+
+def rows_of(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [line["row"] for line in lines if "row" in line]
+
+
+@needs_native
+def test_every_work_runs_and_says_what_the_tables_need(lines):
+    assert [line["error"] for line in lines if "error" in line] == []
+    assert [line["work"] for line in lines if "seconds" in line] == list(worker.WORKS)
+    assert {line["work"] for line in lines if "row" in line} == set(worker.WORKS)
+    for row in rows_of(lines):
+        assert json.loads(json.dumps(row)) == row
+        assert row["rounds"] >= 1
+        assert all(value > 0 for value in row["value"].values()), row["work"]
+        assert row["unit"] in table.cells(row)[0]
+
+
+@needs_native
+def test_bytes_are_counted_against_the_ceiling(lines):
+    rows = {row["work"]: row for row in rows_of(lines)}
+    ceiling = rows["copy"]["bytes_per_second"]
+    row = rows["AdamW, fp32: 1e9 in 300 tensors"]
+    seconds = row["value"][OURS] / 1e3
+    assert row["of_copy"] == pytest.approx(28 * row["elements"] / seconds / ceiling)
+    assert row["elements"] == 9 * 24
+    assert {"torch fused", "torch foreach"} <= set(row["ratio"])
+    assert AGAIN not in row["value"]
+    assert "spread" in row
+    assert set(row["absent"]) | set(row["value"]) >= {"apex", "TransformerEngine", "DeepSpeed", "optimi"}
+
+
+@needs_native
+def test_every_row_of_the_readme_has_its_figures_or_says_why_not(lines):
+    rows = rows_of(lines)
+    missing = {aim.work for aim in table.AIMS if not table.chosen(aim, rows)}
+    tiny = {aim.work for aim in table.AIMS if aim.section == "host"}  # other counts of parameters
+    there = "import to first step, compiled ahead of time"
+    later = {aim.work for aim in table.AIMS if aim.section == "start" or "CUDA graph" in aim.work} - {there}
+    assert missing == tiny | later
+    assert {row["section"] for row in rows} == {aim.section for aim in table.AIMS}
+
+
+@needs_native
+def test_the_command_in_a_dry_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command.tempfile, "tempdir", str(tmp_path))
+    assert main(["gpu", "--dry", "--only", "tests", "benchmarks", "--works", "ceiling", "adamw"]) == 0
+    said = capsys.readouterr().out
+    assert "DRY RUN" in said
+    assert "benchmarks: 2 of 2 works" in said
+    assert "tests: not run: a dry run" in said
+    (path,) = tmp_path.glob("fasttrain-gpu-*/*-gpu.json")
+    found = json.loads(path.read_text())
+    assert set(found) == {"machine", "figures"}
+    assert {"date", "commit", "packages", "gpu", "driver"} <= set(found["machine"])
+    assert [row["work"] for row in found["figures"]["rows"]] == ["copy", ROW["work"]]
+    assert found["figures"]["failed"] == {}
+
+
+# --- What cannot work -------------------------------------------------------------------------------------------------
+
+def test_without_a_gpu_it_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(machine, "ask", lambda: {"why_not": "torch 9 can use no GPU here: no driver"})
+    assert command.main([]) == 2
+    said = capsys.readouterr().err
+    assert "no GPU to measure: torch 9 can use no GPU here: no driver." in said
+    assert "--dry" in said
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_what_torch_says_is_handed_on():
+    assert machine.gpu()["why_not"].startswith(f"torch {torch.__version__} can use no GPU here: ")
+
+
+def test_a_driver_that_is_too_old_is_named(monkeypatch):
+    said = "The NVIDIA driver on your system is too old (found version 12020).\nPlease update"
+
+    def init() -> None:
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(torch.cuda, "init", init)
+    assert machine.gpu() == {"why_not": f"torch {torch.__version__} can use no GPU here: {said.splitlines()[0]}"}
+
+
+def test_an_old_architecture_is_refused():
+    assert "Tesla T4 has compute capability 7.5" in machine.refusal((7, 5), "Tesla T4")
+    assert machine.refusal((8, 0), "A100") == machine.refusal((12, 0), "RTX") == ""
+
+
+def test_unknown_works_are_listed(capsys):
+    assert command.main(["--dry", "--works", "adamv"]) == 2
+    assert "unknown: adamv; there are ceiling, adamw," in capsys.readouterr().err
+
+
+# --- Time and failures ------------------------------------------------------------------------------------------------
+
+def test_each_part_leaves_what_is_kept_for_later_ones(monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(command.time, "monotonic", lambda: now)
+    clock = command.Clock(525.0, list(command.PARTS))
+    assert clock.limit("build") == 525 - 120 - 60 - 165
+    now += 30  # a quick build: the tests may take what it left
+    assert clock.limit("tests") == 495 - 60 - 165
+    now += 480
+    assert clock.limit("benchmarks") == 15
+    now += 20
+    assert clock.limit("benchmarks") == 0
+
+
+def test_the_parts_fit_into_nine_minutes():
+    assert sum(command.PARTS.values()) <= command.SECONDS <= 530
+
+
+def test_a_process_is_ended_with_its_children():
+    code = "import subprocess, sys, time; print('began', flush=True); subprocess.run(['sleep', '60'])"
+    done = execute([sys.executable, "-c", code], 2.0)
+    assert (done.status, done.said) == (None, "began\n")
+    assert done.seconds < 10
+
+
+def test_works_that_do_not_fit_are_cut():
+    found: list[dict[str, Any]] = []
+    worker.run(["adamw"], Bench(CPU), time.time() + 1, found.append)
+    assert [line["work"] for line in found] == ["adamw"]
+    assert found[0]["cut"].startswith("not run: out of time")
+
+
+def test_an_error_ends_its_work_alone(monkeypatch, capsys):
+    def broken(_: Bench) -> list[dict[str, Any]]:
+        raise ValueError("no such thing")
+
+    monkeypatch.setitem(worker.WORKS, "adamw", worker.Work(broken, 0, 1))
+    monkeypatch.setitem(worker.WORKS, "muon", worker.Work(lambda _: [ROW], 0, 1))
+    found: list[dict[str, Any]] = []
+    assert worker.run(["adamw", "muon"], Bench(CPU, dry=True), time.time(), found.append)
+    report = command.Report()
+    assert command.take(report, found) == ["adamw", "muon"]
+    assert report.failed == {"adamw": "ValueError: no such thing"}
+    assert report.rows == [ROW]
+    assert "no such thing" in capsys.readouterr().err
+
+
+class Script:
+    """Stands for `execute`: writes the next lines into the worker's file, and ends as told."""
+
+    def __init__(self, *turns: tuple[list[dict[str, Any]], int | None]):
+        self.turns, self.asked = list(turns), []
+
+    def __call__(self, arguments: list[str], limit: float, late: Any = None) -> Done:
+        written, status = self.turns.pop(0)
+        out = Path(arguments[arguments.index("--out") + 1])
+        out.write_text("".join(json.dumps(line) + "\n" for line in written))
+        self.asked.append(arguments)
+        return Done(status, "it said this", 1.0)
+
+
+def test_a_work_that_brings_the_process_down_is_named_and_the_rest_goes_on(monkeypatch):
+    began = {"began": time.time()}
+    row = {"row": ROW, "ceiling": 4e12}
+    first = [{"work": "ceiling", **began}, {"work": "ceiling", **row}, {"work": "ceiling", "seconds": 1},
+             {"work": "adamw", **began}]
+    second = [{"work": "muon", **began}, {"work": "muon", **row}]  # what it measured before is kept
+    third = [{"work": "ema", **began}, {"work": "ema", **row}, {"work": "ema", "seconds": 1}]
+    script = Script((first, -11), (second, None), (third, 0))
+    monkeypatch.setattr(command, "execute", script)
+    report = command.Report()
+    command.benchmarks(report, 100.0, ["ceiling", "adamw", "muon", "ema"], dry=False)
+    assert report.failed == {"adamw": "the process died with status -11: it said this"}
+    assert report.cut["muon"].startswith("not finished: ended after")
+    assert len(report.rows) == 3
+    assert [asked[-1] for asked in script.asked] == ["ema"] * 3
+    assert "--ceiling" not in script.asked[0]
+    assert script.asked[1][script.asked[1].index("--ceiling") + 1] == str(4e12)
+    assert report.broken == ["benchmarks"]
+
+
+def test_a_worker_that_never_begins_does_not_loop(monkeypatch):
+    monkeypatch.setattr(command, "execute", Script(([], 1), ([], 1)))
+    report = command.Report()
+    command.benchmarks(report, 100.0, ["ceiling", "adamw"], dry=False)
+    assert set(report.failed) == {"ceiling", "adamw"}
+
+
+def test_a_build_that_fails_is_tried_without_device_code(monkeypatch, capsys):
+    asked = []
+
+    def cmake(limit: float, cuda: str) -> Done:
+        asked.append(cuda)
+        return Done(0 if cuda == "off" else 1, "error: no such header", 1.0)
+
+    monkeypatch.delenv("FASTTRAIN_CUDA", raising=False)
+    monkeypatch.setattr(command, "cmake", cmake)
+    monkeypatch.setattr(command, "tool", lambda name: "/nvcc")
+    report = command.Report()
+    command.build(report, 100.0, dry=False)
+    assert asked == ["on", "off"]
+    assert report.broken == ["build"]
+    assert "error: no such header" in capsys.readouterr().out
+
+
+def test_outcomes_are_counted_of_a_run_that_was_ended():
+    said = ("tests/test_a.py::test_b[c d] PASSED [ 10%]\ntests/test_a.py::test_c FAILED [ 20%]\n"
+            "[gw3] [ 30%] PASSED tests/test_a.py::test_d \ntests/test_a.py::test_e")
+    assert command.outcomes(said) == {"PASSED": 2, "FAILED": 1, "ERROR": 0, "SKIPPED": 0}
+
+
+@pytest.mark.parametrize("done, said, bad", [
+    (Done(0, "", 1), "clean", False), (Done(9, "ERROR SUMMARY: 1 error", 1), "found errors", True),
+    (Done(1, "Device not supported", 1), "not run: the tool does not support this device", False),
+    (Done(1, "Traceback", 1), "failed with status 1", True), (Done(None, "", 1), "not finished: out of time", False)])
+def test_verdicts_of_the_sanitizer(done, said, bad):
+    assert command.verdict_of(done) == (said, bad)
+
+
+def test_gpu_test_files_are_found():
+    files = command.test_files()
+    assert "tests/test_gpu_step.py" in files
+    assert "tests/test_gpu_command.py" not in files
+
+
+# --- Timing and shapes ------------------------------------------------------------------------------------------------
+
+def test_rivals_take_turns_on_their_copies():
+    calls: list[str] = []
+    rivals = {name: Rival(name, [lambda name=name, copy=copy: calls.append(f"{name}{copy}") for copy in range(2)])
+              for name in "ab"}
+    seconds = Bench(CPU, dry=True).interleave(rivals)
+    assert {name: len(times) for name, times in seconds.items()} == {"a": 2, "b": 2}
+    assert calls == ["a0", "a1", "a0", "b0", "b1", "b0", "a1", "b1", "b0", "a0"]
+
+
+class Event:
+    """Stands for a CUDA event."""
+
+    log: ClassVar[list[str]] = []
+
+    def __init__(self, enable_timing: bool):
+        assert enable_timing
+
+    def record(self) -> None:
+        self.log.append("event")
+
+    def synchronize(self) -> None:
+        self.log.append("wait for the event")
+
+    def elapsed_time(self, end: Event) -> float:
+        return 2.5
+
+
+@pytest.fixture
+def pretended(monkeypatch) -> Bench:
+    """A bench on a GPU that is not there: what it asks of torch is noted, and answered."""
+    Event.log = []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: Event.log.append("wait"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: Event.log.append(f"busy for {cycles}"))
+    properties = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, total_memory=140 << 30, L2_cache_size=60 << 20,
+                                 multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    return Bench(torch.device("cuda", 0), ceiling=4e12)
+
+
+def test_a_gpu_is_busy_until_the_host_has_started_the_kernels(pretended):
+    assert pretended.seconds(lambda: Event.log.append("call"), 1e-3) == 2.5e-3
+    assert Event.log == ["wait", "busy for 2500000", "event", "call", "event", "wait for the event"]
+    Event.log.clear()
+    pretended.seconds(lambda: Event.log.append("call"), 0.0)
+    assert Event.log == ["wait", "event", "call", "event", "wait for the event"]
+
+
+def test_no_cache_holds_the_copies(pretended):
+    assert pretended.copies(8 * 25_557_032) == 3  # ResNet-50: 3 x 204 MB, and the cache 8 x 63 MB
+    assert pretended.copies(8_000_000_000) == 1
+
+
+def test_rows_against_the_ceiling_of_a_gpu(pretended):
+    rivals = {name: Rival(name, [lambda: None]) for name in (OURS, "peer")}
+    row = pretended.row("w", rivals, section="adamw", elements=10**9, each=8, absent={}, note="")
+    assert row["value"] == {OURS: 2.5, "peer": 2.5}
+    assert row["of_copy"] == pytest.approx(8e9 / 2.5e-3 / 4e12)
+    assert (row["spread"], row["rounds"]) == (0.0, 30)
+    assert not {"absent", "note"} & set(row)
+
+
+def test_the_batch_that_fills_a_gpu(pretended, monkeypatch):
+    size, most = end_to_end.SIZE, 0.9 * (140 << 30)
+    monkeypatch.setattr(end_to_end, "peak", lambda bench, how, size, batch: int(2e9 + 5e9 * batch))
+    batch = end_to_end.filling(pretended, size)
+    assert batch % 8 == 0
+    assert 2e9 + 5e9 * batch <= most < 2e9 + 5e9 * (batch + 8)
+    monkeypatch.setattr(end_to_end, "peak", lambda bench, how, size, batch: int(2e9 + 1e8 * batch))
+    assert end_to_end.filling(pretended, size) == 40
+
+
+def test_a_gpu_is_described(pretended, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(machine, "driver", lambda: "580.1")
+    found = machine.gpu()
+    assert (found["gpu"], found["capability"], found["driver"]) == ("NVIDIA H200", "9.0", "580.1")
+
+
+def test_rewritten_gradients_are_filled_again():
+    made = Bench(CPU, dry=True)
+    (p,) = made.parameters([(4,)], torch.float32)
+    before = p.grad.clone()
+    fill = bench.refill([[p.grad]])
+    p.grad.zero_()
+    fill(0)
+    assert torch.equal(p.grad, before)
+    assert bool((before != 0).all())
+
+
+def test_failing_peers_are_reported_and_our_own_failures_raised():
+    def broken(params: Any) -> Any:
+        raise ValueError("first line\nsecond")
+
+    made = Bench(CPU, dry=True)
+    models = [made.parameters([(4,)], torch.float32)]
+    assert made.rivals({"apex": broken}, models) == ({}, {"apex": "ValueError: first line"})
+    with pytest.raises(ValueError, match="first line"):
+        made.rivals({OURS: broken}, models)
+    assert peers.found({"x": peers.Peer("no_such_module", "Adam")})[1] == {
+        "x": "ModuleNotFoundError: No module named 'no_such_module'"}
+
+
+def test_shapes_are_those_of_the_models():
+    assert (len(shapes.gpt2()), shapes.count(shapes.gpt2())) == (148, 124_439_808)
+    assert (len(shapes.llama3_8b()), shapes.count(shapes.llama3_8b())) == (291, 8_030_261_248)
+    assert (len(shapes.resnet50()), shapes.count(shapes.resnet50())) == (161, 25_557_032)
+    assert len(shapes.gpt2_matrices()) == 48
+    assert 0.9e9 < shapes.count(shapes.llama_1b()) < 1.1e9
+    assert sum(shape == (512, 1024) for shape in shapes.experts(1)) == 2 * 64
+    assert shapes.scaled([(10,), (20,), (30,)], 35) == [(10,), (20,)]
+    model = end_to_end.GPT2(**{**end_to_end.SIZE, "vocabulary": 50257, "layers": 1, "positions": 1024})
+    block = sum(math.prod(shape) for shape in shapes.gpt2()[2:14])
+    assert sum(p.numel() for p in model.parameters()) == shapes.count(shapes.gpt2()) - 11 * block
+
+
+def test_what_does_not_fit_is_scaled_and_said(monkeypatch):
+    made = Bench(CPU)
+    monkeypatch.setattr(Bench, "free", lambda self: 1000)
+    kept, note = made.fitting(shapes.equal(10, 100), 4)
+    assert kept == [(25,)] * 10
+    assert "the memory holds no more" in note
+    assert made.fitting(shapes.equal(10, 25), 4) == ([(25,)] * 10, "")
+
+
+# --- What is drawn ----------------------------------------------------------------------------------------------------
+
+def test_figures_that_were_never_measured_are_shown_as_such():
+    lines = table.page(None)
+    rows = [line for line in lines if line.startswith("| ")][1:]
+    assert len(rows) == len(table.AIMS)
+    assert all(table.NOT_MEASURED in line for line in rows)
+    assert not any(character.isdigit() for line in rows for character in line.split("|")[4])
+
+
+def test_measured_figures_stand_in_their_row():
+    lines = table.page(results([ROW]))
+    assert lines[0].startswith("Test, driver 1.2, torch 9, triton none, commit abc, 2000-01-01")
+    (row,) = [line for line in lines if ROW["work"] in line]
+    assert row.endswith("| 6.54 ms ±0.4% | 95% | peer 1.07x |")
+    assert sum(table.NOT_MEASURED in line for line in lines) == len(table.AIMS) - 1
+    assert "Not there to compare with: apex." in lines
+
+
+def test_the_short_table_names_what_was_cut_and_what_failed():
+    said = table.short([ROW], {"muon": "not run: out of time"}, {"ema": "ValueError: x\nmore"})
+    assert "95%  peer 1.07x" in said
+    assert "not run: out of time" in said
+    assert said.endswith("FAILED: ValueError: x")
+
+
+def test_bars(tmp_path):
+    assert plot.gpu([ROW, {"work": "copy"}], tmp_path / "gpu.svg").stat().st_size > 1000
+
+
+def test_the_readme_has_the_newest_figures():
+    text = readme.README.read_text()
+    assert readme.page(text) == text, "make figures writes them"
+
+
+@pytest.mark.parametrize("module", [machine, table])
+def test_docstrings(module):
+    result = doctest.testmod(module)
+    assert result.attempted
+    assert not result.failed
+
+
+def test_the_end_of_what_a_process_said():
+    assert processes.ROOT == ROOT
+    assert Done(0, "a\nb\nc\n", 1.0).tail(2) == "b\nc"
