@@ -348,6 +348,7 @@ def test_your_own_rule_everywhere(real, kernel, capability):
 
 
 LISTED = ("tree", "squares_BF16", "factored_rows_F32", "stage_LAMBApply_BF16_F32_F32", "step_AdamW_BF16_BF16_F32",
+          "move_BF16_F32", "move_F32_BF16_F32", "encode_F32", "encode_BF16_F32", "sum_INT8_BF16",
           "kept_AdamW_SPLIT16_BF16_INT8_INT8P")
 
 

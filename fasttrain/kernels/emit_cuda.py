@@ -15,6 +15,7 @@ from fasttrain.precision.codecs import NUMBER, POSITIVE, STOCHASTIC, codec
 from fasttrain.rule import Rule
 
 NAMES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"}
+MACROS = {("move", 2): "MOVE", ("move", 3): "FEEDBACK", ("encode", 1): "ENCODE", ("encode", 2): "ENCODE_LOST"}
 FRONT = '#define FT_ON_DEMAND\n#include "cuda/step.cu"\n'
 
 # What csrc/cuda/eight.cuh reads and writes (`Lane`); the rest is Triton's.
@@ -90,6 +91,10 @@ def listed(name: str) -> str:
             made = f"FT_KEPT_KERNEL({name}, {rule}, {', '.join(kept)})"
         case "squares", [dtype]:
             made = f"FT_SQUARES_KERNEL({dtype})"
+        case "sum", [chunks, result]:
+            made = f"FT_SUM_KERNEL({chunks}, {result})"
+        case "move" | "encode", [*kept]:
+            made = f"FT_{MACROS[kind, len(kept)]}_KERNEL({', '.join(kept)})"
         case "factored", [_, dtype]:
             made = f"FT_FACTORED_OF(FT_FACTORED_KERNEL, {dtype})"
         case "tree", []:
