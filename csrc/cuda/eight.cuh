@@ -187,8 +187,7 @@ struct Lane {
   static constexpr int main_size = static_cast<int>(main_bytes(Codec, 2) / 2);
   static constexpr int extra_size_of_one = paired ? static_cast<int>(extra_size(Codec)) : 1;
   static constexpr bool copy = base == kMasterBF16;  // the first array, which is not read
-  static_assert(base == kF32 || base == kBF16 || base == kSplit16 || base == kSplit8 || base == kMasterBF16 ||
-                    (base == kInt8 && (Codec & kStochastic) == 0), "the other codecs are Triton's");
+  static_assert(base != kInt4, "bytes of two codes are Triton's");
   Eight<main_size> main;
   Eight<extra_size_of_one> extra;  // if paired
   u32 unit;                        // if blocks
