@@ -80,9 +80,9 @@ def read(cubin: bytes) -> list[Kernel]:
 
 
 def widths(access: str, code: str) -> dict[int, int]:
-    """How often each width in bytes occurs among LDG or STG instructions."""
+    """How often each width in bytes occurs among LDG, STG or LDGSTS (global to shared memory) instructions."""
     count: Counter[int] = Counter()
-    for modifiers in re.findall(rf"\b{access}((?:\.\w+)*)", code):
+    for modifiers in re.findall(rf"\b{access}\b((?:\.\w+)*)", code):
         size = re.search(r"\.(?:[US]?(8|16)|(32|64|128))\b", modifiers)
         count[int(size.group(1) or size.group(2)) // 8 if size else 4] += 1
     return dict(sorted(count.items()))

@@ -2,7 +2,7 @@
 
 A covering list: each common rule with each combination of storages, on one architecture each, so that every pair of
 (rule, architecture) and of (storages, architecture) occurs; each other rule in float32 and in float64; each kernel with
-sums in three storages or more, on every architecture.
+sums in three storages or more, on every architecture. `benchmarks.product_table` adds the symmetric products.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from benchmarks import disassembly
+from benchmarks import disassembly, product_table
 from fasttrain.kernels import triton_factored, triton_sums
 from fasttrain.kernels.trace import trace
 from fasttrain.kernels.triton import compile_ahead, compile_kept_ahead
@@ -98,7 +98,8 @@ need is not loaded. *Accesses* as above, of one round of the walk, or of several
 | kernel | storages | sm | registers | accesses | instructions |
 |---|---|---|---|---|---|
 {sums_rows}
-"""
+
+{products}"""
 
 
 def kept(rule: Rule, name: str) -> tuple[int, ...]:
@@ -219,7 +220,7 @@ def main(arguments: list[str]) -> None:
     kept_rows = "\n".join(kept_row(*case, kept_kernel(*case)) for case in KEPT_CASES)
     sums_rows = "\n".join(sums_row(*case, sums_kernel(*case)) for case in SUMS_CASES)
     Path(arguments[0]).write_text(TEXT.format(version=triton.__version__, rows=rows, kept_rows=kept_rows,
-                                              sums_rows=sums_rows))
+                                              sums_rows=sums_rows, products=product_table.text()))
 
 
 if __name__ == "__main__":

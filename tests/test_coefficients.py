@@ -108,9 +108,11 @@ def interpreted(graph: ScalarGraph, words: np.ndarray, wide: bool, kept: bool = 
 
 # --- The numbers ------------------------------------------------------------------------------------------------------
 
-# In float64: real powers (and 0.5, which is a root here) differ from the C library's in the last place; what is
-# subtracted from 1 afterwards shows it larger. Everything else is the same operation by operation.
-ULPS = {"AdEMAMix": 20_000, "AdEMAMixWithoutFast": 20_000, "NAdam": 40, "ScheduleFreeAdamW": 4, "ScheduleFreeSGD": 4}
+# In float64, twice what was measured. Real powers (and 0.5, a square root on the device) differ from the C library's
+# in the last place, and what is subtracted from 1 afterwards shows it larger: with a beta3 of 0.9999 one unit of it is
+# 2^13 units of 1 - beta3.
+ULPS = {"Adan": 4, "AdEMAMix": 1 << 14, "AdEMAMixWithoutFast": 1 << 14, "NAdam": 16, "ScheduleFreeAdamW": 512,
+        "ScheduleFreeSGD": 512}
 
 
 def check_steps(rule: Rule, chosen: Mapping[str, Any], name: str, steps: np.ndarray) -> float:
@@ -132,19 +134,20 @@ def check_steps(rule: Rule, chosen: Mapping[str, Any], name: str, steps: np.ndar
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("rule, chosen", CASES, ids=IDS)
 def test_the_device_has_the_coefficients_of_the_host(rule, chosen, name):
-    assert check_steps(rule, chosen, name, np.array(SAMPLE)) <= ULPS.get(rule.name, 1)
+    assert check_steps(rule, chosen, name, np.array(SAMPLE)) <= ULPS.get(rule.name, 2)
 
 
 STEPPING = [(rule, chosen) for rule, chosen in CASES if reads_step(rule) or "k" in rule.hyperparameters]
+QUICK = {rule.coefficients: chosen for rule, chosen in STEPPING}  # each function once, with all of its options
 LONG = [pytest.param(rule, chosen, name, id=f"{IDS[CASES.index((rule, chosen))]}-{name}",
-                     marks=[] if name == "usual" and not any(value is True for value in chosen.values()) else
-                     [pytest.mark.slow]) for rule, chosen in STEPPING for name in SETTINGS]
+                     marks=[] if name == "usual" and QUICK[rule.coefficients] is chosen else [pytest.mark.slow])
+        for rule, chosen in STEPPING for name in SETTINGS]
 
 
 @needs_native
 @pytest.mark.parametrize("rule, chosen, name", LONG)
 def test_at_every_step_to_100_000(rule, chosen, name):
-    assert check_steps(rule, chosen, name, np.arange(1, LAST + 1)) <= ULPS.get(rule.name, 1)
+    assert check_steps(rule, chosen, name, np.arange(1, LAST + 1)) <= ULPS.get(rule.name, 2)
 
 
 @needs_native

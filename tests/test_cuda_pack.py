@@ -320,3 +320,16 @@ def test_sums_of_codes(device, name):
         for got, one in zip(measured, right, strict=True):
             assert_same_bits(got, one, f"{size}, offset {offset}, {ranks} ranks")
         assert out.untouched()
+
+
+def test_no_memory(device):
+    """Said, with a remedy, before anything is written."""
+    slots, out = Slots(torch.zeros(100), [torch.ones(100)], [0], backend="cuda"), torch.zeros(100)
+    device.room = 8
+    with pytest.raises(torch.OutOfMemoryError, match=r"no memory left for the table of a bucket.*empty_cache"):
+        slots.pack(0, torch.ones(100))
+    with pytest.raises(torch.OutOfMemoryError, match="no memory left for the workspace of a sum"):
+        sum_chunks([torch.ones(100)], out, squares=True, backend="cuda")
+    assert not slots.bucket.any()
+    assert not out.any()
+    assert not device.launches

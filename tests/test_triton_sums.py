@@ -5,6 +5,7 @@ tests/test_triton_compile.py, and tests/test_gpu_sums.py runs it.
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from fasttrain.kernels import norm, stages
+from fasttrain.kernels.triton import range_interpreted
 from fasttrain.optim import LAMB, LARS, STAGES, StableAdamW
 
 # Not-a-number and overflow are what is tested; NumPy, under the interpreter, warns of them.
@@ -113,6 +115,12 @@ def test_the_tree(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same_bits(sums, wanted)
     with pytest.raises(ValueError, match="a tensor has 65 chunks, and sums are made of 64 at most"):
         triton_sums.add_up(rows, np.array([[0, 65]]), CPU)
+
+
+def test_a_bound_of_the_interpreters_loops() -> None:
+    """Triton 3.6 leaves it in an array of shape (1,), of which NumPy 2.4 makes no index."""
+    bound = SimpleNamespace(handle=SimpleNamespace(data=np.array([3])))
+    assert list(range_interpreted(0, bound, 2)) == [0, 2]
 
 
 def test_total() -> None:

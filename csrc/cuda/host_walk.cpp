@@ -31,6 +31,19 @@ void walk_shared(const i64* table, i64 chunks, const void* rows, const i64* grad
   Kernel::walk(table, chunks, static_cast<const T*>(rows), gradients, Place{thread, threads, block, blocks}, shared);
 }
 
+// Of kernels whose tables hold every address.
+template <class Kernel, class T>
+void walk_table(const i64* table, i64 chunks, const void* rows, const i64*, u32 thread, u32 threads, u32 block,
+                u32 blocks) {
+  Kernel::walk(table, chunks, static_cast<const T*>(rows), Place{thread, threads, block, blocks});
+}
+
+template <class Kernel>
+void walk_sum(const i64* table, i64 rows, const void* none, const i64*, u32 thread, u32 threads, u32 block, u32 blocks) {
+  alignas(kAccess) char shared[Kernel::shared_bytes_of_warp];
+  Kernel::walk(table, rows, none, Place{thread, threads, block, blocks}, shared);
+}
+
 void walk_tree(const i64* table, i64 lists, const void* out, const i64*, u32 thread, u32 threads, u32 block,
                u32 blocks) {
   Tree::walk(table, lists, static_cast<char*>(const_cast<void*>(out)), Place{thread, threads, block, blocks}, nullptr);
@@ -55,16 +68,16 @@ void walk_tree(const i64* table, i64 lists, const void* out, const i64*, u32 thr
 #define FT_HOST_SQUARES(S) \
   {"squares_" #S, false, Squares<k##S>::columns, 0, walk_shared<Squares<k##S>, float>},
 #define FT_HOST_MOVE(From, To)                                                       \
-  {"move_" #From "_" #To, false, MoveOf<k##From, k##To, kNone>::columns, 0, walk<MoveOf<k##From, k##To, kNone>, char>},
+  {"move_" #From "_" #To, false, MoveOf<k##From, k##To, kNone>::columns, 0, walk_table<MoveOf<k##From, k##To, kNone>, char>},
 #define FT_HOST_FEEDBACK(From, To, Lost)                                             \
   {"move_" #From "_" #To "_" #Lost, false, MoveOf<k##From, k##To, k##Lost>::columns, 0, \
-   walk<MoveOf<k##From, k##To, k##Lost>, char>},
+   walk_table<MoveOf<k##From, k##To, k##Lost>, char>},
 #define FT_HOST_ENCODE(From) \
-  {"encode_" #From, false, EncodeOf<k##From, kNone>::columns, 0, walk<EncodeOf<k##From, kNone>, float>},
+  {"encode_" #From, false, EncodeOf<k##From, kNone>::columns, 0, walk_table<EncodeOf<k##From, kNone>, float>},
 #define FT_HOST_ENCODE_LOST(From, Lost) \
-  {"encode_" #From "_" #Lost, false, EncodeOf<k##From, k##Lost>::columns, 0, walk<EncodeOf<k##From, k##Lost>, float>},
+  {"encode_" #From "_" #Lost, false, EncodeOf<k##From, k##Lost>::columns, 0, walk_table<EncodeOf<k##From, k##Lost>, float>},
 #define FT_HOST_SUM(From, To) \
-  {"sum_" #From "_" #To, false, SumOf<codes::From, codes::To>::columns, 0, walk_shared<SumOf<codes::From, codes::To>, float>},
+  {"sum_" #From "_" #To, false, SumOf<codes::From, codes::To>::columns, 0, walk_sum<SumOf<codes::From, codes::To>>},
 #define FT_HOST_STAGE(Rule, T, P, G, S)                                              \
   {"stage_" #Rule "_" #P "_" #G "_" #S, sizeof(T) == 8,                              \
    Stage<Rule<T>, T, k##P, k##G, k##S>::columns, 1 + Rule<T>::coefficients,          \

@@ -72,8 +72,9 @@ struct MoveOf {
     FT_UNROLL
     for (int s = 0; s < streams; ++s) bytes[s] = bytes_of(s);
     for (i64 c = place.block; c < chunks; c += place.blocks) {
-      Chunk<streams> chunk(table + c * columns);
-      if (table[c * columns + streams + 2] != 0) chunk.at[0] += reinterpret_cast<u64>(base);
+      const i64* row = table + c * columns;
+      Chunk<streams> chunk(row, row + 1);
+      if (row[streams + 2] != 0) chunk.at[0] += reinterpret_cast<u64>(base);
       const T scale = static_cast<T>(bit_cast<double>(chunk.row));
 
       const u32 skip = chunk.head(bytes);

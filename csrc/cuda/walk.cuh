@@ -166,6 +166,7 @@ struct Chunk {
   u32 zero;      // the upper half of the count, of which the compiler does not know that it is zero
   i64 row;
 
+  HOST_DEVICE explicit Chunk(const i64* table_row) : Chunk(table_row, table_row + 1) {}
   HOST_DEVICE Chunk(const i64* table_row, const i64* gradient)
       : elements(static_cast<u32>(table_row[Streams])), zero(static_cast<u32>(table_row[Streams] >> 32)),
         row(table_row[Streams + 1]) {

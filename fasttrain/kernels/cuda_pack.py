@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fasttrain.kernels import chunks as sums
 from fasttrain.kernels import cuda, cuda_sums, dispatch, norm, pack
+from fasttrain.kernels.resident import making
 
 SLOTS = 4096  # tables of single moves that are kept on a device
 WINDOW = 512  # elements that a warp of sum.cuh takes at once, at most, where nothing is measured
@@ -112,9 +113,10 @@ def start(tables: cuda.Tables[cuda_sums.Prepared], device: torch.device, name: s
     with place.guard():
         stream = place.stream()
         key = (name, device, stream, *about)
-        ready = tables.get(key)
-        if ready is None:
-            ready = cuda_sums.upload(place, [rows(cuda.chunk_size(elements, processors))], place.empty(0))
+        with making("the table of a bucket", device):
+            ready = tables.get(key)
+            if ready is None:
+                ready = cuda_sums.upload(place, [rows(cuda.chunk_size(elements, processors))], place.empty(0))
         tables.keep(key, ready, ready.on_device.memory.nbytes)
         cuda_sums.start(loaded, name, stream, ready, 0, base)
 
@@ -138,16 +140,17 @@ def sum_chunks(chunks: Sequence[Tensor], units: Sequence[Tensor] | None, out: Te
     with place.guard():
         stream = place.stream()
         key = (name, out.device, stream, described.tobytes())
-        ready = kept.get(key) or prepare_sum(place, described, squares)
+        with making("the workspace of a sum", out.device):
+            ready = kept.get(key) or prepare_sum(place, described, squares)
+            measured = place.empty(2 * cuda_sums.SUMS if squares else 0)
         kept.keep(key, ready, ready.on_device.memory.nbytes + ready.workspace.nbytes)
         if len(out):
             each = cuda_sums.WARPS * (norm.BLOCK if squares else WINDOW)
             blocks = min(-(-len(out) // each), processors * resident(loaded, name))
-            loaded.launch(kernel=name, blocks=blocks, threads=cuda.THREADS, stream=stream, rows=0,
-                          table=ready.on_device.fixed[0], chunks=ready.rows[0], gradients=0)
+            loaded.launch(kernel=name, blocks=blocks, threads=cuda.THREADS, stream=stream, rows=0, gradients=0,
+                          table=ready.on_device.fixed[0], chunks=ready.rows[0])
         if not squares:
             return None
-        measured = place.empty(2 * cuda_sums.SUMS)
         cuda_sums.start(loaded, "tree", stream, ready, 1, measured.data_ptr())
     return measured[:8].view(torch.float64)[0], measured[cuda_sums.SUMS :].view(torch.bool)[0]
 

@@ -130,6 +130,6 @@ def making(what: str, device: torch.device) -> Iterator[None]:
         if "out of memory" not in str(error).lower().replace("_", " "):
             raise
         raise torch.OutOfMemoryError(
-            f"there is no memory left for {what} on {device}, and no parameter was stepped: take a smaller batch, free what "
-            "is cached (torch.cuda.empty_cache()), or keep parameters and states in fewer bytes (docs/storage.md). "
-            f"{error}") from error
+            f"there is no memory left for {what} on {device}, and no parameter was stepped: take a smaller batch, free "
+            "what is cached (torch.cuda.empty_cache()), or keep parameters and states in fewer bytes (docs/storage.md)."
+            f" {error}") from error

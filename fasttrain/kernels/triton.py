@@ -79,12 +79,22 @@ def wrapped(functions: Sequence[Any], interpreted: bool) -> dict[str, Any]:
 
     jit = InterpretedFunction if interpreted else triton.jit
     space: dict[str, Any] = {"tl": tl, "jit": jit, "__name__": "fasttrain.generated"}
+    if interpreted:
+        space["range"] = range_interpreted
     for function in functions:
         # The wrapped copy looks its names up in this space, where Triton's language and the other copies are.
         copy = FunctionType(function.__code__, space, function.__name__)
         copy.__annotations__ = function.__annotations__
         space[function.__name__] = jit(copy)
     return space
+
+
+def range_interpreted(*bounds: Any) -> range:
+    """`range` of the interpreter's numbers, which NumPy keeps in arrays of shape (1,).
+
+    Triton 3.6 makes an index of one by int(), which NumPy 2.4 refuses.
+    """
+    return range(*(bound.handle.data.item() if hasattr(bound, "handle") else bound for bound in bounds))
 
 
 def printed(rule: Rule, source: str, space: dict[str, Any], kind: str) -> Any:
@@ -190,8 +200,11 @@ def _compile_ahead(function: Any, arch: int, options: dict[str, Any], values: di
 
 
 def compile_for(function: Any, arch: int, options: dict[str, Any], types: dict[str, str],
-                values: dict[str, Any]) -> Any:
-    """Compile a function for an architecture, given the types of its arguments and the values of its constants."""
+                values: dict[str, Any], multiples: Sequence[str] = ()) -> Any:
+    """Compile a function for an architecture, given the types of its arguments and the values of its constants.
+
+    `multiples`: integer arguments that are multiples of 16, for which Triton compiles a version of its own.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -200,5 +213,6 @@ def compile_for(function: Any, arch: int, options: dict[str, Any], types: dict[s
     aligned: Any = [["tt.divisibility", 16]]  # as for every tensor of torch that is passed as an argument
     source = ASTSource(function, dict.fromkeys(names, "constexpr") | types,
                        {(names.index(name),): value for name, value in values.items()},
-                       {(names.index(name),): aligned for name, kind in types.items() if kind.startswith("*")})
+                       {(names.index(name),): aligned for name, kind in types.items()
+                        if kind.startswith("*") or name in multiples})
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # bound when the functions are wrapped
 
 INT8 = NUMBER["int8"]
 BLOCK, BLOCK_INTERPRETED = 1024, 1 << 16  # elements of a program: whole blocks of codes
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+OPTIONS = {"num_warps": 4, "maxnreg": 96, "enable_fp_fusion": False}  # without a limit Triton 3.7's ptxas spills
 COLUMNS = 7  # of the table of moves: source, target, its units, residual, elements, bits of the scale, aligned or not
 # The table of a sum: out, elements, bits of the scale, aligned or not, ranks; then the chunks, then their units.
 

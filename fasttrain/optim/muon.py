@@ -26,6 +26,7 @@ from fasttrain.optim.workspace import Workspace
 from fasttrain.rule import Rule
 
 BATCH = 1 << 24  # elements that are orthogonalised together, at most (or one parameter): what bounds the workspace
+BATCH_ON_GPU = 1 << 26  # enough tiles that few processors wait for the last ones
 
 
 def momentum_coefficients(step, momentum):
@@ -113,11 +114,12 @@ class Muon(Itemwise, torch.optim.Muon):
         maximize: ascend instead of descend.
         adamw_lr, adamw_weight_decay: AdamW's; None takes the group's `lr` and `weight_decay`. Schedulers move `lr`.
         adamw_betas, adamw_eps: AdamW's.
-        backend: a name from `fasttrain.kernels.dispatch`, or None to choose; the matrix products are torch's.
+        backend: a name from `fasttrain.kernels.dispatch`, or None to choose. With "reference" all matrix products are
+            torch's; else, on GPUs, Triton computes the symmetric ones (`fasttrain.kernels.symmetric`).
 
     Sharded parameters (DTensor): the momentum is stepped shard by shard; the updates are gathered in bfloat16, one
-    parameter after the other, at most `BATCH` elements (or one parameter) at a time, each rank orthogonalises all of
-    them, and applies its part. The same bits as unsharded, where torch's products have the same for the same batch.
+    parameter after the other, at most a batch at a time, each rank orthogonalises all of them, and applies its part.
+    The same bits as unsharded, where the products have the same for the same batch.
 
     State: `momentum_buffer`, as torch keeps it; under AdamW `step`, `exp_avg` and `exp_avg_sq`.
 
@@ -242,7 +244,8 @@ class Muon(Itemwise, torch.optim.Muon):
                 key = (matrices(p, group)[1:], item.dtype, p.device, tuple(map(float, group["ns_coefficients"])),
                        group["ns_steps"], group["eps"])
                 together = batches.setdefault(key, [[]])
-                if together[-1] and sum(q.numel() for *_, q in together[-1]) + p.numel() > BATCH:
+                most = BATCH if p.device.type == "cpu" else BATCH_ON_GPU
+                if together[-1] and sum(q.numel() for *_, q in together[-1]) + p.numel() > most:
                     together.append([])
                 together[-1].append((item, group, p))
         return [*super()._runs(plain, scale, report),
@@ -250,7 +253,8 @@ class Muon(Itemwise, torch.optim.Muon):
 
     def _batch(self, key, batch, scale):
         (rows, columns), dtype, device, coefficients, steps, eps = key
-        backend = dispatch.load(dispatch.choose(device, self.backend))
+        chosen = dispatch.choose(device, self.backend)
+        backend = dispatch.load(chosen)
         kept = torch.float64 if dtype == torch.float64 else torch.bfloat16  # in which the rule writes the update
         moved = [self._row(item.rule, group, 1, scale) for item, group, _ in batch]
         applied = [self._row(APPLY, {**group, "maximize": False,
@@ -271,7 +275,7 @@ class Muon(Itemwise, torch.optim.Muon):
                 if is_dtensor(whole):
                     part.copy_(gathered(own, whole))
             x = updates.bfloat16().view(-1, rows, columns)
-            x = orthogonalize(x, coefficients, steps, eps, space).view(-1)
+            x = orthogonalize(x, coefficients, steps, eps, space, chosen).view(-1)
             parts = [part_of(part.view(whole.shape), whole)
                      for part, whole in zip(x.split(elements), wholes, strict=True)]
             self._step_all(backend, [Item(item.name, APPLY, (p, part), row, None)
