@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import fasttrain
-from fasttrain.kernels import cache, dispatch, jit, native
+from fasttrain.kernels import cache, dispatch, jit, native, nvrtc
 from fasttrain.optim import OPTIMIZERS, RULES
 from fasttrain.rule import Rule
 
@@ -62,6 +62,21 @@ def machine() -> Iterator[str]:
         yield own_rules()
     cuda = ", ".join(built.get("cuda", []))
     yield f"device code: {cuda}" if cuda else f"device code: none ({built.get('cuda_reason', '?')})"
+    yield more_device_code()
+
+
+def more_device_code() -> str:
+    """Whether CUDA kernels that the build has not can be compiled here."""
+    try:
+        compiler, reason = nvrtc.compiler()
+        if compiler is not None:
+            where = cache.directory()
+            version = ".".join(map(str, compiler.version))
+            return (f"other CUDA kernels: compiled at first use by NVRTC {version} (CuPy), and kept in {where} "
+                    f"({len(list(where.glob('cuda-*.cubin')))} now)")
+    except (OSError, ValueError) as error:  # of the directory; FASTTRAIN_JIT is mistyped
+        reason = str(error)
+    return f"other CUDA kernels: in Triton ({reason})"
 
 
 def own_rules() -> str:

@@ -23,7 +23,7 @@ from helpers import run as run_case
 from test_cuda_walk import oracle, row_of, states_of
 from test_storage_cuda import COMBINATIONS, case_of, name_of
 
-from fasttrain.kernels import cuda, cuda_factored, cuda_sums, dispatch, kept_table, native, norm, resident, ring
+from fasttrain.kernels import cuda, cuda_factored, cuda_sums, dispatch, kept_table, native, norm, nvrtc, resident, ring
 from fasttrain.kernels.item import Item
 from fasttrain.kernels.trace import trace
 from fasttrain.optim import LAMB, RULES, SGD, Adafactor, Adam, Lion
@@ -52,11 +52,13 @@ def library(tmp_path_factory):
 
 @pytest.fixture
 def fake(library, tmp_path, monkeypatch):
-    """The backend with the fake driver; `launches` holds (kernel, blocks, threads, stream) of each."""
+    """The backend with the fake driver; `launches` holds (kernel, blocks, threads, stream) of each. `own` are kernels
+    that the compiled module has not: of (table, chunks, rows, gradients, blocks, warps).
+    """
     loaded = ctypes.CDLL(str(library))
     loaded.fake_log.restype = ctypes.c_char_p
     loaded.fake_reset()
-    launches, errors, host = [], [], cuda_host.Device()
+    launches, errors, own, host = [], [], {}, cuda_host.Device()
     rules = {rule.name: rule for rule in RULES}
 
     @LAUNCH
@@ -64,6 +66,9 @@ def fake(library, tmp_path, monkeypatch):
         try:
             name = kernel.decode()
             launches.append((name, blocks, threads, stream))
+            if name in own:
+                own[name](table_at, chunks, rows_at, gradients_at, blocks, threads)
+                return 0
             if not name.startswith(("step_", "kept_")):
                 cuda_host.walk(host, name, blocks, table_at, chunks, rows_at, gradients_at)
                 return 0
@@ -89,7 +94,7 @@ def fake(library, tmp_path, monkeypatch):
     loaded.fake_set(launch, 13000, 9, 0)
     image = tmp_path / "step.fatbin"
     image.write_bytes(b"an image\0")
-    for cached in (cuda.driver, cuda.code):
+    for cached in (cuda.driver, cuda.code, cuda.kernel_of):
         cached.cache_clear()
     places = {}
     monkeypatch.setattr(cuda, "LIBRARY", str(library))
@@ -98,10 +103,11 @@ def fake(library, tmp_path, monkeypatch):
     monkeypatch.setattr(ring, "rings", {})
     for owner, name in ((cuda, "tables"), (cuda_sums, "kept"), (cuda_factored, "kept")):
         monkeypatch.setattr(owner, name, cuda.Tables())
-    yield SimpleNamespace(lib=loaded, launches=launches, errors=errors, callback=launch, places=places,
+    monkeypatch.setattr(nvrtc, "cupy", lambda: (None, "CuPy is not here"))
+    yield SimpleNamespace(lib=loaded, launches=launches, errors=errors, callback=launch, own=own, places=places,
                           place=cuda.place_of(CPU),
                           log=lambda: loaded.fake_log().decode().splitlines())
-    for cached in (cuda.driver, cuda.code):
+    for cached in (cuda.driver, cuda.code, cuda.kernel_of):
         cached.cache_clear()
     assert errors == []
     assert loaded.fake_current_contexts() == 0, "a context was left current"
@@ -494,7 +500,8 @@ def test_driver_that_does_not_start(fake):
 
 def test_no_device_code(fake, monkeypatch, tmp_path):
     monkeypatch.setattr(cuda, "IMAGE", tmp_path / "absent.fatbin")
-    assert cuda.why_not(GPU) == f"this build has no device code: {native.build_info()['cuda_reason']}"
+    assert cuda.why_not(GPU) == (f"this build has no device code ({native.build_info()['cuda_reason']}), and none can "
+                                 "be compiled at run time: CuPy is not here")
 
 
 def test_old_gpu(fake):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
-import ctypes.util
-import importlib.util
 import re
 from pathlib import Path
 
+import nvrtc_library
 import pytest
 from test_cuda_pack import NAMES as BUCKETS
 from test_cuda_sums import REDUCTIONS
@@ -15,50 +13,16 @@ from test_cuda_walk import PAIRS
 from test_storage_cuda import COMBINATIONS as KEPT
 from test_storage_cuda import name_of
 
+from fasttrain.kernels import emit_cuda, nvrtc
+
 SOURCES = Path(__file__).parents[1] / "csrc"
-HEADERS = ("common.h", "codecs.h", "rules.h", "stage_rules.h", "draws.h", "operand.h",
-           *(f"cuda/{path.name}" for path in sorted((SOURCES / "cuda").glob("*.cuh"))))
-OPTIONS = ("--std=c++17", "--fmad=false", "--prec-div=true", "--prec-sqrt=true", "--ftz=false")
-
-
-def find_library() -> str | None:
-    """NVRTC: of the toolkit, or of the wheels that CUDA builds of torch bring."""
-    spec = importlib.util.find_spec("nvidia")
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        for builtins in Path(folder).rglob("libnvrtc-builtins.so.*"):
-            ctypes.CDLL(str(builtins), ctypes.RTLD_GLOBAL)  # NVRTC looks for it by name, where it is not
-        for library in Path(folder).rglob("libnvrtc.so.*"):
-            return str(library)
-    return ctypes.util.find_library("nvrtc")
-
-
-LIBRARY = find_library()
-pytestmark = pytest.mark.skipif(LIBRARY is None, reason="no NVRTC: neither the CUDA toolkit's nor a wheel's")
-
-
-def strings(values) -> ctypes.Array:
-    return (ctypes.c_char_p * len(values))(*(value.encode() for value in values))
+pytestmark = pytest.mark.skipif(bool(nvrtc_library.NONE), reason=str(nvrtc_library.NONE))
 
 
 def compile_ptx(arch: int) -> str:
-    nvrtc = ctypes.CDLL(str(LIBRARY))
-    program, size = ctypes.c_void_p(), ctypes.c_size_t()
-
-    def output(what: str) -> str:
-        assert getattr(nvrtc, f"nvrtcGet{what}Size")(program, ctypes.byref(size)) == 0
-        text = ctypes.create_string_buffer(size.value)
-        assert getattr(nvrtc, f"nvrtcGet{what}")(program, text) == 0
-        return text.value.decode()
-
-    headers = strings([(SOURCES / header).read_text() for header in HEADERS])
-    assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), (SOURCES / "cuda/step.cu").read_bytes(), b"step.cu",
-                                    len(HEADERS), headers, strings(HEADERS)) == 0
-    options = [*OPTIONS, f"--gpu-architecture=compute_{arch}"]
-    status = nvrtc.nvrtcCompileProgram(program, len(options), strings(options))
-    assert status == 0, output("ProgramLog")
-    ptx = output("PTX")
-    nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
-    return ptx
+    text = (SOURCES / "cuda/step.cu").read_text()
+    options = [*nvrtc.FLAGS, f"--gpu-architecture=compute_{arch}"]
+    return nvrtc_library.Library().compile(text, emit_cuda.included(text, nvrtc.sources(SOURCES)), options).decode()
 
 
 @pytest.mark.parametrize("arch", [80, 100])

@@ -132,5 +132,7 @@ struct EncodeOf {
   }
 #define FT_ENCODE_KERNEL(From) FT_ENCODING_KERNEL(encode_##From, From, kNone)
 #define FT_ENCODE_LOST_KERNEL(From, Lost) FT_ENCODING_KERNEL(encode_##From##_##Lost, From, k##Lost)
+#ifndef FT_ON_DEMAND
 FASTTRAIN_ENCODES(FT_ENCODE_KERNEL, FT_ENCODE_LOST_KERNEL)
+#endif
 #endif

@@ -357,5 +357,7 @@ struct ByRow {
     const Place place{threadIdx.x, blockDim.x, blockIdx.x, gridDim.x};                                    \
     ByRow<Factored<k##S, Together>::Kernel>::walk(table, rows, numbers, gradients, place);                \
   }
+#ifndef FT_ON_DEMAND
 FASTTRAIN_FACTORED(FT_FACTORED_KERNEL)
+#endif
 #endif

@@ -242,5 +242,7 @@ constexpr u8 F32 = kF32, F64 = kF64, BF16 = kBF16, F16 = kF16, BF16S = kBF16 | k
   }
 #define FT_KEPT_1(Rule, P, G, S) FT_KEPT_KERNEL(kept_##Rule##_##P##_##G##_##S, Rule, P, G, S)
 #define FT_KEPT_2(Rule, P, G, S, Z) FT_KEPT_KERNEL(kept_##Rule##_##P##_##G##_##S##_##Z, Rule, P, G, S, Z)
+#ifndef FT_ON_DEMAND
 FASTTRAIN_KEPT(FT_KEPT_1, FT_KEPT_2)
+#endif
 #endif

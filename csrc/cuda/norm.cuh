@@ -153,8 +153,13 @@ struct Squares {
 #define FASTTRAIN_SQUARES(X) X(F32) X(F64) X(BF16) X(F16)
 
 #if defined(__CUDACC__) || defined(__CUDACC_RTC__)
+#if defined(__CUDACC_RTC__)
+#define FT_SQUARES_BLOCKS 2  // NVRTC orders the code otherwise than nvcc does, and would spill at 64 registers
+#else
+#define FT_SQUARES_BLOCKS 4
+#endif
 #define FT_SQUARES_KERNEL(S)                                                                              \
-  extern "C" __global__ void __launch_bounds__(256, 4)                                                    \
+  extern "C" __global__ void __launch_bounds__(256, FT_SQUARES_BLOCKS)                                    \
   squares_##S(const fasttrain::i64* table, fasttrain::i64 chunks, const void* none,                       \
               const fasttrain::i64* gradients) {                                                          \
     using namespace fasttrain;                                                                            \
@@ -163,5 +168,7 @@ struct Squares {
     const Place place{threadIdx.x, blockDim.x, blockIdx.x, gridDim.x};                                    \
     Squares<k##S>::walk(table, chunks, none, gradients, place, shared + threadIdx.x / 32 * room);         \
   }
+#ifndef FT_ON_DEMAND
 FASTTRAIN_SQUARES(FT_SQUARES_KERNEL)
+#endif
 #endif

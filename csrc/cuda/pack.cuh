@@ -134,6 +134,8 @@ struct MoveOf {
   }
 #define FT_MOVE_KERNEL(From, To) FT_MOVING_KERNEL(move_##From##_##To, From, To, kNone)
 #define FT_FEEDBACK_KERNEL(From, To, Lost) FT_MOVING_KERNEL(move_##From##_##To##_##Lost, From, To, k##Lost)
+#ifndef FT_ON_DEMAND
 FASTTRAIN_MOVES(FT_MOVE_KERNEL)
 FASTTRAIN_FEEDBACKS(FT_FEEDBACK_KERNEL)
+#endif
 #endif

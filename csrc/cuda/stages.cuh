@@ -214,5 +214,7 @@ struct Stage {
     char* own = shared + threadIdx.x / 32 * Kernel::shared_bytes_of_warp;                                 \
     Kernel::walk(table, chunks, rows, gradients, place, own);                                             \
   }
+#ifndef FT_ON_DEMAND
 FASTTRAIN_STAGE_KERNELS(FT_STAGE_KERNEL)
+#endif
 #endif

@@ -140,18 +140,21 @@ struct Step {
 
 #if defined(__CUDACC__) || defined(__CUDACC_RTC__)
 // In fp64 the second bound, one block, lets it take the registers that it needs: without it some kernels spill.
-#define FT_KERNEL(Rule, T, P, G, S)                                                                       \
-  extern "C" __global__ void __launch_bounds__(fasttrain::kThreads, sizeof(T) == 8)                       \
-  step_##Rule##_##P##_##G##_##S(const fasttrain::i64* table, fasttrain::i64 chunks, const T* rows,        \
-                             const fasttrain::i64* gradients) {                                           \
+#define FT_STEP_KERNEL(Name, Blocks, Rule, T, P, G, S)                                                    \
+  extern "C" __global__ void __launch_bounds__(fasttrain::kThreads, Blocks)                               \
+  Name(const fasttrain::i64* table, fasttrain::i64 chunks, const T* rows,                                 \
+       const fasttrain::i64* gradients) {                                                                 \
     using namespace fasttrain;                                                                            \
     const Place place{threadIdx.x, blockDim.x, blockIdx.x, gridDim.x};                                    \
     Step<Rule<T>, T, k##P, k##G, k##S>::walk(table, chunks, rows, gradients, place);                      \
   }
+#define FT_KERNEL(Rule, T, P, G, S) FT_STEP_KERNEL(step_##Rule##_##P##_##G##_##S, sizeof(T) == 8, Rule, T, P, G, S)
 #define FT_PLAIN_KERNELS(Rule) FASTTRAIN_PLAIN(FT_KERNEL, Rule)
 #define FT_ALL_KERNELS(Rule) FASTTRAIN_PLAIN(FT_KERNEL, Rule) FASTTRAIN_MIXED(FT_KERNEL, Rule)
+#ifndef FT_ON_DEMAND  // compiled at run time for one kernel (fasttrain/kernels/emit_cuda.py), which follows this text
 FASTTRAIN_COMMON_RULES(FT_ALL_KERNELS)
 FASTTRAIN_OTHER_RULES(FT_PLAIN_KERNELS)
+#endif
 #endif
 
 #include "cuda/kept.cuh"

@@ -235,5 +235,7 @@ struct SumOf {
     const Place place{threadIdx.x, blockDim.x, blockIdx.x, gridDim.x};                                    \
     Kernel::walk(table, rows, none, place, shared + threadIdx.x / 32 * Kernel::shared_bytes_of_warp);     \
   }
+#ifndef FT_ON_DEMAND
 FASTTRAIN_SUMS(FT_SUM_KERNEL)
+#endif
 #endif

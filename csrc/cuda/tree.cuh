@@ -104,9 +104,13 @@ struct Tree {
 }  // namespace fasttrain
 
 #if defined(__CUDACC__) || defined(__CUDACC_RTC__)
-extern "C" __global__ void __launch_bounds__(256)
-tree(const fasttrain::i64* table, fasttrain::i64 lists, char* out) {
-  using namespace fasttrain;
-  Tree::walk(table, lists, out, Place{threadIdx.x, blockDim.x, blockIdx.x, gridDim.x}, nullptr);
-}
+#define FT_TREE_KERNEL(Name)                                                                              \
+  extern "C" __global__ void __launch_bounds__(256)                                                       \
+  Name(const fasttrain::i64* table, fasttrain::i64 lists, char* out) {                                    \
+    using namespace fasttrain;                                                                            \
+    Tree::walk(table, lists, out, Place{threadIdx.x, blockDim.x, blockIdx.x, gridDim.x}, nullptr);        \
+  }
+#ifndef FT_ON_DEMAND
+FT_TREE_KERNEL(tree)
+#endif
 #endif

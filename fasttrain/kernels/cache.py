@@ -66,6 +66,15 @@ def get(name: str) -> Path | None:
         ...     sound, get("greeting")
         (True, None)
     """
+    return directory() / name if read(name) is not None else None
+
+
+def read(name: str) -> bytes | None:
+    """What an entry holds; None as `get`.
+
+    Raises:
+        OSError: as `directory`.
+    """
     path = directory() / name
     try:
         file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -80,7 +89,7 @@ def get(name: str) -> Path | None:
     finally:
         os.close(file)
     body, kept = content[:-32], content[-32:]
-    return path if kept == seal(name, body) else None
+    return body if kept == seal(name, body) else None
 
 
 def put(name: str, body: bytes) -> Path:

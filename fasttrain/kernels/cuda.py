@@ -1,13 +1,14 @@
-"""The CUDA backend: kernels compiled ahead of time (`step.fatbin`), started through the driver API.
+"""The CUDA backend: kernels compiled ahead of time (`step.fatbin`) or at first use, started through the driver API.
 
 One launch for each (rule, storage combination, device), whatever the number of parameters. Their chunk tables stay on
 the device (`resident`); what changed since the last step, rows of coefficients and addresses of gradients, goes there
 in one copy for all of them, from a ring of pinned slots (`ring`). Work is ordered on torch's current stream (`place`).
 
-What is compiled: every built-in rule with the plain storages of `FASTTRAIN_COMBINATIONS` (csrc/cuda/step.cu), and the
-usual storages of AdamW, Lion and SGD with momentum in `FASTTRAIN_KEPT` (csrc/cuda/kept.cuh), with or without clipping
-by value and zeroing of gradients. The rest, and every item with an EMA, runs in Triton, to the same bits.
-Reductions are in `cuda_sums`.
+What is compiled ahead: every built-in rule with the plain storages of `FASTTRAIN_PLAIN` and `FASTTRAIN_MIXED`
+(csrc/cuda/step.cu), and the usual storages of AdamW, Lion and SGD with momentum in `FASTTRAIN_KEPT`
+(csrc/cuda/kept.cuh), with or without clipping by value and zeroing of gradients. Other rules and storages are compiled
+when they are first stepped (`nvrtc`), and so is everything where the build had no nvcc. What cannot be, and every item
+with an EMA, runs in Triton, to the same bits. Reductions are in `cuda_sums`.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fasttrain.kernels import kept_table, native, table
+from fasttrain.kernels import emit_cuda, kept_table, native, table
+from fasttrain.kernels.cuda_code import Code
+from fasttrain.kernels.emit_cuda import NAMES, codec_name
 from fasttrain.kernels.item import Item, dense
 from fasttrain.kernels.place import Place as Place
 from fasttrain.kernels.resident import Column, Resident, making
 from fasttrain.kernels.resident import Parcel as Parcel
 from fasttrain.kernels.resident import Tables as Tables
-from fasttrain.precision.codecs import POSITIVE, STOCHASTIC, codec
 from fasttrain.rule import Rule
 
 LIBRARY = "libcuda.so.1"
@@ -38,7 +40,6 @@ OLDEST = (8, 0)  # compute capability: bfloat16 conversions, and the oldest code
 THREADS = 256  # of a block, as kThreads in csrc/cuda/step.cu
 TILE = 4096  # elements that a block takes at once in 16-bit storages
 CHUNKS_PER_PROCESSOR = 32  # so many that multiprocessors end at about the same time
-NAMES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 # --- What can run -----------------------------------------------------------------------------------------------------
@@ -49,8 +50,6 @@ def why_not(device: torch.device) -> str | None:
         return f"it steps tensors in the memory of an NVIDIA GPU, not on {device.type}"
     if native.load()[1]:
         return native.load()[1]
-    if not IMAGE.is_file():
-        return f"this build has no device code: {native.build_info()['cuda_reason']}"
     return code(place_of(device).ordinal())[1] or None
 
 
@@ -64,7 +63,7 @@ def driver() -> tuple[Any, str]:
 
 
 @cache
-def code(ordinal: int) -> tuple[Any, str]:
+def code(ordinal: int) -> tuple[Code | None, str]:
     """The device code, loaded on one GPU, or None and the reason why it cannot be."""
     cuda, reason = driver()
     if cuda is None:
@@ -75,12 +74,19 @@ def code(ordinal: int) -> tuple[Any, str]:
         if capability < OLDEST:
             return None, (f"GPU {ordinal} has compute capability {capability[0]}.{capability[1]}; these kernels need "
                           f"{OLDEST[0]}.{OLDEST[1]} or newer")
-        return cuda.load(IMAGE.read_bytes(), ordinal), ""
+        if IMAGE.is_file():
+            return Code(cuda, ordinal, cuda.load(IMAGE.read_bytes(), ordinal)), ""
     except RuntimeError as error:
         version = cuda.version()
         return None, (f"GPU {ordinal} cannot load {IMAGE.name} ({', '.join(built['cuda'])}, built with nvcc "
                       f"{built['nvcc']}): {error}. The driver is for CUDA {version // 1000}.{version % 1000 // 10}: "
                       "install a newer driver, or build with an older toolkit")
+    on_demand = Code(cuda, ordinal, None)
+    loaded, reason = on_demand.load("tree", emit_cuda.listed("tree"))  # the smallest, to see that it can be done
+    if loaded is None:
+        return None, (f"this build has no device code ({built['cuda_reason']}), and none can be compiled at run time: "
+                      f"{reason}")
+    return on_demand, ""
 
 
 @cache
@@ -107,10 +113,13 @@ def kernel_name(rule: Rule, dtypes: tuple[torch.dtype, ...], codecs: tuple[int, 
     return name if name in compiled() else None
 
 
-def codec_name(number: int) -> str:
-    """A codec in a kernel's name."""
-    flags = "P" * bool(number & POSITIVE) + "S" * bool(number & STOCHASTIC)
-    return codec(number).name.upper().replace("_", "") + flags
+@cache
+def kernel_of(rule: Rule, dtypes: tuple[torch.dtype, ...], codecs: tuple[int, ...],
+              device: torch.device) -> tuple[str | None, str]:
+    """The kernel that steps such items on a device, compiled now if need be, or None and why there is none."""
+    name = kernel_name(rule, dtypes, codecs)
+    loaded, reason = code(place_of(device).ordinal())
+    return (name, reason) if loaded is None else loaded.find(name, rule, dtypes, codecs)
 
 
 place_of: Any = Place  # torch's side of a device; tests put a host in its place
@@ -119,15 +128,16 @@ place_of: Any = Place  # torch's side of a device; tests put a host in its place
 # --- The step ---------------------------------------------------------------------------------------------------------
 
 def step(items: Sequence[Item]) -> None:
-    """Step every item. What is not compiled ahead of time runs on the Triton or the reference backend."""
+    """Step every item. What has no kernel here runs on the Triton or the reference backend."""
     known: list[Item] = []
     others: list[Item] = []
     for item in items:
-        name = kernel_name(item.rule, tuple(tensor.dtype for tensor in item.tensors), item.codecs)
+        p = item.tensors[0]
+        name, _ = kernel_of(item.rule, tuple(tensor.dtype for tensor in item.tensors), item.codecs, p.device)
         (others if name is None else known).append(item)
     with dense(known) as walkable:
         groups = table.grouped(walkable)
-        starts = [ready(device, [(kernel_name(kind.rule, kind.dtypes, kind.codecs), group)
+        starts = [ready(device, [(kernel_of(kind.rule, kind.dtypes, kind.codecs, device)[0], group)
                                  for kind, group in groups.items() if kind.device == device])
                   for device in {kind.device: None for kind in groups}]
         for begin in starts:  # when nothing more takes memory
@@ -235,15 +245,17 @@ def step_elsewhere(items: Sequence[Item]) -> None:
         reason = dispatch.load("triton").why_not(device) if device.type == "cuda" else f"it is on {device.type}"
         by_backend.setdefault("reference" if reason else "triton", []).append(item)
         if reason:
-            kept: tuple[Any, ...] = item.codecs or tuple(tensor.dtype for tensor in item.tensors)
-            say_not_compiled(item.rule.name, kept, reason)
+            dtypes = tuple(tensor.dtype for tensor in item.tensors)
+            say_not_compiled(item.rule.name, item.codecs or dtypes,
+                             kernel_of(item.rule, dtypes, item.codecs, device)[1], reason)
     for backend, group in by_backend.items():
         dispatch.load(backend).step(group)
 
 
 @cache
-def say_not_compiled(rule: str, storages: tuple[Any, ...], reason: str) -> None:
+def say_not_compiled(rule: str, storages: tuple[Any, ...], why_none: str, reason: str) -> None:
     kept = ", ".join(codec_name(one).lower() if isinstance(one, int) else str(one).removeprefix("torch.")
                      for one in storages)
-    warnings.warn(f"rule {rule} with {kept} has no CUDA kernel in this build, and Triton cannot take it ({reason}): it "
-                  "runs on the slow reference backend", RuntimeWarning, stacklevel=6)
+    warnings.warn(f"rule {rule} with {kept} has no CUDA kernel in this build, none was compiled ({why_none}), "
+                  f"and Triton cannot take it ({reason}): it runs on the slow reference backend", RuntimeWarning,
+                  stacklevel=6)

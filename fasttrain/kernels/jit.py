@@ -126,14 +126,24 @@ def sources(module: Any, info: Mapping[str, Any]) -> Path:
     Raises:
         Unavailable: they are not there, or not those that the module was built with.
     """
+    where = folder()
+    hashes = (f"{hashlib.sha256(path.read_bytes()).hexdigest()} {name}\n"
+              for name in info["headers"] if (path := where / name).is_file())
+    if hashlib.sha256("".join(hashes).encode()).hexdigest() != module.headers():
+        raise Unavailable(f"the headers in {where} are not those that the compiled module was built with: build it "
+                          "again")
+    return where
+
+
+def folder() -> Path:
+    """The directory of the headers, whatever they are.
+
+    Raises:
+        Unavailable: they are not there.
+    """
     package = Path(fasttrain.__file__).parent
     for where in (package / "_csrc", package.parent / "csrc"):
         if (where / "cpu" / "step_kernel.h").is_file():
-            hashes = (f"{hashlib.sha256(path.read_bytes()).hexdigest()} {name}\n"
-                      for name in info["headers"] if (path := where / name).is_file())
-            if hashlib.sha256("".join(hashes).encode()).hexdigest() != module.headers():
-                raise Unavailable(f"the headers in {where} are not those that the compiled module was built with: "
-                                  "build it again")
             return where
     raise Unavailable(f"the headers of fasttrain are neither in {package / '_csrc'} nor in {package.parent / 'csrc'}")
 
