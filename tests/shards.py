@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from helpers import assert_same_bits
 from torch import Tensor, nn
@@ -24,6 +25,12 @@ LAYOUTS: dict[str, tuple[tuple[int, ...], tuple[Any, ...]]] = {  # of meshes of 
     "fully_shard over columns": ((2, 2), (_StridedShard(0, split_factor=2), Shard(0))),
     "strided": ((2, 2), (_StridedShard(0, split_factor=2), Replicate())),
 }
+
+# torch 2.11 raises where it gathers the last one ("unable to be interpreted"), which nothing but a test makes.
+OLD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12)
+GATHERED = [
+    pytest.param(name, marks=pytest.mark.skipif(OLD and name == "strided", reason="torch 2.11 cannot gather it"))
+    for name in LAYOUTS]
 
 
 def placed(value: Tensor, mesh: Any, placements: Any) -> DTensor:

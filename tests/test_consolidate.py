@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import ranks
 import torch
-from shards import LAYOUTS, gradients, placed
+from shards import GATHERED, LAYOUTS, gradients, placed
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -26,29 +26,38 @@ SPLIT = dict(lr=1e-2, master="split", state_dtype="int8", ema_decay=0.9)
 DTYPES = (torch.int16, torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.float32)
 
 
-def every_dtype(wire: Any) -> None:
+def every_dtype(wire: Any, name: str) -> None:
     bits = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(256, 256)  # every pattern, NaNs with their payloads
-    for name, (mesh_shape, placements) in LAYOUTS.items():
-        mesh = init_device_mesh("cpu", mesh_shape)
-        for dtype in DTYPES:
-            value = bits.view(dtype)
-            if name == "rows":
-                value = value[:250]  # uneven
-            pattern = placed(torch.zeros(value.shape), mesh, placements)
-            part = part_of(value.view(torch.uint8).unflatten(-1, (value.shape[1], -1)), pattern) \
-                .flatten(-2).view(dtype)
-            cut = DTensor.from_local(part, mesh, placements, run_check=False, shape=value.shape, stride=value.stride())
-            (got, plain), = consolidate([(cut, "x")])
-            assert plain == "x"
-            assert not is_dtensor(got)
-            assert got.dtype == dtype
-            assert torch.equal(got.view(torch.uint8), value.view(torch.uint8)), (name, dtype)
-    addends = DTensor.from_local(torch.full((3,), 2, dtype=torch.int32), mesh, [Partial(), Partial()])
-    assert consolidate({"sum": addends})["sum"].tolist() == [8, 8, 8]
+    mesh_shape, placements = LAYOUTS[name]
+    mesh = init_device_mesh("cpu", mesh_shape)
+    for dtype in DTYPES:
+        value = bits.view(dtype)
+        if name == "rows":
+            value = value[:250]  # uneven
+        pattern = placed(torch.zeros(value.shape), mesh, placements)
+        part = part_of(value.view(torch.uint8).unflatten(-1, (value.shape[1], -1)), pattern) \
+            .flatten(-2).view(dtype)
+        cut = DTensor.from_local(part, mesh, placements, run_check=False, shape=value.shape, stride=value.stride())
+        (got, plain), = consolidate([(cut, "x")])
+        assert plain == "x"
+        assert not is_dtensor(got)
+        assert got.dtype == dtype
+        assert torch.equal(got.view(torch.uint8), value.view(torch.uint8)), (name, dtype)
 
 
-def test_every_dtype_on_every_layout() -> None:
-    ranks.run(every_dtype, 4)
+@pytest.mark.parametrize("name", GATHERED)
+def test_every_dtype_on_every_layout(name: str) -> None:
+    ranks.run(every_dtype, 4, name)
+
+
+def addends(wire: Any) -> None:
+    mesh = init_device_mesh("cpu", (2, 2))
+    parts = DTensor.from_local(torch.full((3,), 2, dtype=torch.int32), mesh, [Partial(), Partial()])
+    assert consolidate({"sum": parts})["sum"].tolist() == [8, 8, 8]
+
+
+def test_addends_are_summed() -> None:
+    ranks.run(addends, 4)
 
 
 def trained(size: int) -> tuple[nn.Module, AdamW]:

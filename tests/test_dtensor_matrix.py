@@ -11,7 +11,7 @@ import pytest
 import ranks
 import torch
 import torch.distributed.checkpoint as dcp
-from shards import LAYOUTS, backward, gradients, parallel, placed
+from shards import GATHERED, LAYOUTS, backward, gradients, parallel, placed
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -141,7 +141,7 @@ def gathered_soap(wire: Any, names: list[str], runs: list[Any]) -> None:
                         assert_same_bits(local(mine), part_of(value, mine), f"{what}: {key}")
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", GATHERED)
 def test_soap_gathers(name: str) -> None:
     turn = list(LAYOUTS).index(name)
     ranks.run(gathered_soap, 4, [name], SOAPS if name == "rows" else [SOAPS[turn % 3]])
