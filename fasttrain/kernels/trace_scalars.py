@@ -277,7 +277,7 @@ def trace_scalars(rule: Rule, values: Mapping[str, Any]) -> ScalarGraph:
         >>> from fasttrain.optim import Lion
         >>> graph = trace_scalars(Lion.rules[0], dict(lr=0.1, betas=(0.9, 0.99), weight_decay=0))
         >>> graph.names, list(graph.outputs)
-        (['step', 'lr', 'betas_0', 'betas_1', 'weight_decay'], ['b1', 'a1', 'b2', 'a2', 'keep', 'lr'])
+        (['step', 'lr', 'betas_0', 'betas_1', 'weight_decay'], ['b1', 'a1', 'keep', 'lr', 'b2', 'a2'])
     """
     return _trace(rule, structure(hyperparameters(rule, values)))
 
