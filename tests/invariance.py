@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 from helpers import assert_same_bits, generator, normal, python
 from torch.nn import Parameter
@@ -45,3 +46,12 @@ def check_instruction_sets(code: str) -> None:
             assert name == isa
             found[isa] = ends
     assert len(set(found.values())) == 1, found
+
+
+def check_on_one(isa: str, code: str) -> None:
+    """A program that checks itself, and prints the name of its instruction set, runs through with one of them."""
+    done = python(code, FASTTRAIN_ISA=isa)
+    if "this processor lacks it" in done.stderr:
+        pytest.skip(f"this processor lacks {isa}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == isa

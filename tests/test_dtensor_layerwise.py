@@ -10,12 +10,9 @@ from typing import Any
 import pytest
 import ranks
 import torch
-import torch.distributed.checkpoint as dcp
 from shards import LAYOUTS, assert_same_parts, backward, gradients, parallel, placed
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -219,47 +216,3 @@ def arrived(wire: Any) -> None:
 
 def test_on_arrival() -> None:
     ranks.run(arrived, 2)
-
-
-# --- Checkpoints ------------------------------------------------------------------------------------------------------
-
-def stored(wire: Any) -> tuple[nn.Module, LAMB]:
-    torch.manual_seed(1)
-    model = nn.Sequential(nn.Linear(6, 9, bias=False), nn.Linear(9, 5)).double()
-    if wire.size > 1:
-        mesh = init_device_mesh("cpu", (wire.size,))
-        for part in (*model, model):
-            fully_shard(part, mesh=mesh)
-    return model, LAMB(model.named_parameters(), lr=1e-2)
-
-
-def advance(model: nn.Module, optimizer: Any, step: int) -> dict[str, Tensor]:
-    for p, grad in zip(model.parameters(), gradients([p.shape for p in model.parameters()], step, F64), strict=True):
-        p.grad = placed(grad, p.device_mesh, p.placements) if is_dtensor(p) else grad
-    optimizer.step()
-    return {name: p.detach().full_tensor() if is_dtensor(p) else p.detach() for name, p in model.named_parameters()}
-
-
-def saves(wire: Any, folder: str) -> dict[str, Tensor]:
-    model, optimizer = stored(wire)
-    advance(model, optimizer, 0)
-    dcp.save({"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)},
-             checkpoint_id=folder)
-    return advance(model, optimizer, 1)
-
-
-def loads(wire: Any, folder: str) -> dict[str, Tensor]:
-    model, optimizer = stored(wire)
-    weights, state = model.state_dict(), get_optimizer_state_dict(model, optimizer)
-    dcp.load({"model": weights, "optimizer": state}, checkpoint_id=folder)
-    model.load_state_dict(weights)
-    set_optimizer_state_dict(model, optimizer, state)
-    return advance(model, optimizer, 1)
-
-
-def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_four(tmp_path: Any) -> None:
-    wanted = ranks.run(saves, 2, str(tmp_path))[0]
-    for size in (1, 2, 4):
-        for got in ranks.run(loads, size, str(tmp_path)):
-            for name, value in wanted.items():
-                torch.testing.assert_close(got[name], value, rtol=1e-12, atol=1e-14)  # the order of the sums
