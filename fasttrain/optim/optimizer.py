@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fasttrain.optim import drive
 from fasttrain.optim.around import Around
 from fasttrain.optim.equation import EQUATION
 from fasttrain.optim.examine import Examined, advance, describe, examine, scan, undone
@@ -105,12 +106,13 @@ class Optimizer(Around, Saved):
 
     @torch._disable_dynamo  # a compiled training step calls it as it is
     def _step(self) -> None:
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("a step of fasttrain cannot be captured in a CUDA graph yet: capture forward and "
-                               "backward, and step outside of the graph")
         if self._swapped:
             raise RuntimeError("the parameters are their EMA (ema_weights): step after the `with` block")
         report = StepReport()
+        if (found := drive.places(self)) is not None and drive.step(self, found, drive.rules(self), report):
+            return
+        if self._drive is not None:
+            drive.leave(self)
         scale = self._scale(report)
         if scale is None:  # torch's GradScaler found something: skip the whole step
             self._finish(report)
