@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttrain.optim import drive
+from fasttrain.optim import drive, driven_step
 from fasttrain.optim.around import Around
 from fasttrain.optim.equation import EQUATION
 from fasttrain.optim.examine import Examined, advance, describe, examine, scan, undone
@@ -109,7 +109,7 @@ class Optimizer(Around, Saved):
         if self._swapped:
             raise RuntimeError("the parameters are their EMA (ema_weights): step after the `with` block")
         report = StepReport()
-        if (found := drive.places(self)) is not None and drive.step(self, found, drive.rules(self), report):
+        if (found := drive.places(self)) is not None and driven_step.step(self, found, drive.rules_of(self), report):
             return
         if self._drive is not None:
             drive.leave(self)
@@ -149,6 +149,8 @@ class Optimizer(Around, Saved):
 
     def _step_only(self, p: Tensor) -> None:
         """Step one parameter whose gradient has arrived."""
+        if drive.capturing():
+            raise drive.refused(drive.NotDriven("parameters are stepped as their gradients arrive (step_on_arrival)"))
         where = next((g, i) for g, group in enumerate(self.param_groups)
                      for i, other in enumerate(group["params"]) if other is p)
         with torch.no_grad():

@@ -18,6 +18,7 @@ from fasttrain.kernels.prologue import Row
 from fasttrain.optim.checks import plain
 from fasttrain.optim.cohorts import Cohorts
 from fasttrain.optim.equation import reads_step
+from fasttrain.optim.kept import Layout, follow
 from fasttrain.optim.local import is_dtensor, local, version
 from fasttrain.optim.running import Line, Running
 from fasttrain.precision.storage import is_plain
@@ -40,7 +41,12 @@ class Entry(NamedTuple):
     kept: tuple[tuple[str, Tensor], ...]  # states
     item: Item
     staged: Tensor | None  # takes the gradient in the order of the parameter
-    watched: bool          # has a second array that must follow what is written to the parameter
+    layout: Layout | None
+
+    @property
+    def watched(self) -> bool:
+        """Whether a second array must follow what is written to the parameter."""
+        return self.layout is not None and self.layout.extras[0] is not None
 
     def gradient(self) -> Tensor:
         """The gradient that the parameter has now."""
@@ -56,7 +62,7 @@ class Entry(NamedTuple):
 
 
 def entry(where: tuple[int, int], p: Tensor, signature: tuple[Any, ...], kept: tuple[tuple[str, Tensor], ...],
-          item: Item, name: str, watched: bool) -> Entry:
+          item: Item, name: str, layout: Layout | None) -> Entry:
     """An entry; a gradient whose elements lie in another order than the parameter's gets memory that follows it.
 
     Raises:
@@ -69,7 +75,7 @@ def entry(where: tuple[int, int], p: Tensor, signature: tuple[Any, ...], kept: t
         item = replace(item, tensors=(own, staged, *states))
         if not flat(item):
             raise NotDriven(f"{name}: the parameter and its states do not lie in memory in one order without gaps")
-    return Entry(where, p, signature, kept, item, staged, watched)
+    return Entry(where, p, signature, kept, item, staged, layout)
 
 
 class Spec(NamedTuple):
@@ -148,7 +154,14 @@ class Prepared:
             self.items = items
 
     def launch(self) -> None:
-        """Queue the step, and whatever goes with it."""
+        """Queue the step, and tell autograd what it writes."""
+        self.queue()
+        written = [tensor for item in self.items for tensor in item.written if tensor is not item.counter]
+        wholes = [one.p for one in self.entries if is_dtensor(one.p)]
+        torch.autograd.graph.increment_version([*written, *wholes])
+
+    def queue(self) -> None:
+        """Queue the step, and whatever on the device goes with it."""
         for one in self.entries:
             if one.staged is not None:
                 one.staged.copy_(one.gradient())
@@ -164,9 +177,15 @@ class Prepared:
         for one in self.entries:
             if one.staged is not None and one.item.zero:
                 one.gradient().copy_(one.staged)
-        written = [tensor for item in self.items for tensor in item.written if tensor is not item.counter]
-        wholes = [one.p for one in self.entries if is_dtensor(one.p)]
-        torch.autograd.graph.increment_version([*written, *wholes])
+
+    def follow(self, optimizer: Any) -> None:
+        """Bring second arrays up to date with parameters that were written since the last step that the host saw."""
+        for one in self.entries:
+            if one.watched and optimizer._versions.get(id(one.p)) != version(one.p):
+                assert one.layout is not None
+                state = {key: local(value) for key, value in optimizer.state[one.p].items()}
+                follow(local(one.p), state, one.layout)
+        self.remember(optimizer)
 
     def remember(self, optimizer: Any) -> None:
         optimizer._versions.update((id(one.p), version(one.p)) for one in self.entries if one.watched)
