@@ -12,18 +12,19 @@ import numpy as np
 import pytest
 import torch
 from helpers import CPU, ROOT, assert_same_bits, generator, needs_native, uniform
+from structures import choices
 from torch import Tensor
 
 from fasttrain import optim
 from fasttrain.kernels import emit_scalars, native, prologue
 from fasttrain.kernels.item import Tail
+from fasttrain.kernels.program import OPERATIONS, Addresses, described, program, with_slots
 from fasttrain.kernels.prologue import FIXED, Row
 from fasttrain.kernels.trace import trace
 from fasttrain.kernels.trace_scalars import ScalarGraph, hyperparameters, structure, trace_scalars
 from fasttrain.optim import RULES, STAGES
 from fasttrain.optim.clip import coefficient
 from fasttrain.optim.equation import reads_step
-from fasttrain.optim.structures import choices, coefficient_graphs
 from fasttrain.rule import Rule, RuleError, Step, log, maximum, sqrt, where
 
 ALL = (*RULES, *STAGES)
@@ -91,9 +92,16 @@ def words_of(rule: Rule, chosen: Mapping[str, Any], name: str, steps: np.ndarray
 
 
 def compiled(graph: ScalarGraph, words: np.ndarray, wide: bool, kept: bool = False) -> tuple[Tensor, Tensor]:
-    """Rows by the C++ of the CUDA kernels."""
-    rows, skip = native.module().cuda_host_prologue(emit_scalars.name_of(graph), words, wide, kept)
-    return torch.from_numpy(rows), torch.from_numpy(skip)
+    """Rows by the text of the CUDA kernel, whose last slot lies before memory that nothing may write."""
+    made, rows, width = program(graph), len(words), prologue.width(graph, kept)
+    out = torch.full((rows, width), 77.0, dtype=torch.float64 if wide else torch.float32)
+    skip = torch.full((rows,), 77, dtype=torch.int32)
+    slots = np.full(rows * made.slots + 1, 77.0)
+    at = Addresses(made.words.ctypes.data, words.ctypes.data, out.data_ptr(), skip.data_ptr())
+    table = with_slots(described(at, rows, words.shape[1] // 3, width, wide, kept), slots.ctypes.data)
+    native.module().cuda_host_walk("prologue", table, np.zeros(1, np.uint8), 3, 5, [2, 0, 1])
+    assert slots[-1] == 77.0
+    return out, skip
 
 
 def interpreted(graph: ScalarGraph, words: np.ndarray, wide: bool, kept: bool = False) -> tuple[Tensor, Tensor]:
@@ -243,7 +251,7 @@ def test_a_step_that_is_skipped_says_so(run: Run):
 @pytest.mark.parametrize("optimizer", [*optim.OPTIMIZERS, optim.Adam], ids=lambda one: one.__name__)
 @pytest.mark.parametrize("kept", [False, True], ids=["plain", "kept"])
 def test_rows_of_the_optimizers(optimizer, kept):
-    """What a step on the host makes of a parameter group, of a computation that is compiled ahead of time."""
+    """What a step on the host makes of a parameter group."""
     options = {}
     if kept:
         if optimizer.running or issubclass(optimizer, optim.schedule_free.ScheduleFree):
@@ -254,7 +262,6 @@ def test_rows_of_the_optimizers(optimizer, kept):
     rule = made.rule_of(group)
     values = hyperparameters(rule, group)
     graph = trace_scalars(rule, values)
-    assert emit_scalars.name_of(graph) in native.module().cuda_prologues()
     for step in (1, 2, 10):
         row = Row(values, step=step, scale=-1.0, grad_scale=8.0, clip_value=group.get("clip_value"),
                   ema_decay=group.get("ema_decay"))
@@ -271,16 +278,6 @@ def test_numbers_that_cannot_be_read_are_refused():
             prologue.words(graph, [Row(dict(GROUP, lr=wrong))], CPU)
     with pytest.raises(ValueError, match="row 0 has 7: trace it again"):
         prologue.words(graph, [Row(dict(GROUP, betas=(0.9, 0.99, 0.999)))], CPU)
-
-
-@needs_native
-def test_words_that_do_not_fit_are_refused():
-    graph = trace_scalars(ADAMW, GROUP)
-    words = prologue.words(graph, [Row(GROUP)], CPU)
-    with pytest.raises(ValueError, match="have 45 columns"):
-        compiled(graph, words[:, :-3].copy(), True)
-    with pytest.raises(ValueError, match="no coefficients are called X"):
-        native.module().cuda_host_prologue("X", words, True, True)
 
 
 # --- Powers and logarithms --------------------------------------------------------------------------------------------
@@ -439,21 +436,25 @@ def test_a_trace_is_made_for_a_structure():
         ("a", ("is", None)), ("b", ("is", "x")), ("c", "number"), ("d", ("number", ("number", ("is", True)))))
 
 
-# --- What is checked in and compiled ----------------------------------------------------------------------------------
+# --- Programs ---------------------------------------------------------------------------------------------------------
 
-def test_the_header_is_the_coefficients():
-    written = (ROOT / "csrc/cuda/coefficients.cuh").read_text()
-    assert written == emit_scalars.header(coefficient_graphs(ALL)), "it is stale: `make rules`, check it in, and build"
+def test_programs_use_few_slots():
+    """Of every rule: an operation's numbers are those that something still reads."""
+    assert max(program(trace_scalars(rule, chosen)).slots for rule, chosen in CASES) <= 32
 
 
-@needs_native
-def test_the_compiled_module_holds_them():
-    wanted = [emit_scalars.name_of(graph) for graph in coefficient_graphs(ALL)]
-    assert native.module().cuda_prologues() == wanted, "the compiled module is older than the rules: build again"
-    assert len(set(wanted)) == len(wanted)
+def test_a_program_that_is_too_long_is_refused():
+    graph = trace_scalars(ADAMW, GROUP)
+    wide = ScalarGraph("rule Own")
+    wide.outputs = {str(i): wide.scalar(float(i)) for i in range(program(graph).slots + (1 << 14))}
+    with pytest.raises(ValueError, match=r"rule Own: 0 numbers, \d+ coefficients and 1 at a time"):
+        program(wide)
 
 
 def test_names_of_places_are_those_of_the_source():
     source = (ROOT / "csrc/cuda/prologue.cuh").read_text()
     camel = ["k" + "".join(part.capitalize() for part in name.split("_")) for name in FIXED]
     assert f"enum Fixed {{ {', '.join(camel)}, kFixed }};" in source
+    inside = source.split("enum Operation : u32 {")[1].split("}")[0]
+    camel = ["k" + "".join(part.capitalize() for part in name.split("_")) for name in OPERATIONS]
+    assert [name.strip() for name in inside.split(",")] == camel

@@ -20,7 +20,7 @@ from fasttrain.kernels.item import Item
 from fasttrain.kernels.prologue import Row
 
 # The modules, by backend; each has `driven(items, rows, row_of)` and `why_not(items, rows, row_of)`.
-DRIVEN: Mapping[str, str] = {"reference": "reference_driven"}
+DRIVEN: Mapping[str, str] = {"reference": "reference_driven", "cuda": "cuda_driven", "triton": "triton_driven"}
 
 
 class Driven(Protocol):

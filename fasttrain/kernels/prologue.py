@@ -13,7 +13,8 @@ word  meaning
 
 so one block of words holds every hyperparameter, and one small copy refreshes it. The numbers of a row are those of
 `FIXED`, the step count, and the hyperparameters in the order of `fasttrain.kernels.trace_scalars`. CUDA's kernel is
-`csrc/cuda/prologue.cu`, Triton's is printed by `fasttrain.kernels.emit_scalars`; one launch makes all rows of a rule.
+`csrc/cuda/prologue.cuh`, which runs a program for each row (`fasttrain.kernels.program`), all rows in one launch;
+Triton's is printed by `fasttrain.kernels.emit_scalars`, and one launch makes all rows of a rule.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fasttrain.kernels import table, triton_codecs, triton_lanes
 from fasttrain.kernels.item import STORAGES, Item, dense
-from fasttrain.kernels.triton import compile_for, compile_stage, count_up, guard, launch, upload, wrapped
+from fasttrain.kernels.triton import compile_for, compile_stage, count_up, guard, ready, upload, wrapped
 from fasttrain.kernels.triton_lanes import LANES, SUM_BLOCK
 from fasttrain.rule import Rule
 
@@ -107,7 +107,8 @@ def measure(items: Sequence[Item]) -> Tensor:
         else:
             sums = torch.empty(0, len(items), dtype=torch.float64)
             for kind, group in table.grouped(walkable).items():
-                launch(kind.rule, tuple(STORAGES[dtype] for dtype in kind.dtypes), kind.device, group)
+                ready(kind.device, [(kind, group)])()
+            count_up(walkable)
         torch.autograd.graph.increment_version([tensor for item in walkable for tensor in item.written])
     return sums.T
 
