@@ -122,6 +122,7 @@ class Prepared:
     running: Running | None = None
     said: list[float | None] = field(default_factory=lambda: list(UNTOLD))  # None: a tensor
     items: list[Item] = field(default_factory=list)
+    wholes: list[Tensor] = field(default_factory=list)  # DTensors
 
     def rows(self, optimizer: Any) -> list[Row]:
         """The rows, of the hyperparameters as they are now."""
@@ -154,11 +155,10 @@ class Prepared:
             self.items = items
 
     def launch(self) -> None:
-        """Queue the step, and tell autograd what it writes."""
+        """Queue the step, and tell autograd of what it writes what the kernels do not know."""
         self.queue()
-        written = [tensor for item in self.items for tensor in item.written if tensor is not item.counter]
-        wholes = [one.p for one in self.entries if is_dtensor(one.p)]
-        torch.autograd.graph.increment_version([*written, *wholes])
+        if self.wholes:
+            torch.autograd.graph.increment_version(self.wholes)
 
     def queue(self) -> None:
         """Queue the step, and whatever on the device goes with it."""
@@ -253,7 +253,8 @@ def prepare(optimizer: Any, entries: Sequence[Entry], steps: Mapping[int, float]
         running = Running(optimizer, lines, told[0], backend)
     counts = [count for one in entries if (count := once.get(id(one.p))) is not None]
     return Prepared(device, list(entries), specs, driven.driven(items, rows, row_of, backend), told, squares, each,
-                    counts, running, items=items)
+                    counts, running, items=items,
+                    wholes=[one.p for one in entries if is_dtensor(one.p)])
 
 
 def advancing_groups(optimizer: Any, made: Prepared, backend: str) -> None:
