@@ -6,6 +6,7 @@ In CPU memory ``capturable=True`` and a backend that is not the CPU's stand for 
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any
 
 import pytest
@@ -213,3 +214,17 @@ def test_hyperparameters_on_the_device():
             one.scaler.step(one.optimizer)
     assert got.optimizer.last_step.driven
     assert_same(got, wanted)
+
+
+# --- Memory -----------------------------------------------------------------------------------------------------------
+
+def test_no_gradient_is_kept_alive(monkeypatch: pytest.MonkeyPatch):
+    """Between steps: they are the largest thing that a step reads and does not write."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    training = Training(AdamW, True, backend="triton")
+    for step in range(2):
+        training.step(step)
+        assert training.optimizer.last_step.driven
+        alive = [weakref.ref(p.grad) for p in training.params if p.grad is not None]
+        training.optimizer.zero_grad()
+        assert [one() for one in alive] == [None] * len(alive)

@@ -39,7 +39,7 @@ class Entry(NamedTuple):
     p: Tensor
     signature: tuple[Any, ...]
     kept: tuple[tuple[str, Tensor], ...]  # states
-    item: Item
+    item: Item             # without the gradient, in whose place is one that has no memory
     staged: Tensor | None  # takes the gradient in the order of the parameter
     layout: Layout | None
 
@@ -53,12 +53,9 @@ class Entry(NamedTuple):
         grad = local(self.p.grad)
         return plain(torch.view_as_real(grad) if grad.is_complex() else grad)
 
-    def now(self) -> Item:
-        """The item with that gradient."""
-        if self.staged is not None:
-            return self.item
-        p, _, *rest = self.item.tensors
-        return replace(self.item, tensors=(p, self.gradient(), *rest))
+    def now(self) -> Tensor:
+        """The gradient that the step reads."""
+        return self.gradient() if self.staged is None else self.staged
 
 
 def entry(where: tuple[int, int], p: Tensor, signature: tuple[Any, ...], kept: tuple[tuple[str, Tensor], ...],
@@ -75,7 +72,15 @@ def entry(where: tuple[int, int], p: Tensor, signature: tuple[Any, ...], kept: t
         item = replace(item, tensors=(own, staged, *states))
         if not flat(item):
             raise NotDriven(f"{name}: the parameter and its states do not lie in memory in one order without gaps")
-    return Entry(where, p, signature, kept, item, staged, layout)
+    return Entry(where, p, signature, kept, with_gradient(item, without_memory(item.tensors[1])), staged, layout)
+
+
+def with_gradient(item: Item, grad: Tensor) -> Item:
+    return replace(item, tensors=(item.tensors[0], grad, *item.tensors[2:]))
+
+
+def without_memory(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 class Spec(NamedTuple):
@@ -108,7 +113,7 @@ def on(value: Any, device: torch.device, name: str) -> Any:
 @dataclass
 class Prepared:
     """What steps the parameters of one device. In a capture it takes their gradients' addresses, and is kept from then
-    on as it is.
+    on as it is. It keeps no gradient alive.
     """
 
     device: torch.device
@@ -121,8 +126,8 @@ class Prepared:
     once: list[Tensor]  # counts of what is told the first step from later ones only
     running: Running | None = None
     said: list[float | None] = field(default_factory=lambda: list(UNTOLD))  # None: a tensor
-    items: list[Item] = field(default_factory=list)
-    wholes: list[Tensor] = field(default_factory=list)  # DTensors
+    items: list[Item] = field(default_factory=list)  # without gradients
+    addresses: list[int] = field(default_factory=list)  # of these
 
     def rows(self, optimizer: Any) -> list[Row]:
         """The rows, of the hyperparameters as they are now."""
@@ -147,18 +152,19 @@ class Prepared:
 
     def update(self) -> None:
         """Take the gradients of now."""
-        items = [item if one.staged is not None or (grad := one.gradient()) is item.tensors[1] else
-                 replace(item, tensors=(item.tensors[0], grad, *item.tensors[2:]))
-                 for one, item in zip(self.entries, self.items, strict=True)]
-        if any(new is not old for new, old in zip(items, self.items, strict=True)):
-            self.step.update(items)
-            self.items = items
+        grads = [one.now() for one in self.entries]
+        addresses = [grad.data_ptr() for grad in grads]
+        if addresses != self.addresses:
+            self.step.update([with_gradient(item, grad) for item, grad in zip(self.items, grads, strict=True)])
+            self.addresses = addresses
 
     def launch(self) -> None:
         """Queue the step, and tell autograd of what it writes what the kernels do not know."""
         self.queue()
-        if self.wholes:
-            torch.autograd.graph.increment_version(self.wholes)
+        written = [one.p for one in self.entries if is_dtensor(one.p)]
+        written += [one.gradient() for one in self.entries if one.item.zero]
+        if written:
+            torch.autograd.graph.increment_version(written)
 
     def queue(self) -> None:
         """Queue the step, and whatever on the device goes with it."""
@@ -229,7 +235,8 @@ def prepare(optimizer: Any, entries: Sequence[Entry], steps: Mapping[int, float]
     row_of, items = [], []
     for one in entries:
         group = optimizer.param_groups[one.where[0]]
-        item = replace(one.now(), counter=once.get(id(one.p), one.item.counter), key=optimizer._identity(one.where))
+        item = replace(with_gradient(one.item, one.now()), key=optimizer._identity(one.where),
+                       counter=once.get(id(one.p), one.item.counter))
         square = square_of.get(id(one.p))
         step = steps.get(id(one.p), 1.0)
         key = (one.where[0], item.rule, None if item.counter is None else cohorts.of(item.counter), step, id(square))
@@ -253,8 +260,9 @@ def prepare(optimizer: Any, entries: Sequence[Entry], steps: Mapping[int, float]
         running = Running(optimizer, lines, told[0], backend)
     counts = [count for one in entries if (count := once.get(id(one.p))) is not None]
     return Prepared(device, list(entries), specs, driven.driven(items, rows, row_of, backend), told, squares, each,
-                    counts, running, items=items,
-                    wholes=[one.p for one in entries if is_dtensor(one.p)])
+                    counts, running,
+                    items=[with_gradient(item, without_memory(item.tensors[1])) for item in items],
+                    addresses=[item.tensors[1].data_ptr() for item in items])
 
 
 def advancing_groups(optimizer: Any, made: Prepared, backend: str) -> None:
