@@ -23,6 +23,7 @@ from fasttrain.optim import (
     Adam,
     AdamW,
     Lion,
+    Muon,
     NAdam,
     Optimizer,
     Rprop,
@@ -155,6 +156,23 @@ def test_several_optimizers_are_clipped_and_scaled_together():
         ends.append((a, b))
     for got, wanted in zip(*ends, strict=True):
         assert_same(got, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_muon(dtype: torch.dtype):
+    """Its matrices, in batches of equal shape, and what AdamW steps beside them."""
+    trainings = []
+    for driven in (True, False):
+        training = Training(SGD, driven, dtype, lr=0.1)
+        numbers = generator(4)
+        training.params = [Parameter(torch.randn(shape, generator=numbers).to(dtype))
+                           for shape in ((8, 6), (3, 4), (8, 6), (2, 3, 4), (5,))]
+        training.optimizer = Muon([dict(params=training.params[:2]), dict(params=training.params[2:4], momentum=0.8),
+                                   dict(params=training.params[4:], use_muon=False)],
+                                  backend="reference", capturable=driven)
+        trainings.append(training.run())
+        assert training.optimizer.last_step.driven == driven
+    assert_same(*trainings)
 
 
 # --- Counts -----------------------------------------------------------------------------------------------------------

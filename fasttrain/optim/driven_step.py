@@ -15,7 +15,7 @@ from fasttrain.optim import drive as driving
 from fasttrain.optim import ema
 from fasttrain.optim.checks import check_running
 from fasttrain.optim.drive import Drive, Place, refused, rules_of
-from fasttrain.optim.examine import Examined, counted, examine, undone
+from fasttrain.optim.examine import Examined, counted, undone
 from fasttrain.optim.local import is_dtensor, local, version
 from fasttrain.optim.prepared import (
     Entry,
@@ -131,7 +131,7 @@ def _entry(optimizer: Any, drive: Drive, where: Place, rule: Rule, steps: dict[i
            fresh: list[tuple[Tensor, Hashable]], report: StepReport) -> Entry:
     """Examine a parameter, and put its counts where the device has them."""
     p, name = optimizer._param(where), optimizer._name(where)
-    one: Examined = examine(optimizer, where, rule, report, drive.steps_of)
+    one: Examined = optimizer._examine(where, rule, report, drive.steps_of)
     grad = local(p.grad)
     if grad.is_neg() or grad.is_conj():
         raise NotDriven(f"{name} has a gradient that is a conjugated or negated view")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -58,7 +58,8 @@ class Itemwise(Optimizer):
             if self.arriving is None else [one.where for one in examined]
         return [where for where in places if shares(self._param(where))]
 
-    def _examine(self, where: tuple[int, int], rule: Rule, report: StepReport) -> Examined:
+    def _examine(self, where: tuple[int, int], rule: Rule, report: StepReport,
+                 steps_of: Callable[[Tensor, StepReport], float] | None = None) -> Examined:
         p, group = self._param(where), self.param_groups[where[0]]
         distributed = is_dtensor(p) or is_dtensor(p.grad)
         own, grad = p, p.grad

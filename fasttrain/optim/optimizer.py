@@ -19,13 +19,16 @@ what goes on around a step (`around`); and here the step.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fasttrain.kernels import driven
+from fasttrain.kernels.item import Item
+from fasttrain.kernels.prologue import Row
 from fasttrain.optim import drive, driven_step
 from fasttrain.optim.around import Around
 from fasttrain.optim.equation import EQUATION
@@ -171,8 +174,14 @@ class Optimizer(Around, Saved):
 
     # --- The phases, where a page that is no one rule over elements has its own ---------------------------------------
 
-    def _examine(self, where: tuple[int, int], rule: Rule, report: StepReport) -> Examined:
-        return examine(self, where, rule, report)
+    def _examine(self, where: tuple[int, int], rule: Rule, report: StepReport,
+                 steps_of: Callable[[Tensor, StepReport], float] | None = None) -> Examined:
+        return examine(self, where, rule, report, steps_of)
+
+    def _driven(self, items: Sequence[Item], places: Sequence[tuple[int, int]], rows: Sequence[Row],
+                row_of: Sequence[int], backend: str) -> driven.Driven:
+        """What steps items that a device drives; `places` are their parameters'."""
+        return driven.driven(items, rows, row_of, backend)
 
     def _describe(self, index: int, one: Examined) -> bool:
         return describe(self, index, one)

@@ -259,8 +259,8 @@ def prepare(optimizer: Any, entries: Sequence[Entry], steps: Mapping[int, float]
                    if row == number] for name in optimizer.running}) for number, spec in enumerate(specs)]
         running = Running(optimizer, lines, told[0], backend)
     counts = [count for one in entries if (count := once.get(id(one.p))) is not None]
-    return Prepared(device, list(entries), specs, driven.driven(items, rows, row_of, backend), told, squares, each,
-                    counts, running,
+    step = optimizer._driven(items, [one.where for one in entries], rows, row_of, backend)
+    return Prepared(device, list(entries), specs, step, told, squares, each, counts, running,
                     items=[with_gradient(item, without_memory(item.tensors[1])) for item in items],
                     addresses=[item.tensors[1].data_ptr() for item in items])
 
