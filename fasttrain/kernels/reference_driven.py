@@ -40,7 +40,8 @@ class Naive:
 
     def launch(self) -> None:
         skipped = [value(row.found) != 0.0 for row in self.rows]
-        made = [_made(self.rows[row], item) for item, row in zip(self.items, self.row_of, strict=True)]
+        made = [item if skipped[row] else _made(self.rows[row], item)  # before a count is incremented
+                for item, row in zip(self.items, self.row_of, strict=True)]
         for place, (item, row) in enumerate(zip(made, self.row_of, strict=True)):
             if skipped[row]:
                 if item.zero:
@@ -96,7 +97,8 @@ def scale_of(row: Row) -> float:
 def numbers_of(rule: Rule, row: Row, plain: bool) -> list[float]:
     """The row, as a step on the host makes it."""
     step = row.step if row.counter is None else value(row.counter) + 1
-    made = [scale_of(row), *trace(rule).row(int(step), {name: values(one) for name, one in row.hyperparameters.items()})]
+    group = {name: values(one) for name, one in row.hyperparameters.items()}
+    made = [scale_of(row), *trace(rule).row(int(step), group)]
     if plain:
         return made
     decay = None if row.ema_decay is None else value(row.ema_decay)

@@ -106,7 +106,7 @@ def clip_grad_norm(optimizers: Iterable[Any], max_norm: float, norm_type: float 
         optimizers: of this package; their parameters count as one vector.
         max_norm: the largest norm that is let through.
         norm_type: of the norm; 2 is one pass of ours, others go through torch.
-        error_if_nonfinite: raise if the norm is infinite or NaN; this waits for the device.
+        error_if_nonfinite: raise if the norm is infinite or NaN; this waits for the device, which nothing else does.
 
     Returns:
         The norm before clipping, float32 of shape (), on the gradients' device.
@@ -127,6 +127,5 @@ def clip_grad_norm(optimizers: Iterable[Any], max_norm: float, norm_type: float 
     if error_if_nonfinite and not math.isfinite(total.item()):
         raise RuntimeError(f"the norm of the gradients is {total.item()}: nothing was clipped")
     for optimizer in optimizers:
-        optimizer._clip = coefficient(total.item(), max_norm)
-        optimizer._syncs += total.device.type != "cpu"
+        optimizer._limit = total.clone(), max_norm  # a copy: what is returned may be written
     return total

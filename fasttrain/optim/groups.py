@@ -23,6 +23,10 @@ class Groups(Page):
 
     backend: str | None = None
     _storage: Mapping[str, Any] = {}
+    _capturable: bool = False  # devices drive every step (`fasttrain.optim.drive`)
+    _drive: Any = None
+    _limit: tuple[Tensor, float] | None = None  # the norm of the gradients and what the next step clips it to
+    _syncs: int = 0  # waits for a device since the last step
     _plan: Any = None
     _planned_for: tuple[list[Rule], str | None] | None = None  # the rule of each group, and the backend that is forced
     _places: list[tuple[int, int]]  # in the order of the plan
@@ -30,6 +34,7 @@ class Groups(Page):
     def _take(self, options: dict[str, Any]) -> None:
         """Keep the options that every optimizer has. Before torch's constructor, which adds the parameter groups."""
         self.backend = options.pop("backend", None)
+        self._capturable = bool(options.pop("capturable", False))
         self._storage = normalised(options)
         self._remainders: dict[int, Tensor] = {}  # second arrays of parameters that have no state yet, by id
         self._arrived: set[int] = set()  # parameters that were stepped before `step`, by id

@@ -41,6 +41,9 @@ class Itemwise(Optimizer):
     def _refuse(self, p: Tensor) -> None:
         """Raise if the optimizer cannot take a parameter."""
 
+    def not_driven(self) -> str | None:
+        return f"{type(self).__name__} has stages between which the host counts"
+
     def takes_storage(self, group: Group) -> bool:
         return False
 

@@ -223,13 +223,13 @@ class Muon(Itemwise, torch.optim.Muon):
         group = self.param_groups[self._places[index][0]]
         return not group["use_muon"] and Optimizer._describe(self, index, one)
 
-    def _row(self, rule, group, step, scale):
+    def _hyperparameters(self, rule, group):
         if rule is DECOUPLED:
             lr, decay = group["adamw_lr"], group["adamw_weight_decay"]
             group = {**group, "betas": group["adamw_betas"], "eps": group["adamw_eps"],
                      "lr": group["lr"] if lr is None else lr,
                      "weight_decay": group["weight_decay"] if decay is None else decay}
-        return super()._row(rule, group, step, scale)
+        return super()._hyperparameters(rule, group)
 
     def _runs(self, examined, scale, report):
         """AdamW's items, and one run for each batch of matrices of one shape and the same options."""

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fasttrain.optim import drive, driven_step
 from fasttrain.optim.around import Around
 from fasttrain.optim.equation import EQUATION
 from fasttrain.optim.examine import Examined, advance, describe, examine, scan, undone
@@ -105,12 +106,13 @@ class Optimizer(Around, Saved):
 
     @torch._disable_dynamo  # a compiled training step calls it as it is
     def _step(self) -> None:
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("a step of fasttrain cannot be captured in a CUDA graph yet: capture forward and "
-                               "backward, and step outside of the graph")
         if self._swapped:
             raise RuntimeError("the parameters are their EMA (ema_weights): step after the `with` block")
         report = StepReport()
+        if (found := drive.places(self)) is not None and driven_step.step(self, found, drive.rules_of(self), report):
+            return
+        if self._drive is not None:
+            drive.leave(self)
         scale = self._scale(report)
         if scale is None:  # torch's GradScaler found something: skip the whole step
             self._finish(report)
@@ -147,6 +149,8 @@ class Optimizer(Around, Saved):
 
     def _step_only(self, p: Tensor) -> None:
         """Step one parameter whose gradient has arrived."""
+        if drive.capturing():
+            raise drive.refused(drive.NotDriven("parameters are stepped as their gradients arrive (step_on_arrival)"))
         where = next((g, i) for g, group in enumerate(self.param_groups)
                      for i, other in enumerate(group["params"]) if other is p)
         with torch.no_grad():
