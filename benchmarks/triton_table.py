@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import disassembly, product_table
-from fasttrain.kernels import triton_factored, triton_sums
+from fasttrain.kernels import triton_factored, triton_stages, triton_sums
 from fasttrain.kernels.trace import trace
 from fasttrain.kernels.triton import compile_ahead, compile_kept_ahead
 from fasttrain.optim import COMMON_RULES, ELEMENTWISE_RULES, RULES, STAGES
@@ -179,7 +179,7 @@ def sums_kernel(name: str, storages: tuple[int, ...], arch: int) -> disassembly.
     elif name in ("square", "add_up"):
         made = triton_sums.compile_ahead(name, *(storages or (0,)), arch)
     else:
-        made = triton_sums.compile_stage_ahead(next(rule for rule in MEASURING if rule.name == name), storages, arch)
+        made = triton_stages.compile_stage_ahead(next(rule for rule in MEASURING if rule.name == name), storages, arch)
     (found,) = disassembly.read(made.asm["cubin"])
     return found
 
@@ -201,7 +201,7 @@ def wide_sums_accesses(name: str, storages: tuple[int, ...]) -> tuple[int, int]:
         read = [index for index, node in enumerate(graph.inputs) if node in used]
         changed = zip((0, *range(2, len(sizes))), graph.changed, strict=True)
         written = tuple(index for index, moved in changed if moved)
-        elements = triton_sums.elements_per_thread(storages) * triton_sums.together_in_stage(storages)
+        elements = triton_sums.elements_per_thread(storages) * triton_stages.together_in_stage(storages)
     return sum(elements * sizes[i] // 16 for i in read), sum(elements * sizes[i] // 16 for i in written)
 
 

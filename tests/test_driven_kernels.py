@@ -16,11 +16,13 @@ from test_cuda_walk import OPTIONS, states_of
 from fasttrain.kernels import cuda, driven, reference_driven
 from fasttrain.kernels.item import Item
 from fasttrain.kernels.prologue import Row
-from fasttrain.optim import ASGD, Adam, AdamW, Lion, NAdam
+from fasttrain.optim import ASGD, STAGES, Adam, AdamW, Lion, NAdam
 from fasttrain.rule import Rule
 
 F32, BF16, F64 = ((torch.float32,) * 3, (torch.bfloat16,) * 3, (torch.float64,) * 3)
 SIZES = (5, 0, 4096, 9001)
+OF_STAGES = dict(bias_correction=True, always_adapt=False, adapt=True, ratio=0.7, clamp=(0.0, 10.0), elements=1e6,
+                 trust_coefficient=1e-3, p_sq=31.0, g_sq=0.4, update_sq=2.7, ratio_sq=2.5e6)
 
 
 @pytest.fixture(params=[pytest.param("cuda", marks=needs_native), "triton"])
@@ -51,7 +53,7 @@ class Run:
 
     def options(self, rule: Rule, **more: Any) -> dict[str, Any]:
         three = {"betas": (0.83, 0.97, 0.99)} if rule.name.startswith(("Adan", "AdEMAMix")) else {}
-        values = {**OPTIONS, **three, "lr": self.lr, **more}
+        values = {**OPTIONS, **OF_STAGES, **three, "lr": self.lr, **more}
         return {name: values[name] for name in rule.hyperparameters}
 
     def add(self, items: list[Item], **more: Any) -> Run:
@@ -122,6 +124,7 @@ def go(run: Run, backend: str) -> tuple[Any, Any]:
         versions = [item.tensors[0]._version for item in run.items]
         for step in steps:
             step.launch()
+        assert_same_bits(steps[0].sums, steps[1].sums, f"sums, step {number}")
         same(run, twin, f"step {number}")
         assert all(item.tensors[0]._version > old for item, old in zip(run.items, versions, strict=True))
         kept.new_gradients(run.items, generator(number))
@@ -155,8 +158,26 @@ def test_items_that_are_not_plain(backend: str, case: kept.Case) -> None:
         assert step.launches == 3 + ("+S" in case.codecs)
 
 
-def test_averages_are_tritons() -> None:
-    """And with them a rule of no CUDA storage; drawn by keys of their own."""
+def test_what_cuda_has_not_is_tritons(backend: str) -> None:
+    """An average, a codec; rows that a part of each backend reads are counted once, at the end."""
     pytest.importorskip("triton", reason="triton is not installed")
     run = Run(3).kept(kept.Case("AdamW", "f16+S f16 int4+S int4+P+S bf16+S", zero=True), (7, 1500))
-    go(run.kept(kept.Case("Lion", "kahan_bf16 bf16 e4m3 f32", zero=True), (300, 12)), "triton")
+    run.kept(CASES[1], (300, 12, 40, 5))
+    first = len(run.rows) - 2
+    run.row_of[:2] = [first, first + 1]  # rows of both, whose counters are those of the others
+    go(run, backend)
+
+
+@pytest.mark.parametrize("sums", [2, 0], ids=["sums", "none"])
+def test_stages(backend: str, sums: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums of items that are skipped stay; a rule of other sums, or of none, beside them."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    monkeypatch.setattr("fasttrain.kernels.triton_sums.BLOCKS_INTERPRETED", 1)  # so that there are several chunks
+    rules = [rule for rule in STAGES if len(rule.sums or ()) == sums][:2]
+    run = Run(13)
+    for rule, dtypes in zip(rules, (F32, F64), strict=False):
+        run.plain(rule, dtypes, (5, 0, 5000))
+    if sums:
+        run.plain(Lion.rules[0], BF16, (9, 40))
+    for step in go(run, backend):
+        assert step.sums.shape == (len(run.items), sums)

@@ -14,7 +14,7 @@ import numpy as np
 from fasttrain.kernels import cuda, dispatch
 from fasttrain.kernels import driven_plan as plan
 from fasttrain.kernels.driven_plan import Group
-from fasttrain.kernels.driven_tables import Several, Tabled
+from fasttrain.kernels.driven_tables import Make, Tabled, together
 from fasttrain.kernels.item import Item
 from fasttrain.kernels.program import Addresses, described, program, with_slots
 from fasttrain.kernels.prologue import Row
@@ -25,7 +25,7 @@ THREADS = 64  # of a block that makes rows
 def kernel_of(item: Item) -> tuple[str | None, str]:
     """The kernel of an item, or None and why there is none."""
     if item.rule.sums is not None:
-        return None, f"{item.name} is stepped by {item.rule.name}, a stage with sums, which no GPU drives yet"
+        return None, f"{item.rule.name}, a stage with sums, is driven in Triton"
     dtypes = tuple(tensor.dtype for tensor in item.tensors)
     name, reason = cuda.kernel_of(item.rule, dtypes, item.codecs, item.tensors[0].device)
     return name, f"{item.name} has no CUDA kernel ({reason})"
@@ -45,26 +45,26 @@ def why_not(items: Sequence[Item], rows: Sequence[Row], row_of: Sequence[int]) -
 
 def driven(items: Sequence[Item], rows: Sequence[Row], row_of: Sequence[int]) -> Any:
     """As `fasttrain.kernels.driven.driven`."""
-    known = [kernel_of(item)[0] is not None for item in items]
-    parts: list[tuple[list[int], Any]] = []
-    for here in (True, False):
-        places = [place for place, one in enumerate(known) if one is here]
-        if places:
-            make = CudaDriven if here else dispatch.part("triton_driven").driven
-            parts.append((places, make([items[place] for place in places], rows, [row_of[place] for place in places])))
-    return parts[0][1] if len(parts) == 1 else Several(parts)
+    known = [place for place, item in enumerate(items) if kernel_of(item)[0] is not None]
+    others = sorted(set(range(len(items))) - set(known))
+    parts: list[tuple[Sequence[int], Make]] = [(known, CudaDriven)] if known else []
+    if others:
+        parts += dispatch.part("triton_driven").parts(items, others)
+    return together(items, rows, row_of, parts)
 
 
 class CudaDriven(Tabled):
     """A step of CUDA kernels."""
 
-    def __init__(self, items: Sequence[Item], rows: Sequence[Row], row_of: Sequence[int]) -> None:
+    def __init__(self, items: Sequence[Item], rows: Sequence[Row], row_of: Sequence[int],
+                 counted: frozenset[int] = frozenset()) -> None:
         place, self.code, processors = cuda.opened(items[0].tensors[0].device)
 
         def chunk_of(items: Sequence[Item]) -> int:
             return cuda.chunk_size(sum(item.tensors[0].numel() for item in items), processors)
 
-        super().__init__(place, items, rows, row_of, chunk_of, lambda group: program(group.graph).words, slots)
+        super().__init__(place, items, rows, row_of, chunk_of, lambda group: program(group.graph).words, slots,
+                         counted)
         self.kernels = [str(kernel_of(group.items[0])[0]) for group in self.groups]
         tables = self.tables.fixed[len(self.groups) :]  # of counts, of rows
         self.small = [("prologue", tables[1], sum(len(group.rows) for group in self.groups)),
@@ -80,22 +80,25 @@ class CudaDriven(Tabled):
                                                    strict=False)]
         return [with_slots(np.concatenate(rows), self.base + self.end)]
 
-    def queue(self) -> None:
+    def make(self) -> None:
+        for small in self.small[:2]:
+            self._small(*small)
+
+    def step(self) -> None:
         stream = self.place.stream()
-        prologue, keyed, count = self.small
-        for name, table, rows in (prologue, keyed):
-            self._small(name, table, rows, stream)
         for index, (name, chunks, made) in enumerate(zip(self.kernels, self.chunks, self.made, strict=True)):
             if len(chunks):
                 self.code.launch(kernel=name, blocks=len(chunks), threads=cuda.THREADS, stream=stream,
                                  table=self.tables.fixed[index], chunks=len(chunks), rows=self.base + made.own_rows,
                                  gradients=self.tables.live[index], skip=self.base + made.own_skip)
-        self._small(*count, stream)
 
-    def _small(self, name: str, table: int, rows: int, stream: int) -> None:
+    def count(self) -> None:
+        self._small(*self.small[2])
+
+    def _small(self, name: str, table: int, rows: int) -> None:
         if rows:
-            self.code.launch(kernel=name, blocks=-(-rows // THREADS), threads=THREADS, stream=stream, table=table,
-                             chunks=rows, rows=0, gradients=0)
+            self.code.launch(kernel=name, blocks=-(-rows // THREADS), threads=THREADS, stream=self.place.stream(),
+                             table=table, chunks=rows, rows=0, gradients=0)
 
 
 def slots(groups: Sequence[Group]) -> int:

@@ -169,8 +169,12 @@ def _signed(word: int) -> int:
     return word - (1 << 64) if word >> 63 else word
 
 
-def counts(groups: Sequence[Group], made: Sequence[Made], base: int, rows: Sequence[Row]) -> np.ndarray:
+def counts(groups: Sequence[Group], made: Sequence[Made], base: int, rows: Sequence[Row],
+           counted: frozenset[int] = frozenset()) -> np.ndarray:
     """What the kernel `count` is told of each counter and count of draws, int64 of shape (counts, 3).
+
+    Arguments:
+        counted: addresses of those that others count.
 
     Raises:
         TypeError: a counter is of a type that is not counted with.
@@ -179,7 +183,7 @@ def counts(groups: Sequence[Group], made: Sequence[Made], base: int, rows: Seque
     for group, at in zip(groups, made, strict=True):
         for item, own in zip(group.items, group.own_row, strict=True):
             for counter in (item.counter, rows[group.rows[own]].draws):
-                if counter is None:
+                if counter is None or counter.data_ptr() in counted:
                     continue
                 if counter.dtype not in KINDS or counter.dtype == torch.bool:
                     raise TypeError(f"the step count of {item.name} is a tensor of {counter.dtype}: a device counts in "

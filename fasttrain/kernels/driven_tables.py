@@ -28,16 +28,18 @@ class Tabled:
         chunk_of: elements of a chunk of the items of one launch.
         programs: more that is sent with the numbers once, an array for each group.
         room: bytes for the kernels to write, beside the rows; they follow these.
+        counted: addresses of counts that another part of the step counts.
     """
 
     launches = 0
 
     def __init__(self, place: Place, items: Sequence[Item], rows: Sequence[Row], row_of: Sequence[int],
                  chunk_of: Callable[[Sequence[Item]], int], programs: Callable[[Group], np.ndarray] | None = None,
-                 room: Callable[[Sequence[Group]], int] = lambda groups: 0) -> None:
+                 room: Callable[[Sequence[Group]], int] = lambda groups: 0,
+                 counted: frozenset[int] = frozenset()) -> None:
         self.place, self.device = place, items[0].tensors[0].device
         self.items = list(items)
-        self.row_count = len(rows)
+        self.row_count, self.counted = len(rows), counted
         self.groups = plan.grouped(items, rows, row_of)
         words = plan.words(self.groups, rows, self.device)
         self.sealed = False
@@ -46,7 +48,7 @@ class Tabled:
             self.work = place.empty(self.end + room(self.groups))
             self.base = self.work.data_ptr()
             self.keyed = plan.keyed(self.groups, self.made, self.base, rows)
-            self.counts = plan.counts(self.groups, self.made, self.base, rows)
+            self.counts = plan.counts(self.groups, self.made, self.base, rows, counted)
             self.numbers = Resident(place, [*words, self.keyed], [programs(group) for group in self.groups] if programs
                                     else [])
             described = [plan.described(group, group.items) for group in self.groups]
@@ -67,12 +69,18 @@ class Tabled:
 
     def launch(self) -> None:
         """As `fasttrain.kernels.driven.Driven`."""
-        with self.place.guard():
-            self.queue()
-        torch.autograd.graph.increment_version(self.written)
+        launch([self])
 
-    def queue(self) -> None:
-        """Start the kernels."""
+    def make(self) -> None:
+        """Start what makes the rows."""
+        raise NotImplementedError
+
+    def step(self) -> None:
+        """Start what steps the items."""
+        raise NotImplementedError
+
+    def count(self) -> None:
+        """Start what counts."""
         raise NotImplementedError
 
     def refresh(self, rows: Sequence[Row]) -> None:
@@ -81,7 +89,8 @@ class Tabled:
             raise ValueError(f"{len(rows)} rows are given for a step of {self.row_count}: make it again")
         words = plan.words(self.groups, rows, self.device)
         keyed = plan.keyed(self.groups, self.made, self.base, rows)
-        if plan.counts(self.groups, self.made, self.base, rows).tobytes() != self.counts.tobytes():
+        counts = plan.counts(self.groups, self.made, self.base, rows, self.counted)
+        if counts.tobytes() != self.counts.tobytes():
             raise ValueError("rows have other counts of draws than the step was made with: make it again")
         with self.place.guard():
             self.numbers.update(self.place, [*words, keyed])
@@ -118,22 +127,52 @@ def _check(item: Item, before: Item, same: bool) -> None:
                          f"({tuple(item.tensors[1].shape)}, {item.tensors[1].dtype}): make it again")
 
 
+def launch(parts: Sequence[Tabled]) -> None:
+    """One step: every row is made before anything is stepped, and all is stepped before anything is counted, since rows
+    of one part may read what another counts.
+    """
+    for phase in (Tabled.make, Tabled.step, Tabled.count):
+        for part in parts:
+            with part.place.guard():
+                getattr(part, phase.__name__)()
+    torch.autograd.graph.increment_version([tensor for part in parts for tensor in part.written])
+
+
+Make = Callable[[Sequence[Item], Sequence[Row], Sequence[int], frozenset[int]], Tabled]
+
+
+def together(items: Sequence[Item], rows: Sequence[Row], row_of: Sequence[int],
+             make: Sequence[tuple[Sequence[int], Make]]) -> Any:
+    """The step of parts, each (which of the items, what makes it)."""
+    parts: list[tuple[Sequence[int], Tabled]] = []
+    counted: frozenset[int] = frozenset()
+    for places, one in make:
+        part = one([items[place] for place in places], rows, [row_of[place] for place in places], counted)
+        counted |= set(part.counts[:, 0].tolist())
+        parts.append((places, part))
+    return parts[0][1] if len(parts) == 1 else Several(parts)
+
+
 class Several:
-    """Steps of several backends that are queued together.
+    """A step of several parts: of several backends, say.
 
     Arguments:
         parts: which of the items, and their step.
     """
 
-    def __init__(self, parts: Sequence[tuple[Sequence[int], Any]]) -> None:
+    def __init__(self, parts: Sequence[tuple[Sequence[int], Tabled]]) -> None:
         self.parts = list(parts)
         self.launches = sum(step.launches for _, step in parts)
-        count = sum(len(places) for places, _ in parts)
-        self.sums = torch.zeros(count, 0, dtype=torch.float64, device=parts[0][1].sums.device)
+        count, device = sum(len(places) for places, _ in parts), parts[0][1].sums.device
+        most = max(step.sums.shape[1] for _, step in parts)
+        self.sums = torch.zeros(count, most, dtype=torch.float64, device=device)
+        self.places = [torch.tensor(places, device=device) for places, _ in parts]
 
     def launch(self) -> None:
-        for _, step in self.parts:
-            step.launch()
+        launch([step for _, step in self.parts])
+        for places, (_, step) in zip(self.places, self.parts, strict=True):
+            if step.sums.shape[1]:
+                self.sums[:, : step.sums.shape[1]].index_copy_(0, places, step.sums)
 
     def refresh(self, rows: Sequence[Row]) -> None:
         for _, step in self.parts:

@@ -71,15 +71,21 @@ class Resident:
 
     Torch frees the memory for later work of the stream that it was made on, so it is used on that stream only.
 
+    Arguments:
+        apart: in a capture the copy becomes part of the graph (`Ring.record`); nothing may be sent there later.
+
     Attributes:
         live, fixed: the address of each array.
     """
 
-    def __init__(self, place: Place, live: Sequence[np.ndarray], fixed: Sequence[np.ndarray]) -> None:
+    def __init__(self, place: Place, live: Sequence[np.ndarray], fixed: Sequence[np.ndarray],
+                 apart: bool = False) -> None:
         data, begins = packed([*live, *fixed])
         self.seen = packed(live)[0]
         self.memory = place.empty(len(data))
-        if len(data):
+        if len(data) and apart and place.capturing():
+            ring_of(place).record(data, self.memory)
+        elif len(data):
             ring_of(place).send(data, self.memory)
         addresses = [self.memory.data_ptr() + begin for begin in begins]
         self.live, self.fixed = addresses[: len(live)], addresses[len(live) :]

@@ -169,10 +169,12 @@ def guard(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """A copy on the device, ordered on the current stream; the host does not wait."""
+def upload(array: np.ndarray, device: torch.device, what: str = "the tables of a step") -> torch.Tensor:
+    """A copy on the device, ordered on the current stream; the host does not wait. `what`: for the error where there is
+    no memory for it.
+    """
     tensor = torch.from_numpy(array)
-    with resident.making("the tables of a step", device):
+    with resident.making(what, device):
         return ring.upload(place_of(device), array).view(tensor.dtype).view(tensor.shape)
 
 
