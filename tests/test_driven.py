@@ -19,6 +19,8 @@ from torch.nn import Parameter
 from fasttrain import LossScaler
 from fasttrain.optim import (
     ASGD,
+    LAMB,
+    LARS,
     SGD,
     Adam,
     AdamW,
@@ -28,6 +30,7 @@ from fasttrain.optim import (
     Optimizer,
     Rprop,
     ScheduleFreeAdamW,
+    StableAdamW,
     clip_grad_norm,
     drive,
 )
@@ -156,6 +159,15 @@ def test_several_optimizers_are_clipped_and_scaled_together():
         ends.append((a, b))
     for got, wanted in zip(*ends, strict=True):
         assert_same(got, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind, options", [(LAMB, {}), (LAMB, dict(bias_correction=False, weight_decay=0.1)),
+                                           (LARS, dict(lr=0.1)), (LARS, dict(lr=0.1, momentum=0.0)), (StableAdamW, {})])
+def test_optimizers_with_sums(kind: type[Optimizer], options: dict[str, Any], dtype: torch.dtype):
+    got, wanted = (one.run() for one in pair(kind, dtype=dtype, **options))
+    assert got.optimizer.last_step.driven
+    assert_same(got, wanted, kind.__name__)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -20,7 +20,21 @@ from torch.nn import Parameter
 
 from fasttrain import LossScaler, StepGraph
 from fasttrain.kernels import cuda, dispatch, native
-from fasttrain.optim import ASGD, SGD, SOAP, Adam, AdamW, Lion, NAdam, Optimizer, RAdam, ScheduleFreeAdamW
+from fasttrain.optim import (
+    ASGD,
+    LAMB,
+    SGD,
+    SOAP,
+    Adam,
+    AdamW,
+    Lion,
+    Muon,
+    NAdam,
+    Optimizer,
+    RAdam,
+    ScheduleFreeAdamW,
+    StableAdamW,
+)
 
 pytestmark = [pytest.mark.gpu, needs_native]
 GPU = torch.device("cuda", 0)
@@ -134,6 +148,7 @@ KINDS: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
     "AdamW": (AdamW, dict(weight_decay=0.1)), "Adam": (Adam, dict(weight_decay=0.1, amsgrad=True)), "Lion": (Lion, {}),
     "SGD": (SGD, dict(lr=0.1, momentum=0.9, dampening=0.5)), "NAdam": (NAdam, {}), "ASGD": (ASGD, dict(t0=2)),
     "RAdam": (RAdam, {}), "ScheduleFreeAdamW": (ScheduleFreeAdamW, dict(warmup_steps=3)),
+    "LAMB": (LAMB, dict(weight_decay=0.1)), "StableAdamW": (StableAdamW, {}),
     "zeroed": (AdamW, dict(zero_gradients=True, clip_each=0.2, ema_decay=0.9)),
     "double": (AdamW, dict(dtype=torch.float64))}
 KINDS |= {name: (AdamW, dict(options, dtype=torch.bfloat16)) for name, options in STORAGES.items()}
@@ -146,6 +161,29 @@ def test_replays_have_the_bits_of_eager_steps_and_these_those_of_the_host(name: 
     wanted = run(kind, backend, "host", **options)
     for how in ("device", "graph"):
         compare(run(kind, backend, how, **options), wanted, f"{name}, {how}")
+
+
+def test_muon(backend: str):
+    """Newton-Schulz in a graph, between two rules."""
+    ends = []
+    for how in ("device", "graph"):
+        numbers = generator(2)
+        params = [Parameter(normal(shape, torch.bfloat16, numbers).to(GPU)) for shape in ((64, 32), (64, 32), (32, 96))]
+        optimizer, scaler = Muon(params, lr=0.02, backend=backend, capturable=True), LossScaler()
+
+        def step(x: Tensor, params=params, optimizer=optimizer, scaler=scaler) -> None:
+            optimizer.zero_grad()
+            loss = torch.stack([(p.float() * x[index]).square().mean() for index, p in enumerate(params)]).sum()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer, max_norm=MAX_NORM)
+
+        made: Any = step if how == "device" else StepGraph(step, optimizer, warmup=3)
+        for number in range(STEPS):
+            optimizer.param_groups[0]["lr"] = 0.02 / (1 + number)
+            made(batch(number))
+            assert optimizer.last_step.driven
+        ends.append([p.detach() for p in params])
+    same(*ends, "Muon")
 
 
 def test_a_bare_graph_with_a_learning_rate_on_the_device(backend: str):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -98,7 +99,8 @@ def numbers_of(rule: Rule, row: Row, plain: bool) -> list[float]:
     """The row, as a step on the host makes it."""
     step = row.step if row.counter is None else value(row.counter) + 1
     group = {name: values(one) for name, one in row.hyperparameters.items()}
-    made = [scale_of(row), *trace(rule).row(int(step), group)]
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # of norms that are zero or not finite
+        made = [scale_of(row), *trace(rule).row(int(step), group)]
     if plain:
         return made
     decay = None if row.ema_decay is None else value(row.ema_decay)
