@@ -6,7 +6,9 @@ the addresses of gradients; and the rows, flags and whatever else the kernels wr
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -38,8 +40,7 @@ class Tabled:
                  room: Callable[[Sequence[Group]], int] = lambda groups: 0,
                  counted: frozenset[int] = frozenset()) -> None:
         self.place, self.device = place, items[0].tensors[0].device
-        self.items = list(items)
-        self.row_count, self.counted = len(rows), counted
+        self.item_count, self.row_count, self.counted = len(items), len(rows), counted
         self.groups = plan.grouped(items, rows, row_of)
         words = plan.words(self.groups, rows, self.device)
         self.sealed = False
@@ -61,7 +62,10 @@ class Tabled:
                                    [*self.chunks, self.counts, *self.more()])
             self.pinned = place.pinned(max(len(self.tables.seen), 1))
             self.sums = torch.zeros(len(items), 0, dtype=torch.float64, device=self.device)
-        self.written = [tensor for item in items for tensor in item.written if tensor is not item.counter]
+        self.groups = [replace(group, items=[_without_gradient(item) for item in group.items]) for group in self.groups]
+        self.written = [tensor for group in self.groups for item in group.items for tensor in item.written
+                        if tensor is not item.counter and tensor is not item.tensors[1]]
+        self.zeroed = [weakref.ref(item.tensors[1]) for item in items if item.zero]
 
     def more(self) -> list[np.ndarray]:
         """Tables of the backend's own, made when the numbers have addresses."""
@@ -97,8 +101,8 @@ class Tabled:
 
     def update(self, items: Sequence[Item]) -> None:
         """As `fasttrain.kernels.driven.Driven`."""
-        if len(items) != len(self.items):
-            raise ValueError(f"{len(items)} items are given for a step of {len(self.items)}: make it again")
+        if len(items) != self.item_count:
+            raise ValueError(f"{len(items)} items are given for a step of {self.item_count}: make it again")
         moving = []
         for group, fixed in zip(self.groups, self.fixed, strict=True):
             new = [items[place] for place in group.places]
@@ -113,14 +117,21 @@ class Tabled:
                 self.tables.update(self.place, live)
             elif self.tables.record(self.place, live, None if self.sealed else self.pinned):
                 self.sealed = True
+        self.zeroed = [weakref.ref(item.tensors[1]) for item in items if item.zero]
 
     def _live(self, moving: Sequence[np.ndarray]) -> list[np.ndarray]:
         return [column.addresses(own) for column, own in zip(self.columns, moving, strict=True)]
 
 
+def _without_gradient(item: Item) -> Item:
+    """The item with what its gradient is like in the place of that, which nobody should keep alive between steps."""
+    p, g, *others = item.tensors
+    return replace(item, tensors=(p, torch.empty_like(g, device="meta"), *others))
+
+
 def _check(item: Item, before: Item, same: bool) -> None:
     """An item differs from another in the address of its gradient alone."""
-    alike = all(new.dtype == old.dtype and new.shape == old.shape and new.device == old.device
+    alike = all(new.dtype == old.dtype and new.shape == old.shape and new.device == before.tensors[0].device
                 for new, old in zip(item.tensors, before.tensors, strict=True))
     if not (same and alike and item.rule is before.rule and item.codecs == before.codecs and flat(item)):
         raise ValueError(f"{item.name} is not what the step was made for, or its gradient is laid out in another way "
@@ -135,7 +146,9 @@ def launch(parts: Sequence[Tabled]) -> None:
         for part in parts:
             with part.place.guard():
                 getattr(part, phase.__name__)()
-    torch.autograd.graph.increment_version([tensor for part in parts for tensor in part.written])
+    zeroed = (reference() for part in parts for reference in part.zeroed)
+    torch.autograd.graph.increment_version([*(tensor for part in parts for tensor in part.written),
+                                            *(gradient for gradient in zeroed if gradient is not None)])
 
 
 Make = Callable[[Sequence[Item], Sequence[Row], Sequence[int], frozenset[int]], Tabled]
