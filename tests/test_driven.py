@@ -187,6 +187,26 @@ def test_muon(dtype: torch.dtype):
     assert_same(*trainings)
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_averages_of_parameters_that_rest(dtype: str):
+    """They go on, by the draws that a step would have taken, and stand still in steps that the device skips."""
+    trainings = pair(AdamW, ema_decay=0.9, ema_dtype=dtype, dtype=torch.bfloat16)
+    for training in trainings:
+        for step in range(STEPS):
+            training.give(step)
+            if step > 2:
+                training.params[1].grad = training.params[2].grad = None
+            training.scaler.step(training.optimizer)
+    assert trainings[0].optimizer.last_step.driven
+    assert_same(*trainings)
+
+
+def test_what_did_not_change_is_not_looked_at_again(monkeypatch: pytest.MonkeyPatch):
+    training = Training(SGD, True, lr=0.1).run(range(3))
+    monkeypatch.setattr(type(training.optimizer), "_examine", lambda *_: pytest.fail("it was examined again"))
+    training.run(range(3, STEPS))
+
+
 # --- Counts -----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind", [AdamW, NAdam, ScheduleFreeAdamW])

@@ -74,6 +74,9 @@ class Driven(Protocol):
             ValueError: an item is another than before; nothing was sent.
         """
 
+    def move(self, grads: Sequence[Tensor]) -> None:
+        """As `update`, of the gradients of all items; the caller has compared their dtypes, shapes, strides and device."""
+
 
 def driven(items: Sequence[Item], rows: Sequence[Row], row_of: Sequence[int], backend: str | None = None) -> Driven:
     """Make a step that a device drives. Not in a capture: tables are sent, and code is compiled and loaded.

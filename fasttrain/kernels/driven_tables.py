@@ -110,6 +110,16 @@ class Tabled:
             for index, item in enumerate(new):
                 _check(item, group.items[index], bool((described[index] == fixed[index]).all()))
             moving.append(addresses)
+        self._moved(moving)
+        self.zeroed = [weakref.ref(item.tensors[1]) for item in items if item.zero]
+
+    def move(self, grads: Sequence[torch.Tensor]) -> None:
+        """As `fasttrain.kernels.driven.Driven`; whoever compared them also tells autograd of those that are zeroed."""
+        addresses = np.array([grad.data_ptr() for grad in grads], np.int64)
+        self._moved([addresses[group.places] for group in self.groups])
+        self.zeroed = []
+
+    def _moved(self, moving: Sequence[np.ndarray]) -> None:
         live = self._live(moving)
         with self.place.guard():
             capturing = self.place.capturing()
@@ -117,7 +127,6 @@ class Tabled:
                 self.tables.update(self.place, live)
             elif self.tables.record(self.place, live, None if self.sealed else self.pinned):
                 self.sealed = True
-        self.zeroed = [weakref.ref(item.tensors[1]) for item in items if item.zero]
 
     def _live(self, moving: Sequence[np.ndarray]) -> list[np.ndarray]:
         return [column.addresses(own) for column, own in zip(self.columns, moving, strict=True)]
@@ -194,3 +203,7 @@ class Several:
     def update(self, items: Sequence[Item]) -> None:
         for places, step in self.parts:
             step.update([items[place] for place in places])
+
+    def move(self, grads: Sequence[torch.Tensor]) -> None:
+        for places, step in self.parts:
+            step.move([grads[place] for place in places])

@@ -67,6 +67,10 @@ class Naive:
             raise ValueError(f"{len(items)} items are given for {len(self.items)}")
         self.items = list(items)
 
+    def move(self, grads: Sequence[Tensor]) -> None:
+        self.items = [replace(item, tensors=(item.tensors[0], grad, *item.tensors[2:]))
+                      for item, grad in zip(self.items, grads, strict=True)]
+
 
 def value(number: Number) -> float:
     """A number, wherever it lies."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from fasttrain.kernels import dispatch
 from fasttrain.optim import drive as driving
@@ -17,6 +18,7 @@ from fasttrain.optim.checks import check_running
 from fasttrain.optim.drive import Drive, Place, refused, rules_of
 from fasttrain.optim.examine import Examined, counted, undone
 from fasttrain.optim.local import is_dtensor, local, version
+from fasttrain.optim.page import Group
 from fasttrain.optim.prepared import (
     Entry,
     NotDriven,
@@ -63,9 +65,10 @@ def _ready(optimizer: Any, drive: Drive, found: list[Place], rules: list[Rule], 
     known, same = {}, found == drive.stepped
     steps: dict[int, float] = {}
     fresh: list[tuple[Tensor, Hashable]] = []
+    kinds = [_kind(group, rule) for group, rule in zip(optimizer.param_groups, rules, strict=True)]
     for where in found:
         old = drive.entries.get(where)
-        if old is None or not _fits(optimizer, old, rules[where[0]]):
+        if old is None or not _fits(optimizer, old, kinds[where[0]]):
             same = False
             if driving.capturing():
                 raise NotDriven(f"no step before was driven by the device in which {optimizer._name(where)} had such a "
@@ -109,22 +112,29 @@ def _prepared(optimizer: Any, drive: Drive, known: dict[Place, Entry], steps: di
     return made
 
 
-def _signature(optimizer: Any, where: Place, rule: Rule) -> tuple[Any, ...]:
+def _kind(group: Group, rule: Rule) -> tuple[Any, ...]:
+    """What the entries of a group were made for."""
+    return (rule, bool(group.get("zero_gradients")), group.get("ema_decay") is None, group.get("clip_each") is None,
+            is_plain(group))
+
+
+def _signature(p: Tensor, kind: tuple[Any, ...]) -> tuple[Any, ...]:
     """What an entry was made for, beside its states."""
-    group, p = optimizer.param_groups[where[0]], optimizer._param(where)
-    own, grad = local(p), local(p.grad)
-    return (rule, own.dtype, own.data_ptr(), own.shape, own.stride(), own.device, type(p), type(p.grad), grad.dtype,
-            grad.shape, grad.stride(), grad.device, grad.is_neg(), grad.is_conj(), bool(group.get("zero_gradients")),
-            group.get("ema_decay") is None, group.get("clip_each") is None, is_plain(group))
+    own, grad = (p, p.grad) if type(p) is Parameter and type(p.grad) is Tensor else (local(p), local(p.grad))
+    assert grad is not None
+    return (kind, own.dtype, own.data_ptr(), own.shape, own.stride(), own.device, type(p), type(p.grad), grad.dtype,
+            grad.shape, grad.stride(), grad.device, grad.is_neg(), grad.is_conj())
 
 
-def _fits(optimizer: Any, old: Entry, rule: Rule) -> bool:
+def _fits(optimizer: Any, old: Entry, kind: tuple[Any, ...]) -> bool:
     """Whether nothing but the values changed since an entry was made."""
-    p, state = optimizer._param(old.where), optimizer.state.get(old.p, ())
-    if p is not old.p or any(local(state.get(key)) is not tensor if state else True for key, tensor in old.kept):
+    p, state = optimizer._param(old.where), optimizer.state.get(old.p, {})
+    if p is not old.p:
         return False
-    return (not old.watched or optimizer._versions.get(id(p)) == version(p)) and \
-        _signature(optimizer, old.where, rule) == old.signature
+    for key, tensor in old.kept:
+        if state.get(key) is not tensor and local(state.get(key)) is not tensor:
+            return False
+    return (not old.watched or optimizer._versions.get(id(p)) == version(p)) and _signature(p, kind) == old.signature
 
 
 def _entry(optimizer: Any, drive: Drive, where: Place, rule: Rule, steps: dict[int, float],
@@ -159,7 +169,8 @@ def _entry(optimizer: Any, drive: Drive, where: Place, rule: Rule, steps: dict[i
     else:
         steps[id(p)] = 1.0
     keys = [key for key in state if isinstance(state[key], Tensor)]
-    return entry(where, p, _signature(optimizer, where, rule), tuple((key, local(state[key])) for key in keys), item,
+    kind = _kind(optimizer.param_groups[where[0]], rule)
+    return entry(where, p, _signature(p, kind), tuple((key, local(state[key])) for key in keys), item,
                  name, one.kept)
 
 
@@ -195,8 +206,9 @@ def _launch(optimizer: Any, drive: Drive, ready: list[Prepared], report: StepRep
         one.launch()
         one.remember(optimizer)
         report.launches += one.step.launches
-        for item in one.items:
-            report.count(item)
+        report.parameters += len(one.entries)
+        report.bytes_read += one.traffic[0]
+        report.bytes_written += one.traffic[1]
     optimizer._close(report)
 
 

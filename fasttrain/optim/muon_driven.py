@@ -127,6 +127,10 @@ class MuonDriven:
         for one in self.batches:
             one.moved.step.update(with_updates([items[place] for place in one.moved.places], one.parts))
 
+    def move(self, grads: Sequence[Tensor]) -> None:
+        for own in [*([] if self.plain is None else [self.plain]), *(one.moved for one in self.batches)]:
+            own.step.move([grads[place] for place in own.places])
+
 
 def with_updates(items: Sequence[Item], parts: Sequence[Tensor]) -> list[Item]:
     """The items of the first rule, which writes an update in the parameter's place."""

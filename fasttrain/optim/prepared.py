@@ -20,6 +20,7 @@ from fasttrain.optim.cohorts import Cohorts
 from fasttrain.optim.equation import reads_step
 from fasttrain.optim.kept import Layout, follow
 from fasttrain.optim.local import is_dtensor, local, version
+from fasttrain.optim.report import StepReport
 from fasttrain.optim.running import Line, Running
 from fasttrain.precision.storage import is_plain
 from fasttrain.rule import Rule
@@ -126,8 +127,8 @@ class Prepared:
     once: list[Tensor]  # counts of what is told the first step from later ones only
     running: Running | None = None
     said: list[float | None] = field(default_factory=lambda: list(UNTOLD))  # None: a tensor
-    items: list[Item] = field(default_factory=list)  # without gradients
-    addresses: list[int] = field(default_factory=list)  # of these
+    traffic: tuple[int, int] = (0, 0)  # bytes read and written
+    addresses: list[int] = field(default_factory=list)  # of the gradients
 
     def rows(self, optimizer: Any) -> list[Row]:
         """The rows, of the hyperparameters as they are now."""
@@ -155,7 +156,7 @@ class Prepared:
         grads = [one.now() for one in self.entries]
         addresses = [grad.data_ptr() for grad in grads]
         if addresses != self.addresses:
-            self.step.update([with_gradient(item, grad) for item, grad in zip(self.items, grads, strict=True)])
+            self.step.move(grads)
             self.addresses = addresses
 
     def launch(self) -> None:
@@ -259,9 +260,12 @@ def prepare(optimizer: Any, entries: Sequence[Entry], steps: Mapping[int, float]
                    if row == number] for name in optimizer.running}) for number, spec in enumerate(specs)]
         running = Running(optimizer, lines, told[0], backend)
     counts = [count for one in entries if (count := once.get(id(one.p))) is not None]
+    counted = StepReport()
+    for item in items:
+        counted.count(item)
     step = optimizer._driven(items, [one.where for one in entries], rows, row_of, backend)
     return Prepared(device, list(entries), specs, step, told, squares, each, counts, running,
-                    items=[with_gradient(item, without_memory(item.tensors[1])) for item in items],
+                    traffic=(counted.bytes_read, counted.bytes_written),
                     addresses=[item.tensors[1].data_ptr() for item in items])
 
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from torch import Tensor
+
 from fasttrain.kernels import driven
 from fasttrain.kernels.item import Item
 from fasttrain.kernels.prologue import Row
@@ -26,6 +28,8 @@ class TwoStageDriven:
         self.sums = self.first.sums
         self.second = driven.driven(self._seconds(items), self._rows(items, rows), list(range(len(items))), backend)
         self.scaled = [optimizer.second_tensors(item)[1] is item.tensors[1] for item in items]
+        self.others = [None if scaled else optimizer.second_tensors(item)[1]
+                       for item, scaled in zip(items, self.scaled, strict=True)]
         self.launches = self.first.launches + self.second.launches
 
     def _seconds(self, items: Sequence[Item]) -> list[Item]:
@@ -57,6 +61,11 @@ class TwoStageDriven:
         self.first.update(uncounted(items))
         if any(self.scaled):
             self.second.update(self._seconds(items))
+
+    def move(self, grads: Sequence[Tensor]) -> None:
+        self.first.move(grads)
+        if any(self.scaled):
+            self.second.move([grad if other is None else other for grad, other in zip(grads, self.others, strict=True)])
 
 
 def uncounted(items: Sequence[Item]) -> list[Item]:
