@@ -75,7 +75,7 @@ class Driven(Protocol):
         """
 
     def move(self, grads: Sequence[Tensor]) -> None:
-        """As `update`, of the gradients of all items; the caller has compared their dtypes, shapes, strides and device."""
+        """As `update`, of the gradients of all items: the caller has compared dtypes, shapes, strides and device."""
 
 
 def driven(items: Sequence[Item], rows: Sequence[Row], row_of: Sequence[int], backend: str | None = None) -> Driven:
