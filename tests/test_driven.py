@@ -201,6 +201,19 @@ def test_averages_of_parameters_that_rest(dtype: str):
     assert_same(*trainings)
 
 
+@pytest.mark.parametrize("kind", [AdamW, ScheduleFreeAdamW])
+def test_a_step_without_gradients_between(kind: type[Optimizer]):
+    trainings = pair(kind, **(dict(dtype=torch.bfloat16, master="stochastic") if kind is AdamW else {}))
+    for training in trainings:
+        for step in range(1, 4):
+            training.step(step)
+            training.optimizer.zero_grad()
+            training.optimizer.step()
+        training.step(5)
+    assert trainings[0].optimizer.last_step.driven
+    assert_same(*trainings)
+
+
 def test_what_did_not_change_is_not_looked_at_again(monkeypatch: pytest.MonkeyPatch):
     training = Training(SGD, True, lr=0.1).run(range(3))
     monkeypatch.setattr(type(training.optimizer), "_examine", lambda *_: pytest.fail("it was examined again"))

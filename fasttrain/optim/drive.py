@@ -45,6 +45,7 @@ class Drive:
         self.entries: dict[Place, Entry] = {}
         self.ready: list[Prepared] = []
         self.stepped: list[Place] = []  # by `ready`
+        self.numbers: list[Any] = []  # of groups, which `ready` counts
         self.captured: list[Prepared] = []
         self.outdated: list[Prepared] = []
         self.once: dict[int, Tensor] = {}  # by id of parameters: 0 before their first step, then 1
@@ -84,7 +85,7 @@ def reason(optimizer: Any) -> bool:
 
 
 def places(optimizer: Any) -> list[Place] | None:
-    """The parameters that have a gradient, if devices can drive all of them and should.
+    """The parameters that have a gradient, if devices can drive all of them and should; else None.
 
     Raises:
         RuntimeError: a CUDA graph is being captured, and something in the step cannot be.
@@ -102,7 +103,7 @@ def places(optimizer: Any) -> list[Place] | None:
         return None
     if captured and not found:
         raise refused(NotDriven("no parameter has a gradient"))
-    return found or None
+    return found
 
 
 def refused(why: NotDriven) -> RuntimeError:
@@ -120,6 +121,9 @@ def _check(optimizer: Any, found: list[Place]) -> None:
         raise NotDriven("parameters are stepped as their gradients arrive (step_on_arrival)")
     if optimizer._limit is None and optimizer._coefficient != 1.0:
         raise NotDriven("the host scales the gradients")
+    for where in found[:1] if optimizer.running or optimizer.running_of_groups else ():
+        if why := dispatch.load("triton").why_not(optimizer._param(where).device):
+            raise NotDriven(f"Triton advances the running numbers of {type(optimizer).__name__}, and cannot: {why}")
     standing_in = asked(optimizer) and (optimizer.backend or dispatch.forced()) not in (None, "cpu")
     for where in found:
         p = optimizer._param(where)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Hashable
 from dataclasses import replace
+from operator import is_
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ def step(optimizer: Any, found: list[Place], rules: list[Rule], report: StepRepo
 def _ready(optimizer: Any, drive: Drive, found: list[Place], rules: list[Rule], examining: Callable[[Tensor], None],
            report: StepReport) -> list[Prepared]:
     """What steps the parameters, with the gradients and the hyperparameters of now."""
-    known, same = {}, found == drive.stepped
+    known, same = {}, found == drive.stepped and all(map(is_, _numbers(optimizer), drive.numbers))
     steps: dict[int, float] = {}
     fresh: list[tuple[Tensor, Hashable]] = []
     kinds = [_kind(group, rule) for group, rule in zip(optimizer.param_groups, rules, strict=True)]
@@ -89,7 +90,13 @@ def _ready(optimizer: Any, drive: Drive, found: list[Place], rules: list[Rule], 
     drive.cohorts.add(fresh)
     made = _prepared(optimizer, drive, known, steps)
     drive.entries, drive.ready, drive.stepped = {**drive.entries, **known}, made, found
+    drive.numbers = _numbers(optimizer)
     return made
+
+
+def _numbers(optimizer: Any) -> list[Any]:
+    """The numbers of groups that steps count."""
+    return [group.get(name) for group in optimizer.param_groups for name in ("draws", *optimizer.running_of_groups)]
 
 
 def _prepared(optimizer: Any, drive: Drive, known: dict[Place, Entry], steps: dict[int, float]) -> list[Prepared]:

@@ -48,9 +48,9 @@ class Optimizer(Around, Saved):
     Arguments:
         params: parameters, named parameters, or parameter groups, as in `torch.optim.Optimizer`.
         defaults: hyperparameters of groups that do not give their own. Those that `coefficients` names must be there.
-        options: `backend`, a name from `fasttrain.kernels.dispatch` or None to choose; `storage`, the name of a preset
-            of `fasttrain.precision.storage`; and that module's options, for groups that do not give their own. A page
-            hands on what it does not know itself.
+        options: `backend`, a name from `fasttrain.kernels.dispatch` or None to choose; `capturable`, True to have GPUs
+            drive every step (docs/graphs.md); `storage`, the name of a preset of `fasttrain.precision.storage`; and
+            that module's options, for groups that do not give their own. A page hands on what it does not know itself.
 
     State: the page's states, of the parameter's dtype and shape; and `step`, a float32 count, if `counts_steps`: it is
     set where `coefficients` reads its `step`. (A page that sets it to False gets step 1 once and 2 ever after.)
@@ -112,9 +112,10 @@ class Optimizer(Around, Saved):
         if self._swapped:
             raise RuntimeError("the parameters are their EMA (ema_weights): step after the `with` block")
         report = StepReport()
-        if (found := drive.places(self)) is not None and driven_step.step(self, found, drive.rules_of(self), report):
+        found = drive.places(self)
+        if found and driven_step.step(self, found, drive.rules_of(self), report):
             return
-        if self._drive is not None:
+        if self._drive is not None and found != []:
             drive.leave(self)
         scale = self._scale(report)
         if scale is None:  # torch's GradScaler found something: skip the whole step
