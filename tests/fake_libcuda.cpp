@@ -12,7 +12,7 @@ constexpr int kDevices = 2;
 
 using Launch = int (*)(const char* kernel, unsigned blocks, unsigned threads, unsigned long long stream,
                        unsigned long long table, long long chunks, unsigned long long rows,
-                       unsigned long long gradients, unsigned long long skip);
+                       unsigned long long gradients);
 
 struct State {
   std::string log;
@@ -125,7 +125,7 @@ int cuModuleGetFunction(void** function, void* module, const char* name) {
   if (int error = enter("cuModuleGetFunction", name)) return error;
   if (!current()) return kInvalidContext;
   bool known = false;
-  for (const char* one : {"tree", "prologue", "keyed", "count"}) known = known || std::strcmp(name, one) == 0;
+  for (const char* one : {"tree", "prologue", "keyed", "mask", "count"}) known = known || std::strcmp(name, one) == 0;
   for (const char* kind : {"step_", "kept_", "squares_", "stage_", "factored_"})
     known = known || std::strncmp(name, kind, std::strlen(kind)) == 0;
   if (module != &module_tag || !known) return kNotFound;
@@ -157,8 +157,7 @@ int cuLaunchKernel(void* function, unsigned grid_x, unsigned grid_y, unsigned gr
   if (state.launch == nullptr) return kSuccess;
   return state.launch(name.c_str(), grid_x, block_x, reinterpret_cast<unsigned long long>(stream),
                       *static_cast<unsigned long long*>(arguments[0]), *static_cast<long long*>(arguments[1]),
-                      *static_cast<unsigned long long*>(arguments[2]), *static_cast<unsigned long long*>(arguments[3]),
-                      *static_cast<unsigned long long*>(arguments[4]));
+                      *static_cast<unsigned long long*>(arguments[2]), *static_cast<unsigned long long*>(arguments[3]));
 }
 
 }  // extern "C"

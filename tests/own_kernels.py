@@ -71,21 +71,19 @@ void check_address(const void* at, int bytes) {{
   if (reinterpret_cast<u64>(at) % static_cast<u64>(bytes) != 0) throw std::runtime_error("not aligned");
 }}
 template <class Kernel, class T>
-void walk(const void* table, i64 chunks, const void* rows, const void* gradients, const void* skip, u32 blocks,
-          u32 threads) {{
+void walk(const void* table, i64 chunks, const void* rows, const void* gradients, u32 blocks, u32 threads) {{
   for (u32 block = 0; block < blocks; ++block)
     for (u32 thread = 0; thread < threads; ++thread)
       Kernel::walk(static_cast<const i64*>(table), chunks, static_cast<const T*>(rows),
-                   static_cast<const i64*>(gradients), static_cast<const int*>(skip),
-                   Place{{thread, threads, block, blocks}});
+                   static_cast<const i64*>(gradients), Place{{thread, threads, block, blocks}});
 }}
 }}  // namespace fasttrain
 #define FT_WALK(Name, T, ...) \\
-  extern "C" void Name(const void* table, long long chunks, const void* rows, const void* gradients, \\
-                       const void* skip, unsigned blocks, unsigned threads) {{ \\
+  extern "C" void Name(const void* table, long long chunks, const void* rows, const void* gradients, unsigned blocks, \\
+                       unsigned threads) {{ \\
     using namespace fasttrain; \\
     using namespace fasttrain::codes; \\
-    walk<__VA_ARGS__, T>(table, chunks, rows, gradients, skip, blocks, threads); \\
+    walk<__VA_ARGS__, T>(table, chunks, rows, gradients, blocks, threads); \\
   }}
 #define FT_STEP_KERNEL(Name, Blocks, Rule, T, P, G, S) FT_WALK(Name, T, Step<Rule<T>, T, k##P, k##G, k##S>)
 #define FT_KEPT_KERNEL(Name, Rule, ...) FT_WALK(Name, float, KeptStep<Rule<float>, __VA_ARGS__>)
@@ -94,13 +92,13 @@ void walk(const void* table, i64 chunks, const void* rows, const void* gradients
 
 
 def on_host(kernel: Kernel, folder: Path) -> tuple[str, Callable[..., None]]:
-    """The name of a kernel, and its text for the host: of (table, chunks, rows, gradients, skip, blocks, threads)."""
+    """The name of a kernel, and its text for the host: of (table, chunks, rows, gradients, blocks, threads)."""
     name, text = emit_cuda.own(*kernel)
     source, made = folder / f"{name}.cpp", folder / f"{name}.so"
     source.write_text(HOST.format(text=text))
     subprocess.run([str(GXX), "-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-w", f"-I{jit.folder()}",
                     "-o", str(made), str(source)], check=True)
     walk = ctypes.CDLL(str(made))[name]
-    walk.argtypes = [ctypes.c_ulonglong, ctypes.c_longlong, *[ctypes.c_ulonglong] * 3, ctypes.c_uint, ctypes.c_uint]
+    walk.argtypes = [ctypes.c_ulonglong, ctypes.c_longlong, *[ctypes.c_ulonglong] * 2, ctypes.c_uint, ctypes.c_uint]
     walk.restype = None
     return name, walk

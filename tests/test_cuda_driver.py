@@ -34,7 +34,7 @@ NO_COMPILER = "no C++ compiler to build the fake driver with"
 pytestmark = [needs_native, pytest.mark.skipif(COMPILER is None, reason=NO_COMPILER)]
 
 LAUNCH = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint, *[ctypes.c_ulonglong] * 2,
-                          ctypes.c_longlong, *[ctypes.c_ulonglong] * 3)
+                          ctypes.c_longlong, *[ctypes.c_ulonglong] * 2)
 STREAM = FakePlace.STREAM
 CPU = torch.device("cpu")
 KEPT = {name_of(combination): kept.numbers_of(case_of(combination).codecs) for combination in COMBINATIONS}
@@ -53,7 +53,7 @@ def library(tmp_path_factory):
 @pytest.fixture
 def fake(library, tmp_path, monkeypatch):
     """The backend with the fake driver; `launches` holds (kernel, blocks, threads, stream) of each. `own` are kernels
-    that the compiled module has not: of (table, chunks, rows, gradients, skip, blocks, warps).
+    that the compiled module has not: of (table, chunks, rows, gradients, blocks, warps).
     """
     loaded = ctypes.CDLL(str(library))
     loaded.fake_log.restype = ctypes.c_char_p
@@ -62,12 +62,12 @@ def fake(library, tmp_path, monkeypatch):
     rules = {rule.name: rule for rule in RULES}
 
     @LAUNCH
-    def launch(kernel, blocks, threads, stream, table_at, chunks, rows_at, gradients_at, skip_at):
+    def launch(kernel, blocks, threads, stream, table_at, chunks, rows_at, gradients_at):
         try:
             name = kernel.decode()
             launches.append((name, blocks, threads, stream))
             if name in own:
-                own[name](table_at, chunks, rows_at, gradients_at, skip_at, blocks, threads)
+                own[name](table_at, chunks, rows_at, gradients_at, blocks, threads)
                 return 0
             if not name.startswith(("step_", "kept_")):
                 cuda_host.walk(host, name, blocks, table_at, chunks, rows_at, gradients_at)
@@ -85,8 +85,7 @@ def fake(library, tmp_path, monkeypatch):
             kept = ctypes.c_double if wide else ctypes.c_float
             rows = np.ctypeslib.as_array((kept * (count * width)).from_address(rows_at)).reshape(count, width)
             moving = np.ctypeslib.as_array((ctypes.c_longlong * chunks).from_address(gradients_at))
-            skip = np.ctypeslib.as_array((ctypes.c_int * count).from_address(skip_at)) if skip_at else None
-            native.module().cuda_host_walk(name, table, rows, blocks, threads, list(range(blocks)), moving, skip)
+            native.module().cuda_host_walk(name, table, rows, blocks, threads, list(range(blocks)), moving)
         except Exception as error:  # it cannot pass through C
             errors.append(error)
             return 999

@@ -36,8 +36,7 @@ void require(bool holds, const std::string& what) {
 // accesses and of single ones.
 std::pair<i64, i64> host_walk(const std::string& name, const py::array& table, const py::array& rows, u32 blocks,
                               u32 threads, const std::vector<u32>& order,
-                              const std::optional<py::array_t<i64, py::array::c_style>>& gradients,
-                              const std::optional<py::array_t<int, py::array::c_style>>& skip) {
+                              const std::optional<py::array_t<i64, py::array::c_style>>& gradients) {
   const HostKernel& kernel = find(name);
   require(py::isinstance<py::array_t<i64>>(table) && table.ndim() == 2 && table.shape(1) == kernel.columns &&
               (table.flags() & py::array::c_style) != 0,
@@ -49,14 +48,12 @@ std::pair<i64, i64> host_walk(const std::string& name, const py::array& table, c
               " with " + std::to_string(kernel.coefficients) + " columns");
   require(!gradients || gradients->size() == table.shape(0),
           "gradients of " + name + " are one address for each row of its table");
-  require(!skip || kernel.coefficients == 0 || skip->size() == rows.shape(0),
-          "skip of " + name + " is one flag for each row of coefficients");
   accesses = Accesses();
   const auto* words = static_cast<const i64*>(table.data());
   for (u32 block : order)
     for (u32 thread = 0; thread < threads; ++thread)
-      kernel.walk(words, table.shape(0), rows.data(), gradients ? gradients->data() : nullptr,
-                  skip ? skip->data() : nullptr, thread, threads, block, blocks);
+      kernel.walk(words, table.shape(0), rows.data(), gradients ? gradients->data() : nullptr, thread, threads, block,
+                  blocks);
   return {accesses.wide, accesses.narrow};
 }
 
@@ -65,8 +62,7 @@ std::pair<i64, i64> host_walk(const std::string& name, const py::array& table, c
 void bind_cuda(py::module_& m) {
   m.def("cuda_kernels", &kernels, "Names of the kernels that step.fatbin holds.");
   m.def("cuda_host_walk", &host_walk, "Run a kernel's own text on the host.", py::arg("name"), py::arg("table"),
-        py::arg("rows"), py::arg("blocks"), py::arg("threads"), py::arg("order"), py::arg("gradients") = py::none(),
-        py::arg("skip") = py::none());
+        py::arg("rows"), py::arg("blocks"), py::arg("threads"), py::arg("order"), py::arg("gradients") = py::none());
   py::class_<DeviceCode>(m, "DeviceCode")
       .def("usage", [](DeviceCode& code, const std::string& kernel, int threads) {
         const DeviceCode::Usage usage = code.usage(kernel, threads);
@@ -75,7 +71,7 @@ void bind_cuda(py::module_& m) {
       })
       .def("launch", &DeviceCode::launch, py::call_guard<py::gil_scoped_release>(), py::arg("kernel"), py::arg("blocks"),
            py::arg("threads"), py::arg("stream"), py::arg("table"), py::arg("chunks"), py::arg("rows"),
-           py::arg("gradients") = 0, py::arg("skip") = 0);
+           py::arg("gradients") = 0);
   py::class_<Driver, std::shared_ptr<Driver>>(m, "Driver")
       .def(py::init<const std::string&>())
       .def("version", &Driver::version)

@@ -1,5 +1,6 @@
 // What a captured step does beside its prologue and its steps: rows of items that draw, which end with the keys of the
-// step, and counting.
+// step; chunks that are skipped; and counting. The kernels of the steps are those that the host drives, and know nothing
+// of it: a test of a flag in them made ptxas spill.
 #pragma once
 #include "cuda/prologue.cuh"
 #include "draws.h"
@@ -36,6 +37,25 @@ struct Keyed {
   }
 };
 
+// Chunks whose row is skipped have no elements; of some of them the gradient is zeroed. A block for each. One row of the
+// table: addresses of the chunk's number of elements in the table of its step, and that number; the address of the skip
+// flag; the address of the gradient's address, or 0 if it is left as it is; and the bytes of an element of it.
+struct Mask {
+  static constexpr int columns = 5;
+
+  HOST_DEVICE static void walk(const i64* table, i64 chunks, const void*, Place place) {
+    for (i64 c = place.block; c < chunks; c += place.blocks) {
+      const i64* row = table + c * columns;
+      const bool skip = *reinterpret_cast<const int*>(row[2]) != 0;
+      if (place.thread == 0) *reinterpret_cast<i64*>(row[0]) = skip ? 0 : row[1];
+      if (!skip || row[3] == 0) continue;
+      char* gradient = reinterpret_cast<char*>(*reinterpret_cast<const i64*>(row[3]));
+      const i64 halves = row[1] * row[4] / 2;  // of every dtype a whole number
+      for (i64 i = place.thread; i < halves; i += place.threads) store_bits(gradient + 2 * i, u16{0});
+    }
+  }
+};
+
 // Counts go up by one where a step was made, a thread for each. One row of the table: addresses of a count and of a skip
 // flag, and the type of the count (`Kind`).
 struct Count {
@@ -63,14 +83,17 @@ struct Count {
 
 #if defined(__CUDACC__) || defined(__CUDACC_RTC__)
 #define FT_DRIVEN_KERNEL(Name, Kernel)                                                                      \
-  extern "C" __global__ void __launch_bounds__(64) Name(const fasttrain::i64* table, fasttrain::i64 rows) { \
+  extern "C" __global__ void __launch_bounds__(256)                                     \
+  Name(const fasttrain::i64* table, fasttrain::i64 rows) {                                                  \
     using namespace fasttrain;                                                                              \
     Kernel::walk(table, rows, nullptr, Place{threadIdx.x, blockDim.x, blockIdx.x, gridDim.x});              \
   }
 #define FT_KEYED_KERNEL(Name) FT_DRIVEN_KERNEL(Name, Keyed)
+#define FT_MASK_KERNEL(Name) FT_DRIVEN_KERNEL(Name, Mask)
 #define FT_COUNT_KERNEL(Name) FT_DRIVEN_KERNEL(Name, Count)
 #ifndef FT_ON_DEMAND
 FT_KEYED_KERNEL(keyed)
+FT_MASK_KERNEL(mask)
 FT_COUNT_KERNEL(count)
 #endif
 #endif

@@ -137,10 +137,10 @@ DeviceCode::Usage DeviceCode::usage(const std::string& kernel, int threads) {
 }
 
 void DeviceCode::launch(const std::string& kernel, u32 blocks, u32 threads, u64 stream, u64 table, i64 chunks, u64 rows,
-                        u64 gradients, u64 skip) {
+                        u64 gradients) {
   const DriverApi& api = driver_->api();
   const Current current(api, context_);
-  void* arguments[] = {&table, &chunks, &rows, &gradients, &skip};  // a kernel takes as many as it declares
+  void* arguments[] = {&table, &chunks, &rows, &gradients};  // a kernel takes as many as it declares
   api.check(api.cuLaunchKernel(function(kernel), blocks, 1, 1, threads, 1, 1, 0, reinterpret_cast<void*>(stream),
                                arguments, nullptr),
             "cuLaunchKernel(" + kernel + ")");

@@ -37,10 +37,10 @@ class DeviceCode {
   struct Usage { int registers, local_bytes, blocks; };  // blocks: how many run on one multiprocessor at a time
   Usage usage(const std::string& kernel, int threads);
 
-  // Starts kernel(table, chunks, rows, gradients, skip) on `stream`; all but `chunks` are addresses in device memory, and
-  // the last two may be zero.
+  // Starts kernel(table, chunks, rows, gradients) on `stream`; all but `chunks` are addresses in device memory, and
+  // `gradients` may be zero.
   void launch(const std::string& kernel, u32 blocks, u32 threads, u64 stream, u64 table, i64 chunks, u64 rows,
-              u64 gradients, u64 skip);
+              u64 gradients);
 
  private:
   void* function(const std::string& kernel);

@@ -18,41 +18,33 @@ void check_address(const void* at, int bytes) {
 namespace {
 
 template <class Kernel, class T>
-void walk_step(const i64* table, i64 chunks, const void* rows, const i64* gradients, const int* skip, u32 thread,
-               u32 threads, u32 block, u32 blocks) {
-  Kernel::walk(table, chunks, static_cast<const T*>(rows), gradients, skip, Place{thread, threads, block, blocks});
-}
-
-// As it, of kernels that no captured step has.
-template <class Kernel, class T>
-void walk(const i64* table, i64 chunks, const void* rows, const i64* gradients, const int*, u32 thread, u32 threads,
-          u32 block, u32 blocks) {
+void walk(const i64* table, i64 chunks, const void* rows, const i64* gradients, u32 thread, u32 threads, u32 block,
+          u32 blocks) {
   Kernel::walk(table, chunks, static_cast<const T*>(rows), gradients, Place{thread, threads, block, blocks});
 }
 
 // As it, of kernels whose warps have shared memory.
 template <class Kernel, class T>
-void walk_shared(const i64* table, i64 chunks, const void* rows, const i64* gradients, const int*, u32 thread,
-                 u32 threads, u32 block, u32 blocks) {
+void walk_shared(const i64* table, i64 chunks, const void* rows, const i64* gradients, u32 thread, u32 threads,
+                 u32 block, u32 blocks) {
   alignas(kAccess) char shared[Kernel::shared_bytes_of_warp];
   Kernel::walk(table, chunks, static_cast<const T*>(rows), gradients, Place{thread, threads, block, blocks}, shared);
 }
 
 // Of kernels whose tables hold every address.
 template <class Kernel, class T>
-void walk_table(const i64* table, i64 chunks, const void* rows, const i64*, const int*, u32 thread, u32 threads,
-                u32 block, u32 blocks) {
+void walk_table(const i64* table, i64 chunks, const void* rows, const i64*, u32 thread, u32 threads, u32 block,
+                u32 blocks) {
   Kernel::walk(table, chunks, static_cast<const T*>(rows), Place{thread, threads, block, blocks});
 }
 
 template <class Kernel>
-void walk_sum(const i64* table, i64 rows, const void* none, const i64*, const int*, u32 thread, u32 threads, u32 block,
-              u32 blocks) {
+void walk_sum(const i64* table, i64 rows, const void* none, const i64*, u32 thread, u32 threads, u32 block, u32 blocks) {
   alignas(kAccess) char shared[Kernel::shared_bytes_of_warp];
   Kernel::walk(table, rows, none, Place{thread, threads, block, blocks}, shared);
 }
 
-void walk_tree(const i64* table, i64 lists, const void* out, const i64*, const int*, u32 thread, u32 threads, u32 block,
+void walk_tree(const i64* table, i64 lists, const void* out, const i64*, u32 thread, u32 threads, u32 block,
                u32 blocks) {
   Tree::walk(table, lists, static_cast<char*>(const_cast<void*>(out)), Place{thread, threads, block, blocks}, nullptr);
 }
@@ -62,12 +54,12 @@ void walk_tree(const i64* table, i64 lists, const void* out, const i64*, const i
 #define FT_HOST_KERNEL(Rule, T, P, G, S)                                            \
   {"step_" #Rule "_" #P "_" #G "_" #S, sizeof(T) == 8,                              \
    Step<Rule<T>, T, k##P, k##G, k##S>::columns, 1 + Rule<T>::coefficients,          \
-   walk_step<Step<Rule<T>, T, k##P, k##G, k##S>, T>},
+   walk<Step<Rule<T>, T, k##P, k##G, k##S>, T>},
 #define FT_PLAIN_HOST_KERNELS(Rule) FASTTRAIN_PLAIN(FT_HOST_KERNEL, Rule)
 #define FT_ALL_HOST_KERNELS(Rule) FASTTRAIN_PLAIN(FT_HOST_KERNEL, Rule) FASTTRAIN_MIXED(FT_HOST_KERNEL, Rule)
 #define FT_HOST_KEPT(Name, Rule, ...)                                                                        \
   {#Name, false, KeptStep<Rule<float>, __VA_ARGS__>::O::columns, KeptStep<Rule<float>, __VA_ARGS__>::width,   \
-   walk_step<KeptStep<Rule<float>, __VA_ARGS__>, float>},
+   walk<KeptStep<Rule<float>, __VA_ARGS__>, float>},
 #define FT_HOST_KEPT_1(Rule, P, G, S) FT_HOST_KEPT(kept_##Rule##_##P##_##G##_##S, Rule, P, G, S)
 #define FT_HOST_KEPT_2(Rule, P, G, S, Z) FT_HOST_KEPT(kept_##Rule##_##P##_##G##_##S##_##Z, Rule, P, G, S, Z)
 #define FT_HOST_FACTORED(S, What, Together, Kernel)                                  \
@@ -100,6 +92,7 @@ const HostKernel host_kernels[] = {FASTTRAIN_COMMON_RULES(FT_ALL_HOST_KERNELS) F
                                    {"tree", false, Tree::columns, 0, walk_tree},
                                    {"prologue", false, Prologue::columns, 0, walk_table<Prologue, char>},
                                    {"keyed", false, Keyed::columns, 0, walk_table<Keyed, char>},
+                                   {"mask", false, Mask::columns, 0, walk_table<Mask, char>},
                                    {"count", false, Count::columns, 0, walk_table<Count, char>}};
 const int host_kernel_count = static_cast<int>(sizeof(host_kernels) / sizeof(host_kernels[0]));
 

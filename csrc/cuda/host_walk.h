@@ -9,8 +9,8 @@ struct HostKernel {
   bool wide;         // coefficients are doubles, else floats
   int columns;       // of the chunk table
   int coefficients;  // in a row, the gradient's scale included; 0: the third argument is memory that is written
-  void (*walk)(const i64* table, i64 chunks, const void* rows, const i64* gradients, const int* skip, u32 thread,
-               u32 threads, u32 block, u32 blocks);
+  void (*walk)(const i64* table, i64 chunks, const void* rows, const i64* gradients, u32 thread, u32 threads, u32 block,
+               u32 blocks);
 };
 
 extern const HostKernel host_kernels[];

@@ -160,22 +160,11 @@ struct KeptStep {
     (encode<2 + I>(warp, chunk), ...);
   }
 
-  // The gradient of a chunk that is skipped.
-  HOST_DEVICE static void zero_gradient(char* gradient, u32 elements, Place place) {
-    constexpr int bytes = Lane<G>::main_size;
-    for (u32 i = place.thread; i < elements; i += place.threads) store_bits(gradient + u64{i} * bytes, Bits<bytes>{0});
-  }
-
-  HOST_DEVICE static void walk(const i64* table, i64 chunks, const float* rows, const i64* gradients, const int* skip,
-                               Place place) {
+  HOST_DEVICE static void walk(const i64* table, i64 chunks, const float* rows, const i64* gradients, Place place) {
     const u32 number = Warp<Held>::number(place), warps = Warp<Held>::count(place);
     for (i64 c = place.block; c < chunks; c += place.blocks) {
       const i64* here = table + c * O::columns;
-      Chunk chunk(here, rows + here[O::arrays + 1] * width, gradient_of(gradients, c, here + 1));
-      if (skipped(skip, here[O::arrays + 1])) {
-        if ((chunk.flags & 2) != 0) zero_gradient(chunk.arrays[1].main, chunk.elements, place);
-        chunk.elements = 0;
-      }
+      const Chunk chunk(here, rows + here[O::arrays + 1] * width, gradient_of(gradients, c, here + 1));
       const bool aligned = (chunk.flags & 1) != 0 && reinterpret_cast<u64>(chunk.arrays[1].main) % kAccess == 0;
       const u32 tiles = aligned ? chunk.elements / kTile : 0;  // in which every access is wide
       for (u32 first = number; first < tiles; first += kTilesTogether * warps) {
@@ -245,11 +234,11 @@ constexpr u8 F32 = kF32, F64 = kF64, BF16 = kBF16, F16 = kF16, BF16S = kBF16 | k
 #define FT_KEPT_KERNEL(Name, Rule, ...)                                                                   \
   extern "C" __global__ void __launch_bounds__(256, 2)                                                    \
   Name(const fasttrain::i64* table, fasttrain::i64 chunks, const float* rows,                             \
-       const fasttrain::i64* gradients, const int* skip) {                                                \
+       const fasttrain::i64* gradients) {                                                                 \
     using namespace fasttrain;                                                                            \
     using namespace fasttrain::codes;                                                                     \
     const Place place{threadIdx.x, blockDim.x, blockIdx.x, gridDim.x};                                    \
-    KeptStep<Rule<float>, __VA_ARGS__>::walk(table, chunks, rows, gradients, skip, place);                \
+    KeptStep<Rule<float>, __VA_ARGS__>::walk(table, chunks, rows, gradients, place);                      \
   }
 #define FT_KEPT_1(Rule, P, G, S) FT_KEPT_KERNEL(kept_##Rule##_##P##_##G##_##S, Rule, P, G, S)
 #define FT_KEPT_2(Rule, P, G, S, Z) FT_KEPT_KERNEL(kept_##Rule##_##P##_##G##_##S##_##Z, Rule, P, G, S, Z)

@@ -76,22 +76,20 @@ struct Step {
     return bit_cast<T>(bit_cast<Bits<sizeof(T)>>(scale) | (any & zero));
   }
 
-  HOST_DEVICE static void walk(const i64* table, i64 chunks, const T* rows, const i64* gradients, const int* skip,
-                               Place place) {
+  HOST_DEVICE static void walk(const i64* table, i64 chunks, const T* rows, const i64* gradients, Place place) {
     int bytes[streams];
     FT_UNROLL
     for (int s = 0; s < streams; ++s) bytes[s] = bytes_of(s);
     for (i64 c = place.block; c < chunks; c += place.blocks) {
       const i64* here = table + c * columns;
-      Chunk<streams> chunk(here, gradient_of(gradients, c, here + 1));
-      if (skipped(skip, chunk.row)) chunk.elements = 0;  // where ptxas branches, it keeps the chunk in local memory
+      const Chunk<streams> chunk(here, gradient_of(gradients, c, here + 1));
       const T* row = rows + chunk.row * (1 + Rule::coefficients);
       const T scale = row[0];
       const K k(row + 1);
 
-      const u32 before = chunk.head(bytes);
-      const u32 packs = before < chunk.elements ? (chunk.elements - before) / width : 0;
-      const u32 head = packs > 0 ? before : 0;
+      const u32 skip = chunk.head(bytes);
+      const u32 packs = skip < chunk.elements ? (chunk.elements - skip) / width : 0;
+      const u32 head = packs > 0 ? skip : 0;
       for (u32 first = place.thread; first < packs; first += kTogether * place.threads) {
         PackOf<P> p[kTogether];
         PackOf<G> g[kTogether];
@@ -145,10 +143,10 @@ struct Step {
 #define FT_STEP_KERNEL(Name, Blocks, Rule, T, P, G, S)                                                    \
   extern "C" __global__ void __launch_bounds__(fasttrain::kThreads, Blocks)                               \
   Name(const fasttrain::i64* table, fasttrain::i64 chunks, const T* rows,                                 \
-       const fasttrain::i64* gradients, const int* skip) {                                                \
+       const fasttrain::i64* gradients) {                                                                 \
     using namespace fasttrain;                                                                            \
     const Place place{threadIdx.x, blockDim.x, blockIdx.x, gridDim.x};                                    \
-    Step<Rule<T>, T, k##P, k##G, k##S>::walk(table, chunks, rows, gradients, skip, place);                \
+    Step<Rule<T>, T, k##P, k##G, k##S>::walk(table, chunks, rows, gradients, place);                      \
   }
 #define FT_KERNEL(Rule, T, P, G, S) FT_STEP_KERNEL(step_##Rule##_##P##_##G##_##S, sizeof(T) == 8, Rule, T, P, G, S)
 #define FT_PLAIN_KERNELS(Rule) FASTTRAIN_PLAIN(FT_KERNEL, Rule)

@@ -155,10 +155,6 @@ HOST_DEVICE const i64* gradient_of(const i64* gradients, i64 chunk, const i64* i
   return gradients == nullptr ? in_table : gradients + chunk;
 }
 
-// Whether the chunks of a row of coefficients are left as they are: nonzero in an array that the prologue of a captured
-// step writes. Steps of which the host knows that they are made have none.
-HOST_DEVICE bool skipped(const int* skip, i64 row) { return skip != nullptr && skip[row] != 0; }
-
 // --- One row of the table: addresses of p, g and the states, elements, row of coefficients, aligned or not.
 // The last is for kernels that cannot peel; here every chunk finds its own first aligned element.
 HOST_DEVICE constexpr int table_columns(int streams) { return streams + 3; }

@@ -1,7 +1,8 @@
 """Steps that a GPU drives, on CUDA (`fasttrain.kernels.driven`).
 
-One launch makes every row, whatever the rule; one more those of items that draw, if there are any; then there is one
-for each (rule, storage combination), and one that counts. Items without a kernel here are driven by Triton.
+One launch makes every row, whatever the rule; one more those of items that draw, if there are any; one takes the
+elements from chunks that are skipped; then there is one for each (rule, storage combination), and one that counts.
+Items without a kernel here are driven by Triton.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from fasttrain.kernels import cuda, dispatch
+from fasttrain.kernels import cuda, dispatch, kept_table
 from fasttrain.kernels import driven_plan as plan
 from fasttrain.kernels.driven_plan import Group
 from fasttrain.kernels.driven_tables import Make, Tabled, together
 from fasttrain.kernels.item import Item
 from fasttrain.kernels.program import Addresses, described, program, with_slots
 from fasttrain.kernels.prologue import Row
+from fasttrain.kernels.resident import Resident, making
 
 THREADS = 64  # of a block that makes rows
 
@@ -67,11 +69,15 @@ class CudaDriven(Tabled):
                          counted)
         self.kernels = [str(kernel_of(group.items[0])[0]) for group in self.groups]
         tables = self.tables.fixed[len(self.groups) :]  # of counts, of rows
-        self.small = [("prologue", tables[1], sum(len(group.rows) for group in self.groups)),
-                      ("keyed", self.numbers.live[-1], len(self.keyed)), ("count", tables[0], len(self.counts))]
-        for name in (*(name for name, _, count in self.small if count), *self.kernels):
+        with making("the tables of a step", self.device), place.guard():
+            masks = np.concatenate([self._masks(index) for index in range(len(self.groups))])
+            self.masks = Resident(place, [], [masks])
+        self.small = [("prologue", tables[1], sum(len(group.rows) for group in self.groups), THREADS),
+                      ("keyed", self.numbers.live[-1], len(self.keyed), THREADS),
+                      ("mask", self.masks.fixed[0], len(masks), 1), ("count", tables[0], len(self.counts), THREADS)]
+        for name in (*(name for name, _, count, _ in self.small if count), *self.kernels):
             self.code.usage(name, cuda.THREADS)  # loaded now: nothing is in a capture
-        self.launches = sum(len(chunks) > 0 for chunks in self.chunks) + sum(count > 0 for _, _, count in self.small)
+        self.launches = sum(len(chunks) > 0 for chunks in self.chunks) + sum(count > 0 for _, _, count, _ in self.small)
 
     def more(self) -> list[np.ndarray]:
         rows = [described(Addresses(fixed, words, self.base + at.rows, self.base + at.skip), len(group.rows),
@@ -80,8 +86,19 @@ class CudaDriven(Tabled):
                                                    strict=False)]
         return [with_slots(np.concatenate(rows), self.base + self.end)]
 
+    def _masks(self, index: int) -> np.ndarray:
+        """What the kernel `mask` is told of the chunks of a group, int64 of shape (chunks, 5)."""
+        group, chunks, made = self.groups[index], self.chunks[index], self.made[index]
+        item, number = group.items[0], np.arange(len(chunks))
+        column = len(item.tensors) + (0 if item.plain else len(kept_table.extra_operands(item.codecs)))
+        zeroed = np.zeros(len(chunks), bool) if item.plain else (chunks[:, column + 2] & 2) != 0
+        return np.stack([self.tables.fixed[index] + 8 * (number * chunks.shape[1] + column), chunks[:, column],
+                         self.base + made.own_skip + 4 * chunks[:, column + 1],
+                         np.where(zeroed, self.tables.live[index] + 8 * number, 0),
+                         np.full(len(chunks), item.tensors[1].element_size())], axis=1)
+
     def make(self) -> None:
-        for small in self.small[:2]:
+        for small in self.small[:3]:
             self._small(*small)
 
     def step(self) -> None:
@@ -90,14 +107,16 @@ class CudaDriven(Tabled):
             if len(chunks):
                 self.code.launch(kernel=name, blocks=len(chunks), threads=cuda.THREADS, stream=stream,
                                  table=self.tables.fixed[index], chunks=len(chunks), rows=self.base + made.own_rows,
-                                 gradients=self.tables.live[index], skip=self.base + made.own_skip)
+                                 gradients=self.tables.live[index])
 
     def count(self) -> None:
-        self._small(*self.small[2])
+        self._small(*self.small[3])
 
-    def _small(self, name: str, table: int, rows: int) -> None:
+    def _small(self, name: str, table: int, rows: int, each: int) -> None:
+        """Start a kernel of which a block takes so many rows of its table, each a thread; or one row, all threads."""
         if rows:
-            self.code.launch(kernel=name, blocks=-(-rows // THREADS), threads=THREADS, stream=self.place.stream(),
+            threads = THREADS if each > 1 else cuda.THREADS
+            self.code.launch(kernel=name, blocks=-(-rows // each), threads=threads, stream=self.place.stream(),
                              table=table, chunks=rows, rows=0, gradients=0)
 
 
