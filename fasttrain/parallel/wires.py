@@ -1,0 +1,116 @@
+"""How a bucket of gradients becomes its mean over the ranks.
+
+========= ============================================================================================================
+name      what travels
+========= ============================================================================================================
+same      the bucket, in one all-reduce of the backend's
+========= ============================================================================================================
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasttrain.dist.layout import FlatLayout
+from fasttrain.dist.wire import Wire
+from fasttrain.kernels import norm
+from fasttrain.parallel.buckets import Bucket
+
+Parts = tuple[Tensor, Tensor]  # sum of squares, float64, and whether something is not finite, bool; of shape ()
+
+
+class Method:
+    """A way for buckets to travel; also the base of yours.
+
+    Attributes:
+        name: what users call it.
+        factor: what gradients are multiplied with as they are packed. 1 if sending makes the mean.
+        checksum: of the collectives that were issued since the reducer was made, in their order.
+    """
+
+    name = ""
+    factor = 1.0
+
+    def __init__(self) -> None:
+        self.checksum = 0
+
+    def prepare(self, wire: Wire, layout: FlatLayout) -> None:
+        """Learn who takes part; called once."""
+        self.wire, self.layout = wire, layout
+
+    def send(self, index: int, bucket: Bucket) -> Sent:
+        """Begin to make `bucket.data` its mean over the ranks."""
+        raise NotImplementedError
+
+    def issued(self, index: int, elements: int) -> None:
+        """Count a collective into the checksum, 48 bits of it."""
+        text = f"{type(self).__name__} {index} {elements}".encode()
+        self.checksum = (zlib.crc32(text) + 0x5BD1E995 * (self.checksum + 1)) & ((1 << 48) - 1)
+
+
+class Sent:
+    """A bucket on its way.
+
+    Arguments:
+        work: what must be over, with `wait` and `done`.
+        measured: the elements of which this rank tells the sum of squares, once they are there.
+    """
+
+    def __init__(self, work: Any, measured: Tensor):
+        self.work, self.measured = work, measured
+
+    def done(self) -> bool:
+        return self.work.done()
+
+    def wait(self) -> Parts:
+        """Wait for the mean, and measure this rank's part of it."""
+        self.work.wait()
+        squares, found = norm.squares([self.measured])
+        return squares[0], found
+
+
+class Same(Method):
+    """One all-reduce of the bucket; gradients are divided by the number of ranks as they are packed."""
+
+    name = "same"
+
+    def prepare(self, wire: Wire, layout: FlatLayout) -> None:
+        super().prepare(wire, layout)
+        self.factor = 1.0 / wire.size
+
+    def send(self, index: int, bucket: Bucket) -> Sent:
+        self.issued(index, len(bucket.data))
+        return Sent(self.wire.all_reduce(bucket.data), own_part(bucket.data, self.wire))
+
+
+def own_part(data: Tensor, wire: Wire) -> Tensor:
+    """This rank's share of a bucket: all shares have one size."""
+    share = len(data) // wire.size
+    return data[wire.rank * share : (wire.rank + 1) * share]
+
+
+METHODS: dict[str, type[Method]] = {method.name: method for method in (Same,)}
+
+
+def method_of(wire: str | Method) -> Method:
+    """A method by its name.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    if isinstance(wire, Method):
+        return wire
+    if wire not in METHODS:
+        raise ValueError(f"wire={wire!r}: gradients travel as {', '.join(METHODS)}, or as a Method of yours")
+    return METHODS[wire]()
+
+
+def total(parts: list[Parts]) -> tuple[Tensor, Tensor]:
+    """The sum of squares of all parts, and how many have something that is not finite; both float64."""
+    if not parts:
+        return torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    return norm.total(torch.stack([squares for squares, _ in parts])), torch.stack([bad for _, bad in parts]).double().sum()
