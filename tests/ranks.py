@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 PATIENCE_S = 60
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "fasttrain.parallel.data", "fasttrain.train.loop",
+_context.set_forkserver_preload(["torch", "torch.distributed", "fasttrain.parallel", "fasttrain.train.loop",
                                  "fasttrain.train.recipe", "torch.distributed.checkpoint.state_dict",
                                  "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "pytest"])
 

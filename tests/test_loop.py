@@ -9,7 +9,7 @@ import ranks
 import torch
 
 from fasttrain.dist.wire import Wire
-from fasttrain.parallel.data import NaiveDataParallel
+from fasttrain.parallel.naive import NaiveDataParallel
 from fasttrain.train import recipe
 from fasttrain.train.config import TrainConfig
 from fasttrain.train.loop import held_out_nats, train, validation

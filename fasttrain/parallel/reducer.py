@@ -77,7 +77,7 @@ class Reducer:
         if other and not hasattr(other[0], "grad_dtype"):
             raise ValueError(f"grad_dtype={grad_dtype} needs a torch whose tensors have grad_dtype, newer than "
                              f"{torch.__version__}: leave it out, or keep the parameters in {grad_dtype}")
-        self.wire = Wire.over(mesh, self.params[0].device)
+        self.wire = mesh if isinstance(mesh, Wire) else Wire(self.params[0].device, group=mesh)
         method = method_of(wire)
         self.layout = FlatLayout.of(
             [Entry(name, tuple(p.shape), grad_dtype or p.dtype, str(p.device), stride=tuple(p.stride()))

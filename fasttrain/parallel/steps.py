@@ -10,6 +10,7 @@ import weakref
 from typing import Any
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 _reducers: weakref.WeakSet[Any] = weakref.WeakSet()
 _known: weakref.WeakKeyDictionary[torch.optim.Optimizer, _Seen] = weakref.WeakKeyDictionary()
@@ -32,7 +33,7 @@ def watch(reducer: Any) -> None:
     _reducers.add(reducer)
     _known.clear()
     if _hook is None:
-        _hook = torch.optim.optimizer.register_optimizer_step_pre_hook(_before)
+        _hook = register_optimizer_step_pre_hook(_before)
 
 
 def forget(reducer: Any) -> None:

@@ -1,20 +1,27 @@
 """How a bucket of gradients becomes its mean over the ranks.
 
-========= ============================================================================================================
-name      what travels
-========= ============================================================================================================
-same      the bucket, in one all-reduce of the backend's
-========= ============================================================================================================
+======= =========================================================== ===================================================
+name    what travels                                                 how it is added
+======= =========================================================== ===================================================
+same    the bucket                                                   the backend's all-reduce, in its own order
+ordered the bucket                                                   in the order of ranks, in float32 (float64): bits
+                                                                     that depend on no bucket and no arrival
+bf16    bfloat16 there and back: half the bytes of float32           in float32, in the order of ranks
+int8    codes of 8 bits there, bfloat16 back; what codes lack is     in float32, in the order of ranks
+        added to the next step's (error feedback)
+======= =========================================================== ===================================================
 """
 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fasttrain.dist import exchange
 from fasttrain.dist.layout import FlatLayout
 from fasttrain.dist.wire import Wire
 from fasttrain.kernels import norm
@@ -47,8 +54,8 @@ class Method:
         raise NotImplementedError
 
     def issued(self, index: int, elements: int) -> None:
-        """Count a collective into the checksum, 48 bits of it."""
-        text = f"{type(self).__name__} {index} {elements}".encode()
+        """Count a collective into the checksum, of 48 bits."""
+        text = f"{self.name} {index} {elements}".encode()
         self.checksum = (zlib.crc32(text) + 0x5BD1E995 * (self.checksum + 1)) & ((1 << 48) - 1)
 
 
@@ -56,19 +63,22 @@ class Sent:
     """A bucket on its way.
 
     Arguments:
-        work: what must be over, with `wait` and `done`.
+        work: what must be over, with `wait` and `done`; its result is the `Parts` of this rank if nothing is `measured`.
         measured: the elements of which this rank tells the sum of squares, once they are there.
     """
 
-    def __init__(self, work: Any, measured: Tensor):
+    def __init__(self, work: Any, measured: Tensor | None = None):
         self.work, self.measured = work, measured
 
     def done(self) -> bool:
+        """Whether the mean is there. Never waits."""
         return self.work.done()
 
     def wait(self) -> Parts:
         """Wait for the mean, and measure this rank's part of it."""
-        self.work.wait()
+        result = self.work.wait()
+        if self.measured is None:
+            return result
         squares, found = norm.squares([self.measured])
         return squares[0], found
 
@@ -87,13 +97,62 @@ class Same(Method):
         return Sent(self.wire.all_reduce(bucket.data), own_part(bucket.data, self.wire))
 
 
+class Ordered(Method):
+    """Pairs of ranks exchange chunks, which our kernels add, scale and measure in one pass.
+
+    Arguments:
+        travels, back: the dtypes in which chunks travel to be added, and in which sums travel back; None: the bucket's.
+    """
+
+    name = "ordered"
+
+    def __init__(self, travels: torch.dtype | None = None, back: torch.dtype | None = None):
+        super().__init__()
+        self.travels, self.back = travels, back
+
+    def send(self, index: int, bucket: Bucket) -> Sent:
+        self.issued(index, len(bucket.data))
+        return Sent(exchange.ordered_all_reduce(self.wire, bucket.data, 1.0 / self.wire.size, True, self.travels,
+                                                self.back))
+
+
+class Bf16(Ordered):
+    """Halves the bytes of float32 gradients; sums in float32."""
+
+    name = "bf16"
+
+    def __init__(self) -> None:
+        super().__init__(torch.bfloat16)
+
+
+class Int8(Method):
+    """8-bit codes with error feedback.
+
+    Attributes:
+        residuals: of each bucket, what its codes have lacked so far, float32.
+    """
+
+    name = "int8"
+
+    def prepare(self, wire: Wire, layout: FlatLayout) -> None:
+        super().prepare(wire, layout)
+        if wide := [bucket.dtype for bucket in layout.buckets if bucket.dtype == torch.float64]:
+            raise TypeError(f"wire='int8' cannot carry {wide[0]}: its codes have 8 bits; take wire='same'")
+        self.residuals = [torch.zeros(bucket.elements, device=wire.device) for bucket in layout.buckets]
+
+    def send(self, index: int, bucket: Bucket) -> Sent:
+        self.issued(index, len(bucket.data))
+        return Sent(exchange.int8_all_reduce(self.wire, bucket.data, 1.0 / self.wire.size, True,
+                                             self.residuals[index]))
+
+
 def own_part(data: Tensor, wire: Wire) -> Tensor:
     """This rank's share of a bucket: all shares have one size."""
     share = len(data) // wire.size
     return data[wire.rank * share : (wire.rank + 1) * share]
 
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Same,)}
+METHODS: dict[str, Callable[[], Method]] = {method.name: method for method in (Same, Ordered, Bf16, Int8)}
 
 
 def method_of(wire: str | Method) -> Method:
@@ -113,4 +172,5 @@ def total(parts: list[Parts]) -> tuple[Tensor, Tensor]:
     """The sum of squares of all parts, and how many have something that is not finite; both float64."""
     if not parts:
         return torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-    return norm.total(torch.stack([squares for squares, _ in parts])), torch.stack([bad for _, bad in parts]).double().sum()
+    return (norm.total(torch.stack([squares for squares, _ in parts])),
+            torch.stack([bad for _, bad in parts]).double().sum())

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fasttrain.dist.wire import Wire
-from fasttrain.parallel.data import NaiveDataParallel
+from fasttrain.parallel.naive import NaiveDataParallel
 from fasttrain.train.clock import PhaseClock
 from fasttrain.train.config import TrainConfig
 from fasttrain.train.model import loss_of

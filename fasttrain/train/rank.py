@@ -18,7 +18,7 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from fasttrain.dist.wire import Wire, WireError
-from fasttrain.parallel.data import NaiveDataParallel
+from fasttrain.parallel.naive import NaiveDataParallel
 from fasttrain.train import recipe, text
 from fasttrain.train.config import TrainConfig
 from fasttrain.train.console import Console

@@ -1,0 +1,2 @@
+def fingerprint(*a): return a
+def agree(*a): pass
