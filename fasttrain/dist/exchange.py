@@ -17,7 +17,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fasttrain.dist.work import Next, Stage, Ticket, Work
+from fasttrain.dist.stages import Next, Stage, Ticket
+from fasttrain.dist.work import Work
 from fasttrain.kernels.chunks import BLOCK, encode_int8, sum_chunks, sum_int8
 
 

@@ -18,20 +18,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from fasttrain.dist import exchange
-from fasttrain.dist.work import (
-    Ended,
-    Lines,
-    Nobody,
-    OnDevice,
-    Post,
-    Single,
-    Stage,
-    Staged,
-    Ticket,
-    Watch,
-    WireError,
-    Work,
-)
+from fasttrain.dist.stages import Lines, OnDevice, Stage, Staged, Ticket
+from fasttrain.dist.work import Ended, Nobody, Post, Single, Watch, WireError, Work
 from fasttrain.kernels import norm
 
 __all__ = ["Wire", "WireError", "Work"]
@@ -225,7 +213,8 @@ class Wire:
         On gloo each carries a tag of the collective's number, kind and size: where ranks disagree nothing is ever taken
         for something else, and the timeout says who waits for what.
         """
-        todo = [(dist.irecv, peer, tensor) for peer, tensor in enumerate(into) if tensor is not None and tensor.numel()]
+        todo: list[tuple[Callable[..., Any], int, Tensor]] = [
+            (dist.irecv, peer, tensor) for peer, tensor in enumerate(into) if tensor is not None and tensor.numel()]
         for step in range(1, self.size):  # every rank begins with another peer
             tensor = sends[peer := (self.rank + step) % self.size]
             if tensor is not None and tensor.numel():

@@ -21,7 +21,8 @@ class Around(Groups):
     _syncs: int = 0  # waits for a device since the last step
     _swapped: bool = False  # the parameters are their EMA
 
-    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False,
+                        norm: Tensor | None = None) -> Tensor:
         """Scale the gradients of the next step so that their total norm is at most `max_norm`; none is rewritten.
 
         See `fasttrain.optim.clip_grad_norm`, which does the same for several optimizers together.
@@ -38,7 +39,7 @@ class Around(Groups):
             >>> weight.data
             tensor([0.4000, 0.2000])
         """
-        return clip.clip_grad_norm([self], max_norm, norm_type, error_if_nonfinite)
+        return clip.clip_grad_norm([self], max_norm, norm_type, error_if_nonfinite, norm)
 
     def grad_statistics(self) -> tuple[Tensor, Tensor]:
         """Of all gradients: the sum of squares (float64), and whether any element is infinite or NaN; both of shape ().
