@@ -222,11 +222,9 @@ def test_an_empty_model() -> None:
 def test_another_process_makes_the_same_layout() -> None:
     """Under another seed of Python's hashes, which change the order of sets."""
     code = "from tests.test_layout import small; print(small().digest(), small().to_json())"
-    digest = small().digest()
-    for seed in ("1", "2"):
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60,
-                              env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)})
-        assert done.stdout.split(maxsplit=1) == [digest, small().to_json() + "\n"], done.stderr
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60,
+                          env={**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": str(ROOT)})
+    assert done.stdout.split() == [small().digest(), small().to_json()], done.stderr
 
 
 def test_the_digest_stays() -> None:

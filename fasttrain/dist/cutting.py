@@ -22,6 +22,10 @@ class Length(NamedTuple):
     bytes: int
 
 
+Chains = Mapping[Key, Sequence[Length]]
+Parts = Sequence[tuple[Key, Sequence[Length]]]  # buckets, in the order of launching
+
+
 def padded(count: int, unit: int) -> int:
     """The least multiple of `unit` that is not below `count`."""
     return -(-count // unit) * unit
@@ -83,7 +87,7 @@ def _some(names: Sequence[str], most: int = 8) -> str:
     return ", ".join(map(repr, names[:most])) + (f" and {rest} more" if rest > 0 else "")
 
 
-def chains(order: Expected, options: Options) -> dict[Key, list[Length]]:
+def chains(order: Expected, options: Options) -> Chains:
     """For each chain, the lengths of its entries in the order of their gradients."""
     found: dict[Key, list[Length]] = {}
     for place, (_, entry) in enumerate(order):
@@ -94,18 +98,27 @@ def chains(order: Expected, options: Options) -> dict[Key, list[Length]]:
     return found
 
 
-def buckets(order: Expected, worlds: Mapping[str, int], options: Options) -> tuple[Bucket, ...]:
+def parts(chains: Chains, limits: Sequence[int]) -> Parts:
     """The buckets of all chains, in the order of the last gradient of each."""
-    parts = [(key, part) for key, chain in chains(order, options).items() for part in cut(chain, options.limits)]
-    parts.sort(key=lambda part: part[1][-1].place)
+    found = [(key, part) for key, chain in chains.items() for part in cut(chain, limits)]
+    return sorted(found, key=lambda bucket: bucket[1][-1].place)
+
+
+def size(part: Sequence[Length], unit: int) -> int:
+    """Elements of a bucket that is padded to a multiple of `unit`: never none."""
+    return padded(max(1, sum(length.elements for length in part)), unit)
+
+
+def buckets(order: Expected, worlds: Mapping[str, int], options: Options) -> tuple[Bucket, ...]:
+    """The buckets of a layout."""
     made = []
-    for number, ((dtype, device, group), part) in enumerate(parts):
+    for number, ((dtype, device, group), part) in enumerate(parts(chains(order, options), options.limits)):
         start, slots = 0, []
         for length in part:
             index, entry = order[length.place]
             slots.append(Slot(entry.name, number, start, entry.numel, index))
             start += length.elements
-        elements = padded(max(start, 1), worlds[group] * options.unit(dtype))  # no bucket is empty
+        elements = size(part, worlds[group] * options.unit(dtype))
         made.append(Bucket(number, dtype, device, group, worlds[group], elements, tuple(slots)))
     return tuple(made)
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 
-from fasttrain.dist import cutting
+from fasttrain.dist import cutting, sizes
 from fasttrain.dist.slots import Bucket, Entry, MiB, Options, Piece, Slot, dtype_name, ordinals
 
 __all__ = ["Bucket", "Entry", "FlatLayout", "Options", "Piece", "Slot"]
@@ -86,6 +86,50 @@ class FlatLayout:
         names = tuple(entry.name for _, entry in expected)
         return cls(entries, names, tuple(worlds.items()), options, cutting.buckets(expected, worlds, options))
 
+    @classmethod
+    def plan(cls, entries: Iterable[Entry], world: int | Mapping[str, int], bandwidth_bytes_per_s: float,
+             latency_s: float, backward_s: float | Sequence[float] | None = None, *,
+             order: Sequence[str] | None = None, **options: Any) -> FlatLayout:
+        """Lay out entries in buckets of the sizes with which the last all-reduce should end first.
+
+        A bucket of n bytes is all-reduced by W ranks in t(n) = 2 (W - 1) (latency + n / (W bandwidth)), one after the
+        other: start(i) = max(ready(i), end(i - 1)), end(i) = start(i) + t(n(i)), where ready(i) is when its last gradient
+        is there. Of all powers of two from 64 KiB on, for the first bucket and for the others, those with the least
+        end are taken; within 0.2% of it those with the fewest buckets. Too small buckets pay the latency, too large ones
+        begin late, and the last is never hidden.
+
+        Without `backward_s` nothing is known of ready(i): the others get 15 W bandwidth latency bytes, at which latency
+        is 1/16 of t(n), and the first W bandwidth latency, at which it is half (Hockney's n_1/2); 64 KiB at least.
+
+        Arguments:
+            bandwidth_bytes_per_s: that a rank sends while it receives as much.
+            latency_s: of a message of no bytes.
+            backward_s: seconds of backward without communication, in which gradients arrive by their elements; or the
+                seconds after its beginning at which each is there, in the layout's order.
+            entries, world, order, options: as of `of`, but for the sizes of buckets.
+
+        Raises:
+            ValueError, TypeError: as `of`; a bandwidth, latency or time that cannot be.
+
+        Sources:
+            The formulas and their references stand in `fasttrain.dist.accounting`; the tradeoff in S. Li et al., "PyTorch
+            Distributed: Experiences on Accelerating Data Parallel Training", arXiv:2006.15704, sections 3.2.2 and 3.2.3.
+
+        Example:
+            >>> import torch
+            >>> entries = [Entry(f"{layer}", (1024, 1024), torch.float32) for layer in range(100)]
+            >>> for backward_s in (None, 0.5, 0.05):
+            ...     made = FlatLayout.plan(entries, 8, 1e9, 1e-4, backward_s)
+            ...     print(made.options.first_bucket_bytes, made.options.bucket_bytes, len(made.buckets))
+            800000 12000000 51
+            16777216 33554432 13
+            33554432 536870912 2
+        """
+        entries, worlds, given = tuple(entries), cutting.worlds_of(world), Options(**options)
+        expected = cutting.expected(entries, worlds, order)
+        chosen = sizes.plan(expected, worlds, given, bandwidth_bytes_per_s, latency_s, backward_s)
+        return cls.of(entries, worlds, order=order, **vars(chosen))
+
     # --- Looking up ---------------------------------------------------------------------------------------------------
 
     def slot(self, name: str) -> Slot:
@@ -115,9 +159,11 @@ class FlatLayout:
         return {slot.name: slot for bucket in self.buckets for slot in bucket.slots}
 
     # --- Showing and keeping ------------------------------------------------------------------------------------------
+
     def table(self, slots: bool = False) -> str:
         """One line for each bucket, and for each slot if wanted; the padding is what is no element of an entry."""
         lines = [("bucket", "group x ranks", "dtype", "device", "slots", "elements", "shard", "bytes", "padding")]
+        total, used, size = (sum(getattr(bucket, what) for bucket in self.buckets) for what in ("elements", "used", "bytes"))
         for bucket in self.buckets:
             lines.append((f"{bucket.index}", f"{bucket.group} x {bucket.world}", dtype_name(bucket.dtype), bucket.device,
                           f"{len(bucket.slots):,}", f"{bucket.elements:,}", f"{bucket.shard:,}", f"{bucket.bytes:,}",
@@ -125,9 +171,8 @@ class FlatLayout:
             for slot in bucket.slots if slots else ():
                 lines.append(("", f"  {slot.name}", "", "", f"{slot.index}", f"{slot.numel:,}", "", f"from {slot.start:,}",
                               ""))
-        total, used = (sum(counts) for counts in ([b.elements for b in self.buckets], [b.used for b in self.buckets]))
-        lines.append(("total", "", "", "", f"{len(self.order):,}", f"{total:,}", "",
-                      f"{sum(bucket.bytes for bucket in self.buckets):,}", f"{1 - used / (total or 1):.1%}" if total else ""))
+        lines.append(("total", "", "", "", f"{len(self.order):,}", f"{total:,}", "", f"{size:,}",
+                      f"{1 - used / total:.1%}" if total else ""))
         wide = [max(map(len, column)) for column in zip(*lines, strict=True)]
         left = (1, 2, 3)  # columns of words
         return "\n".join("  ".join(cell.ljust(width) if place in left else cell.rjust(width)
@@ -186,10 +231,10 @@ class FlatLayout:
 
     def _plain(self, device: Any) -> dict[str, Any]:
         """As JSON has it; `device` renames devices."""
-        entries = [{**asdict(entry), "dtype": dtype_name(entry.dtype), "device": device(entry.device)}
+        entries = [{**vars(entry), "dtype": dtype_name(entry.dtype), "device": device(entry.device)}
                    for entry in self.entries]
         options = {name: dtype_name(value) if isinstance(value, torch.dtype) else value
-                   for name, value in asdict(self.options).items()}
+                   for name, value in vars(self.options).items()}
         buckets = [[bucket.elements, [[slot.index, slot.start] for slot in bucket.slots]] for bucket in self.buckets]
         return {"format": FORMAT, "entries": entries, "order": self.order, "worlds": dict(self.worlds),
                 "options": options, "buckets": buckets}
