@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms.join import Join, Joinable
 
 from fasttrain.parallel.hooks import TorchHook
+from fasttrain.parallel.join import Present, Shadow, ask
 from fasttrain.parallel.reducer import MIB, Reducer
 
 
-class DataParallel(nn.Module):
+class DataParallel(nn.Module, Joinable):
     """Every rank holds the whole model; backward makes `p.grad` the mean over ranks.
 
     It takes the arguments of torch's DistributedDataParallel and has its attributes, so that a script changes its
@@ -45,6 +47,7 @@ class DataParallel(nn.Module):
                  gradient_as_bucket_view: bool = True, static_graph: bool = False, device_mesh: Any = None,
                  mesh: Any = None, wire: Any = "same", order: Any = None, grad_dtype: torch.dtype | None = None):
         super().__init__()
+        Joinable.__init__(self)
         given = [one for one in (mesh, device_mesh, process_group) if one is not None]
         if len(given) > 1:
             raise ValueError("mesh, device_mesh and process_group all name the ranks: give one of them")
@@ -59,21 +62,59 @@ class DataParallel(nn.Module):
         self.reducer = Reducer(((name, p) for name, p in module.named_parameters() if p.requires_grad),
                                given[0] if given else None, wire=wire, order=order, grad_dtype=grad_dtype,
                                static_graph=static_graph, **sizes)
-        self.device = self.reducer.wire.device
+        self.device, self.divide_by_all = self.reducer.wire.device, True
         if init_sync:
-            self._broadcast([*module.parameters(), *module.buffers()])
+            self.broadcast([*module.parameters(), *module.buffers()])
 
     # --- torch's surface ----------------------------------------------------------------------------------------------
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """The module's own, after its buffers were made equal."""
-        if self.training and self.broadcast_buffers and torch.is_grad_enabled() and self.reducer.syncing:
-            self._broadcast(list(self.module.buffers()))
+        if torch.is_grad_enabled() and self.training:
+            joining = self._join_config.enable
+            if joining:
+                handle = Join.notify_join_context(self)
+                if handle is not None:
+                    handle.wait()
+            self.before_forward(ask(self.reducer.wire, False, self.reducer.syncing) if joining else None)
         return self.module(*inputs, **kwargs)
+
+    def before_forward(self, present: Present | None = None) -> None:
+        """What all ranks do together before a forward pass in training; `present`: those that have data (`join`)."""
+        if present is not None and not self.divide_by_all:
+            self.reducer.method.divisor = len(present.ranks)
+        if self.broadcast_buffers and (self.reducer.syncing if present is None else present.syncing):
+            self.broadcast(list(self.module.buffers()), 0 if present is None else present.ranks[-1])
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Backward passes within only accumulate gradients here; see `Reducer.no_sync`."""
         return self.reducer.no_sync()
+
+    def join(self, divide_by_initial_world_size: bool = True, enable: bool = True,
+             throw_on_early_termination: bool = False) -> Join:
+        """A context for uneven inputs: ranks that leave their loop early answer the others until all have left.
+
+        Arguments:
+            divide_by_initial_world_size: gradients are divided by all ranks; else by those that still have data.
+            enable: without it the context does nothing.
+            throw_on_early_termination: raise on all ranks as soon as one has no more data.
+        """
+        return Join([self], enable, throw_on_early_termination,
+                    divide_by_initial_world_size=divide_by_initial_world_size)
+
+    def join_hook(self, **options: Any) -> Shadow:
+        """For torch's `Join`."""
+        return Shadow(self, options.get("divide_by_initial_world_size", True))
+
+    @property
+    def join_device(self) -> torch.device:
+        """For torch's `Join`."""
+        return self.device
+
+    @property
+    def join_process_group(self) -> Any:
+        """For torch's `Join`."""
+        return self.reducer.wire.group
 
     def register_comm_hook(self, state: Any, hook: Any) -> None:
         """Let buckets travel by a hook with torch's signature, from the next backward pass on."""
@@ -111,12 +152,12 @@ class DataParallel(nn.Module):
     # --- Buffers ------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _broadcast(self, tensors: list[Tensor]) -> None:
-        """Replace tensors by those of rank 0: one collective for each dtype."""
+    def broadcast(self, tensors: list[Tensor], source: int = 0) -> None:
+        """Replace tensors by those of a rank: one collective for each dtype."""
         if self.reducer.wire.size == 1:
             return
         for group in by_dtype(tensors):
-            flat = self.reducer.wire.broadcast_(torch.cat([tensor.detach().reshape(-1) for tensor in group]))
+            flat = self.reducer.wire.broadcast_(torch.cat([tensor.detach().reshape(-1) for tensor in group]), source)
             for tensor, part in zip(group, flat.split([tensor.numel() for tensor in group]), strict=True):
                 tensor.copy_(part.view(tensor.shape))
 

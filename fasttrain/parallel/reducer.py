@@ -137,6 +137,15 @@ class Reducer:
         self._finish(late=True)
         return self.last
 
+    def shadow(self) -> None:
+        """Answer the others' synchronised step as a rank without data (`join`): nothing of its own counts."""
+        self.joined = True
+        for p in self.params:
+            p.grad = None
+        self._backwards = 0
+        self._start()
+        self._finish(late=False)
+
     def grad_ready(self, p: Tensor) -> None:
         """Tell that a gradient is complete, where no hook of autograd does (a pipeline that splits backward)."""
         self._arrive(self._index[p])
@@ -210,7 +219,7 @@ class Reducer:
         if not self._open:
             bucket.take(place, 1.0)
             return
-        bucket.arrive(place, self.method.factor)
+        bucket.arrive(place, self._factor)
         if self.timeline is not None:
             self.timeline.look()
         if not bucket.waiting:
@@ -231,6 +240,7 @@ class Reducer:
         self._read_agreement()
         self._works: list[Sent] = []
         self._squares = None
+        self._factor = self.method.factor
         for bucket in self.buckets:
             bucket.begin()
         if self.timeline is not None:
@@ -259,7 +269,7 @@ class Reducer:
         self._check_unchanged()
         used = [p.grad is not None for p in self.params]
         for bucket in self.buckets[len(self._works) :]:
-            bucket.close(self.method.factor)
+            bucket.close(self._factor)
         self._send_ready()
         parts = [work.wait() for work in self._works]
         done = Done(self.sequence, self._backwards, self.method.checksum, sum(used), int(late), int(self.joined))

@@ -35,19 +35,23 @@ class Method:
 
     Attributes:
         name: what users call it.
-        factor: what gradients are multiplied with as they are packed. 1 if sending makes the mean.
+        divisor: what the sum over ranks is divided by: their number, or fewer if some have no data left.
         checksum: of the collectives that were issued since the reducer was made, in their order.
     """
 
     name = ""
-    factor = 1.0
 
     def __init__(self) -> None:
         self.checksum = 0
 
     def prepare(self, wire: Wire, layout: FlatLayout) -> None:
         """Learn who takes part; called once."""
-        self.wire, self.layout = wire, layout
+        self.wire, self.layout, self.divisor = wire, layout, wire.size
+
+    @property
+    def factor(self) -> float:
+        """What gradients are multiplied with as they are packed; 1 where sending makes the mean."""
+        return 1.0
 
     def send(self, index: int, bucket: Bucket) -> Sent:
         """Begin to make `bucket.data` its mean over the ranks."""
@@ -88,9 +92,9 @@ class Same(Method):
 
     name = "same"
 
-    def prepare(self, wire: Wire, layout: FlatLayout) -> None:
-        super().prepare(wire, layout)
-        self.factor = 1.0 / wire.size
+    @property
+    def factor(self) -> float:
+        return 1.0 / self.divisor
 
     def send(self, index: int, bucket: Bucket) -> Sent:
         self.issued(index, len(bucket.data))
@@ -112,7 +116,7 @@ class Ordered(Method):
 
     def send(self, index: int, bucket: Bucket) -> Sent:
         self.issued(index, len(bucket.data))
-        return Sent(exchange.ordered_all_reduce(self.wire, bucket.data, 1.0 / self.wire.size, True, self.travels,
+        return Sent(exchange.ordered_all_reduce(self.wire, bucket.data, 1.0 / self.divisor, True, self.travels,
                                                 self.back))
 
 
@@ -142,7 +146,7 @@ class Int8(Method):
 
     def send(self, index: int, bucket: Bucket) -> Sent:
         self.issued(index, len(bucket.data))
-        return Sent(exchange.int8_all_reduce(self.wire, bucket.data, 1.0 / self.wire.size, True,
+        return Sent(exchange.int8_all_reduce(self.wire, bucket.data, 1.0 / self.divisor, True,
                                              self.residuals[index]))
 
 
