@@ -1,2 +1,0 @@
-def fingerprint(*a): return a
-def agree(*a): pass
