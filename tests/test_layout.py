@@ -304,6 +304,14 @@ def test_bad_entries() -> None:
         Entry("a", (2,), torch.complex64)
 
 
+def test_a_dtensor_is_given_by_its_local_part() -> None:
+    class Whole(torch.Tensor):
+        def to_local(self) -> torch.Tensor: ...
+
+    with pytest.raises(TypeError, match=r"'a' is a DTensor.*give tensor.to_local\(\)"):
+        Entry.of("a", torch.ones(2).as_subclass(Whole))
+
+
 def test_many_wrong_names_are_cut_short() -> None:
     with pytest.raises(ValueError, match="'p7' and 92 more") as caught:
         FlatLayout.of([Entry(f"p{place}", (1,), torch.float32) for place in range(100)], 1, order=[])
