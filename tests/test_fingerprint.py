@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import ranks
 import torch
 
 from fasttrain.dist import difference
@@ -230,3 +231,21 @@ def test_few_kinds_send_their_details() -> None:
     assert len({error for error, _, _ in found}) == 1
     assert "Ranks 5-8 differ in other ways still." in (found[0][0] or "")
     assert found[0][2] == 5 * len(made(zero=0).details)
+
+
+def every_difference(wire: Any) -> dict[str, str]:
+    """What is raised where rank 1 differs in one thing after the other: the wire goes on working."""
+    texts = {}
+    for name, (given, _) in DIFFERENCES.items():
+        agree(wire, made())
+        with pytest.raises(DisagreementError) as caught:
+            agree(wire, made(**given) if wire.rank == 1 else made())
+        texts[name] = str(caught.value)
+    return texts
+
+
+def test_processes_raise_the_same() -> None:
+    first, *others = ranks.run(every_difference, 3)
+    assert others == [first, first]
+    for name, (given, _) in DIFFERENCES.items():
+        assert first[name] == compare([made().details, made(**given).details, made().details])
