@@ -151,6 +151,15 @@ def test_a_plan_follows_link_and_backward() -> None:
     assert buckets(1e9, 1e-6, None) > buckets(1e9, 1e-3, None)
 
 
+def test_a_plan_counts_what_travels() -> None:
+    """float32 buckets that travel in 16 bits need a link of half the bandwidth."""
+    def sizes(bandwidth: float, wire_dtype: torch.dtype | None = None) -> tuple[int, ...]:
+        return FlatLayout.plan(entries(), 8, bandwidth, 1e-4, 0.01, bucket_dtype=torch.float32,
+                               wire_dtype=wire_dtype).options.limits
+
+    assert sizes(1e9, wire_dtype=torch.bfloat16) == sizes(2e9) != sizes(1e9)
+
+
 def test_a_plan_without_backward_is_a_share_of_latency() -> None:
     options = FlatLayout.plan(entries(), 8, 1e9, 1e-3, align_bytes=512).options
     assert options.align_bytes == 512

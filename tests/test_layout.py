@@ -176,6 +176,13 @@ def test_the_order_of_launching_is_that_of_last_gradients() -> None:
     assert [slot.name for slot in layout.buckets[3].slots] == ["embedding", "none"]
 
 
+def test_an_entry_of_no_elements_at_the_end_of_a_full_bucket_has_an_owner() -> None:
+    layout = FlatLayout.of([Entry("none", (0,), torch.float32), Entry("full", (1024,), torch.float32)], 4)
+    assert layout.slot("none").start == layout.buckets[0].elements
+    assert [len(layout.owned(rank)) for rank in range(4)] == [1, 1, 1, 2]
+    assert layout.owned(3)[1] == Piece("none", 0, 0, 0, 256)
+
+
 def test_one_dtype_for_all_buckets_is_one_chain() -> None:
     layout = small(bucket_dtype=torch.float32, bucket_bytes=1 << 20, first_bucket_bytes=1 << 20)
     assert [slot.name for bucket in layout.buckets for slot in bucket.slots] == list(layout.order)
@@ -302,6 +309,14 @@ def test_bad_entries() -> None:
         Entry("a", (2,), torch.float32, stride=(1, 1))
     with pytest.raises(TypeError, match=r"'a' is torch.complex64; .*view_as_real"):
         Entry("a", (2,), torch.complex64)
+
+
+def test_a_dtensor_is_given_by_its_local_part() -> None:
+    class Whole(torch.Tensor):
+        def to_local(self) -> torch.Tensor: ...
+
+    with pytest.raises(TypeError, match=r"'a' is a DTensor.*give tensor.to_local\(\)"):
+        Entry.of("a", torch.ones(2).as_subclass(Whole))
 
 
 def test_many_wrong_names_are_cut_short() -> None:

@@ -58,7 +58,9 @@ class Entry:
 
     @classmethod
     def of(cls, name: str, tensor: Tensor, group: str = "data") -> Entry:
-        """The entry of a tensor."""
+        """The entry of a tensor; of a DTensor, give the local part."""
+        if hasattr(tensor, "to_local"):
+            raise TypeError(f"{name!r} is a DTensor, of which a bucket holds the local part: give tensor.to_local()")
         return cls(name, tuple(tensor.shape), tensor.dtype, str(tensor.device), group, tensor.stride(),
                    tensor.requires_grad)
 
