@@ -28,14 +28,14 @@ class Links(Protocol):
     rank: int
     size: int
 
-    def issue(self, kind: str, sent: int) -> Ticket:
-        """Count a collective, in which this rank will send so many bytes."""
+    def issue(self, kind: str, nbytes: int, sent: int) -> Ticket:
+        """Count a collective on so many bytes, of which this rank will send so many."""
 
     def post(self, ticket: Ticket, sends: Sequence[Tensor | None], into: Sequence[Tensor | None],
              half: int = 1) -> list[Any]:
         """Send each rank its tensor and let that of each rank arrive; None for those that send or get nothing."""
 
-    def run(self, ticket: Ticket, nbytes: int, stage: Stage, line: int = 0) -> Work:
+    def run(self, ticket: Ticket, stage: Stage, line: int = 0) -> Work:
         """A work that goes through the stages."""
 
 
@@ -47,8 +47,8 @@ def reduce_scatter(links: Links, out: Tensor, bucket: Tensor, scale: float = 1.0
         bucket: flat, of `size` times its elements; unchanged but for that, and not to be written before the end.
         squares: measure what is stored in `out`; the work's result is then that of `sum_chunks`, else None.
     """
-    ticket = links.issue("reduce_scatter", bucket.nbytes * (links.size - 1) // links.size)
-    return links.run(ticket, bucket.nbytes, _scattered(links, ticket, out, bucket, scale, squares))
+    ticket = links.issue("reduce_scatter", bucket.nbytes, bucket.nbytes * (links.size - 1) // links.size)
+    return links.run(ticket, _scattered(links, ticket, out, bucket, scale, squares))
 
 
 def ordered_all_reduce(links: Links, bucket: Tensor, scale: float = 1.0, squares: bool = False,
@@ -69,9 +69,9 @@ def ordered_all_reduce(links: Links, bucket: Tensor, scale: float = 1.0, squares
     mine = chunks_of(bucket, links.size)[links.rank]
     travels = bucket if wire == bucket.dtype else bucket.to(wire)
     shard = mine if back == bucket.dtype else torch.empty(len(mine), dtype=back, device=bucket.device)
-    ticket = links.issue("all_reduce", (travels.nbytes // links.size + shard.nbytes) * (links.size - 1))
+    ticket = links.issue("all_reduce", bucket.nbytes, (travels.nbytes // links.size + shard.nbytes) * (links.size - 1))
     handles, add = _scattered(links, ticket, shard, travels, scale, squares)
-    return links.run(ticket, bucket.nbytes, (handles, lambda: _gathered(links, ticket, bucket, shard, add())))
+    return links.run(ticket, (handles, lambda: _gathered(links, ticket, bucket, shard, add())))
 
 
 def int8_all_reduce(links: Links, bucket: Tensor, scale: float = 1.0, squares: bool = False,
@@ -97,7 +97,7 @@ def int8_all_reduce(links: Links, bucket: Tensor, scale: float = 1.0, squares: b
         left = None if residual is None else chunks_of(residual, size)[peer]
         encode_int8(part, *_codes(sent[peer], chunk), residual=left)
     shard = torch.empty(chunk, dtype=back or torch.bfloat16, device=bucket.device)
-    ticket = links.issue("all_reduce", (sent[rank].nbytes + shard.nbytes) * (size - 1))
+    ticket = links.issue("all_reduce", bucket.nbytes, (sent[rank].nbytes + shard.nbytes) * (size - 1))
     handles = links.post(ticket, _all_but(rank, sent), _all_but(rank, arrived))
 
     def then() -> Next:
@@ -105,22 +105,35 @@ def int8_all_reduce(links: Links, bucket: Tensor, scale: float = 1.0, squares: b
         measured = sum_int8([codes for codes, _ in pairs], [unit for _, unit in pairs], shard, scale, squares)
         return _gathered(links, ticket, bucket, shard, measured)
 
-    return links.run(ticket, bucket.nbytes, (handles, then))
+    return links.run(ticket, (handles, then))
 
 
 def all_gather(links: Links, out: Tensor, shard: Tensor) -> Work:
     """Write the shards of all ranks, in their order, into `out`, of the same dtype. `shard` may be a part of it."""
-    ticket = links.issue("all_gather", shard.nbytes * (links.size - 1))
-    return links.run(ticket, out.nbytes, _gathered(links, ticket, out, shard, None).stage, line=1)
+    ticket = links.issue("all_gather", out.nbytes, shard.nbytes * (links.size - 1))
+    return links.run(ticket, _gathered(links, ticket, out, shard, None).stage, line=1)
 
 
 def all_to_all(links: Links, into: Sequence[Tensor], sends: Sequence[Tensor]) -> Work:
     """Give ``sends[r]`` to rank r, and write what rank r gives into ``into[r]``; sizes may differ from pair to pair."""
     rank = links.rank
-    ticket = links.issue("all_to_all", sum(t.nbytes for t in sends) - sends[rank].nbytes)
+    ticket = links.issue("all_to_all", 0, sum(t.nbytes for t in sends) - sends[rank].nbytes)  # sizes may differ
     handles = links.post(ticket, _all_but(rank, sends), _all_but(rank, into))
     into[rank].copy_(sends[rank])
-    return links.run(ticket, sum(t.nbytes for t in sends), (handles, lambda: None))
+    return links.run(ticket, (handles, lambda: None))
+
+
+def everyones(links: Links, tensor: Tensor) -> Work:
+    """A small tensor of each rank, of one shape and dtype: the work's result is all of them, stacked.
+
+    Every rank sends its own to every other: one round, and bytes that nobody minds.
+    """
+    size, rank = links.size, links.rank
+    found = tensor.new_empty(size, *tensor.shape)
+    found[rank] = tensor
+    ticket = links.issue("all_gather", tensor.nbytes, tensor.nbytes * (size - 1))
+    handles = links.post(ticket, _all_but(rank, [tensor.contiguous()] * size), _all_but(rank, found))
+    return links.run(ticket, (handles, lambda: found))
 
 
 def chunks_of(flat: Tensor, ranks: int) -> list[Tensor]:

@@ -13,10 +13,11 @@ from fasttrain.dist.work import Post, Work
 
 
 class Ticket(NamedTuple):
-    """A collective's number, counted from 1 and the same on all ranks, and its kind."""
+    """A collective's number, counted from 1 and the same on all ranks, its kind, and on how many bytes."""
 
     number: int
     kind: str
+    nbytes: int
 
 
 Stage = tuple[Sequence[Any], Callable[[], Any]]

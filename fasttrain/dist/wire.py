@@ -119,10 +119,15 @@ class Wire:
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         """A small tensor of each rank, in their order; shape and dtype are the same on all."""
-        found = [torch.empty_like(tensor) for _ in range(self.size)]
-        self._single("all_gather", tensor.nbytes * self.size, tensor.nbytes * (self.size - 1),
-                     lambda: dist.all_gather(found, tensor, group=self.group, async_op=True)).wait()
-        return found
+        return list(self.all_gather_async(tensor).wait())
+
+    def all_gather_async(self, tensor: Tensor) -> Work:
+        """`all_gather` under way: its result is one tensor, of shape (ranks, *shape)."""
+        if self.backend == "gloo":
+            return exchange.everyones(self, tensor)
+        found = tensor.new_empty(self.size, *tensor.shape)
+        return self._single("all_gather", found.nbytes, found.nbytes - tensor.nbytes, lambda: _all_gather(
+            found, tensor.contiguous(), group=self.group, async_op=True), lambda: found)
 
     def gather_objects_json(self, text: str) -> list[str]:
         """A text of each rank, in their order, of any length; all ranks get all."""
@@ -198,13 +203,13 @@ class Wire:
 
     # --- What the exchange is made of ---------------------------------------------------------------------------------
 
-    def issue(self, kind: str, sent: int) -> Ticket:
+    def issue(self, kind: str, nbytes: int, sent: int) -> Ticket:
         """Count a collective; what it sends later, from whatever thread, is known by this number."""
         self._issued += 1
         self.calls[kind] += 1
         self.bytes[kind] += sent
-        self.watch.operation = f"{kind} number {self._issued}"
-        return Ticket(self._issued, kind)
+        self.watch.issued(self.group.group_name, self._issued, kind, nbytes)
+        return Ticket(self._issued, kind, nbytes)
 
     def post(self, ticket: Ticket, sends: Sequence[Tensor | None], into: Sequence[Tensor | None],
              half: int = 1) -> list[Any]:
@@ -226,11 +231,11 @@ class Wire:
             op(as_bytes(tensor), group=self.group, tag=tag_of(ticket, half, tensor.nbytes),
                **{"group_src" if op is dist.irecv else "group_dst": peer}) for op, peer, tensor in todo])
 
-    def run(self, ticket: Ticket, nbytes: int, stage: Stage, line: int = 0) -> Work:
-        """A work of several stages: on gloo by `fasttrain.dist.work.Lines`, on NCCL in a stream of its own."""
+    def run(self, ticket: Ticket, stage: Stage, line: int = 0) -> Work:
+        """A work of several stages: on gloo by `fasttrain.dist.stages.Lines`, on NCCL in a stream of its own."""
         if self.backend == "nccl":
-            return OnDevice(self._post(), ticket.kind, nbytes, stage, self._stream)
-        work = Staged(self._post(), ticket.kind, nbytes)
+            return OnDevice(self._post(), ticket.kind, ticket.nbytes, stage, self._stream)
+        work = Staged(self._post(), ticket.kind, ticket.nbytes)
         self._lines.put(work, stage, line)
         return work
 
@@ -247,7 +252,7 @@ class Wire:
         """One collective of torch; none where there is nothing to send, as among ranks that agree on that."""
         if nbytes == 0:
             return Ended(self._post(), kind)
-        self.issue(kind, sent)
+        self.issue(kind, nbytes, sent)
         return Single(self._post(), kind, nbytes, self._try(kind, issue), finish, self.backend == "gloo")
 
     def _try(self, what: str, work: Callable[[], Any]) -> Any:

@@ -9,7 +9,8 @@ from datetime import timedelta
 from typing import Any, NamedTuple, Protocol
 
 SLICE_S = 0.05  # between two looks at what has failed; a result ends the wait at once
-SILENT_AFTER = 0.8  # of the timeout: from then on a peer whose heartbeat has stopped is given up
+LOOK_AFTER_S = 1.0  # from then on the watcher looks at every peer (a fifth of the timeout if that is less)
+SILENT_AFTER = 0.8  # of the timeout: from then on a peer that gives no sign of life is given up
 
 
 class WireError(RuntimeError):
@@ -19,30 +20,41 @@ class WireError(RuntimeError):
 class Watch(Protocol):
     """Who knows what has become of the peers: `fasttrain.dist.watcher.Watcher`."""
 
-    operation: str
+    def issued(self, wire: str, number: int, kind: str, nbytes: int) -> None:
+        """Take note of a collective."""
 
     def failure(self) -> Exception | None:
-        """The failure that some rank has reported, if this process has heard of one. Never waits."""
+        """The failure that this process has heard of, if any. Never waits."""
+
+    def hurry(self) -> None:
+        """Somebody waits: look at every peer, and more often. Never waits."""
 
     def explain(self) -> Exception | None:
-        """Why a connection was lost: what its rank reported, or that it is gone. Waits a second or two at most."""
+        """Why a connection was lost: what its rank reported, or that it is gone. Waits some seconds at most."""
 
-    def silent(self) -> Exception | None:
-        """A peer that no longer gives signs of life. Waits for one heartbeat."""
+    def silent(self, quiet_s: float) -> Exception | None:
+        """A peer that has given no sign of life for so long. Never waits."""
 
     def whereabouts(self) -> str:
-        """What each peer said last of itself, for the message of a timeout."""
+        """What each peer said last of itself, for the message of a timeout. Never waits."""
 
 
 class Nobody:
     """The watch of a wire that has none."""
 
-    operation = ""
+    def issued(self, wire: str, number: int, kind: str, nbytes: int) -> None:
+        """Nobody remembers."""
+
+    def hurry(self) -> None:
+        """Nobody looks."""
 
     def failure(self) -> None:
         """Nothing is known."""
 
-    explain = silent = failure
+    def silent(self, quiet_s: float) -> None:
+        """Nobody is missed."""
+
+    explain = failure
 
     def whereabouts(self) -> str:
         return ""
@@ -74,24 +86,23 @@ class Work:
             PeerFailed: another rank has failed, or ended: which, and why, if there is a watcher.
             WireError: it failed, or took longer than the wire's timeout; names the operation, its bytes and this rank.
         """
-        begun = time.monotonic()
-        looked = False
+        begun, watch, limit = time.monotonic(), self.post.watch, self.post.timeout_s
         while True:
             try:
-                if self._rest(SLICE_S):
+                if self._rest(min(SLICE_S, limit)):
                     return self._result()
             except RuntimeError as error:
                 raise self._failed(error, time.monotonic() - begun) from error
-            cause = self.post.watch.failure()
             waited = time.monotonic() - begun
-            if cause is None and not looked and waited > SILENT_AFTER * self.post.timeout_s:
-                looked = True
-                cause = self.post.watch.silent()
+            if waited > min(LOOK_AFTER_S, limit / 5):
+                watch.hurry()
+            cause = watch.failure()
+            if cause is None and waited > SILENT_AFTER * limit:
+                cause = watch.silent(limit / 2)
             if cause is not None:
                 raise cause
-            if waited > self.post.timeout_s:
-                raise WireError(f"{self._name()}: no answer in {waited:.1f} s{self.post.watch.whereabouts()}"
-                                f"{flight_recorder()}")
+            if waited > limit:
+                raise WireError(f"{self._name()}: no answer in {waited:.1f} s{watch.whereabouts()}{flight_recorder()}")
 
     def _rest(self, seconds: float) -> bool:
         """Wait for the end, so long at most; whether it has ended. Raises RuntimeError if it failed."""

@@ -57,14 +57,31 @@ class DataParallel(nn.Module, Joinable):
         self.broadcast_buffers, self.find_unused_parameters = broadcast_buffers, find_unused_parameters
         self.gradient_as_bucket_view, self.static_graph, self.dim = True, static_graph, dim
         self.device_ids, self.output_device = device_ids, output_device
-        sizes = {} if bucket_cap_mb is None else {
-            "bucket_bytes": int(bucket_cap_mb * MIB), "first_bucket_bytes": int(min(bucket_cap_mb, 1) * MIB)}
-        self.reducer = Reducer(((name, p) for name, p in module.named_parameters() if p.requires_grad),
-                               given[0] if given else None, wire=wire, order=order, grad_dtype=grad_dtype,
-                               static_graph=static_graph, **sizes)
-        self.device, self.divide_by_all = self.reducer.wire.device, True
+        self._options = {"wire": wire, "order": order, "grad_dtype": grad_dtype, "static_graph": static_graph}
+        if bucket_cap_mb is not None:
+            self._options |= {"bucket_bytes": int(bucket_cap_mb * MIB),
+                              "first_bucket_bytes": int(min(bucket_cap_mb, 1) * MIB)}
+        self._reduce(given[0] if given else None)
         if init_sync:
             self.broadcast([*module.parameters(), *module.buffers()])
+
+    def _reduce(self, mesh: Any) -> None:
+        self.reducer = Reducer(self.module.named_parameters(), mesh, **self._options)
+        self.device, self.divide_by_all = self.reducer.wire.device, True
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without process groups, which cannot be pickled; what is made of it gets its own."""
+        state = {**self.__dict__, "_ranks": self.reducer.wire.ranks}
+        for name in ("reducer", "_join_config"):
+            state.pop(name, None)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy reduces over the same ranks, all of which must make one."""
+        ranks = state.pop("_ranks")
+        super().__setstate__(state)
+        Joinable.__init__(self)
+        self._reduce(ranks)
 
     # --- torch's surface ----------------------------------------------------------------------------------------------
 

@@ -18,7 +18,8 @@ def trained(params: Iterable[Tensor] | Iterable[tuple[str, Tensor]]) -> list[tup
 
     Raises:
         TypeError: something is no tensor, or one that has no flat gradient.
-        ValueError: there is none, they are on several devices, or another reducer has one of them.
+        ValueError: they are on several devices, or another reducer has one of them.
+        RuntimeError: there is none.
     """
     named: dict[Tensor, str] = {}
     for index, one in enumerate(params):
@@ -28,7 +29,7 @@ def trained(params: Iterable[Tensor] | Iterable[tuple[str, Tensor]]) -> list[tup
         if p.requires_grad:
             named.setdefault(p, name)  # tied parameters have the name that comes first
     if not named:
-        raise ValueError("no parameter requires a gradient: there is nothing to reduce")
+        raise RuntimeError("no parameter requires a gradient: there is nothing to reduce")
     first, *_ = named
     for p, name in named.items():
         _check(name, p, first, named[first])

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import fasttrain
 from fasttrain.dist.fingerprint import agree, fingerprint
 from fasttrain.dist.layout import Entry, FlatLayout
 from fasttrain.dist.wire import Wire
@@ -80,11 +79,10 @@ class Reducer:
         self.wire = mesh if isinstance(mesh, Wire) else Wire(self.params[0].device, group=mesh)
         method = method_of(wire)
         self.layout = FlatLayout.of(
-            [Entry(name, tuple(p.shape), grad_dtype or p.dtype, str(p.device), stride=tuple(p.stride()))
-             for name, p in named], self.wire.size, order=order, bucket_bytes=bucket_bytes,
-            first_bucket_bytes=first_bucket_bytes)
-        agree(self.wire, fingerprint(self.layout.entries, self.layout, {"wire": method.name, "static_graph": static_graph},
-                                     {"torch": torch.__version__, "fasttrain": fasttrain.__version__}))
+            [Entry.of(name, p) for name, p in named], self.wire.size, order=order, bucket_bytes=bucket_bytes,
+            first_bucket_bytes=first_bucket_bytes, bucket_dtype=grad_dtype)
+        agree(self.wire, fingerprint(self.layout.entries, self.layout,
+                                     {"wire": method.name, "static_graph": static_graph}))
         self.sequence = 0
         self.last: Agreement | None = None
         self.timeline: Timeline | None = None
