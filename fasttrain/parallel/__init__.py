@@ -1,7 +1,7 @@
 """The parallel floor: how one training step is divided over processes."""
 
-from fasttrain.parallel.agreement import RanksDisagree
+from fasttrain.dist.control import Disagreement
 from fasttrain.parallel.data import DataParallel
 from fasttrain.parallel.reducer import Reducer
 
-__all__ = ["DataParallel", "RanksDisagree", "Reducer"]
+__all__ = ["DataParallel", "Disagreement", "Reducer"]

@@ -54,7 +54,7 @@ class Shadow(JoinHook):
 
     def __init__(self, parallel: Any, divide_by_initial_world_size: bool):
         self.parallel, self.by_all = parallel, divide_by_initial_world_size
-        parallel.divide_by_all = divide_by_initial_world_size
+        parallel.divide_by_all, parallel.reducer.joining = divide_by_initial_world_size, True
 
     def main_hook(self) -> None:
         """One iteration of the others."""
@@ -69,5 +69,5 @@ class Shadow(JoinHook):
         reducer = self.parallel.reducer
         last = ask(reducer.wire, not is_last_joiner, False).ranks[-1]
         self.parallel.broadcast([*self.parallel.module.parameters(), *self.parallel.module.buffers()], last)
-        reducer.joined = False
+        reducer.joining = False
         reducer.method.divisor = reducer.wire.size

@@ -1,7 +1,7 @@
 """Gradients averaged over ranks while backward still runs: buckets, sent in a fixed order as they fill.
 
 The oracle is `fasttrain.parallel.naive`. The life of a gradient is in `buckets`, how a bucket travels in `wires`, what
-the ranks compare at the end of each step in `agreement`.
+the ranks compare at the end of each step in `fasttrain.dist.control`.
 """
 
 from __future__ import annotations
@@ -15,17 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fasttrain.dist.control import Control, Outcome, Pending
 from fasttrain.dist.fingerprint import agree, fingerprint
 from fasttrain.dist.layout import Entry, FlatLayout
 from fasttrain.dist.wire import Wire
 from fasttrain.kernels import norm
 from fasttrain.parallel import reduced, steps
-from fasttrain.parallel.agreement import Agreeing, Agreement, Done
 from fasttrain.parallel.buckets import Bucket
 from fasttrain.parallel.timeline import Timeline
 from fasttrain.parallel.wires import Method, Sent, method_of, total
 
 MIB = 1 << 20
+AGREED = ("the step", "the number of backward passes in it", "the checksum of its collectives",
+          "whether there is any gradient", "whether optimizer.step() came without a synchronised backward pass")
 engine = torch.autograd.Variable._execution_engine
 
 
@@ -51,7 +53,7 @@ class Reducer:
     Attributes:
         layout: the `FlatLayout` of the buckets.
         sequence: synchronised steps so far.
-        last: the `Agreement` of the last one that was read, or None.
+        last: the `Outcome` of the last one that was read, or None.
         timeline: of the last step, where `record_timeline` was called.
 
     Raises:
@@ -84,14 +86,17 @@ class Reducer:
         agree(self.wire, fingerprint(self.layout.entries, self.layout,
                                      {"wire": method.name, "static_graph": static_graph}))
         self.sequence = 0
-        self.last: Agreement | None = None
+        self.last: Outcome | None = None
         self.timeline: Timeline | None = None
         self.syncing = True          # what the next backward pass does: `no_sync`
-        self.joined = False
+        self.joining = False         # within `join`: ranks without data answer the others
+        self.stop = False            # this rank wishes to stop: travels with the next synchronised step
+        self._items = 0              # what this rank has counted since the last one (`count`)
         self._open: bool | None = None  # within a backward pass: whether it is synchronised
         self._backwards = 0          # since the last synchronised step
         self._counts, self._counting = [0] * len(named), static_graph
-        self._agreeing: Agreeing | None = None
+        self._control = Control(self.wire, len(named), AGREED)
+        self._pending: Pending | None = None
         self._squares: tuple[Tensor, Tensor] | None = None
         self._arrivals: list[int] = []
         self._make_buckets()
@@ -116,14 +121,14 @@ class Reducer:
         finally:
             self.syncing = before
 
-    def finish(self) -> Agreement | None:
+    def finish(self) -> Outcome | None:
         """End the step where no synchronised backward pass did: send what there is, and compare what the ranks did.
 
         `optimizer.step()` calls it for parameters that were not reduced, so that a rank without a gradient answers the
         others.
 
         Raises:
-            RanksDisagree: they did not do the same; on every rank, and no gradient is to be trusted.
+            Disagreement: they did not do the same; on every rank, and no gradient is to be trusted.
         """
         if self.idle:
             self.sequence += 1
@@ -137,12 +142,15 @@ class Reducer:
 
     def shadow(self) -> None:
         """Answer the others' synchronised step as a rank without data (`join`): nothing of its own counts."""
-        self.joined = True
         for p in self.params:
             p.grad = None
         self._backwards = 0
         self._start()
         self._finish(late=False)
+
+    def count(self, items: int) -> None:
+        """Count items (tokens) of this rank; their sum over ranks is `last.tokens` after the synchronised step."""
+        self._items += items
 
     def grad_ready(self, p: Tensor) -> None:
         """Tell that a gradient is complete, where no hook of autograd does (a pipeline that splits backward)."""
@@ -235,7 +243,7 @@ class Reducer:
 
     def _start(self) -> None:
         """A synchronised step begins."""
-        self._read_agreement()
+        self._read()
         self._works: list[Sent] = []
         self._squares = None
         self._factor = self.method.factor
@@ -269,26 +277,28 @@ class Reducer:
         for bucket in self.buckets[len(self._works) :]:
             bucket.close(self._factor)
         self._send_ready()
-        parts = [work.wait() for work in self._works]
-        done = Done(self.sequence, self._backwards, self.method.checksum, sum(used), int(late), int(self.joined))
-        self._agreeing = Agreeing(self.wire, done, total(parts), used)
-        self.sequence, self._backwards = self.sequence + 1, 0
-        squares, bad = self._agreeing.sums
-        self._squares = squares, bad != 0
+        squares, bad = total([work.wait() for work in self._works])
+        same = [self.sequence, *((0, self.method.checksum, 1, 0) if self.joining else
+                                 (self._backwards, self.method.checksum, any(used), late))]
+        self._pending = self._control.send(list(map(int, same)), squares, bad, self._items, self.stop, used)
+        self.sequence, self._backwards, self._items = self.sequence + 1, 0, 0
+        self._squares = self._pending.squares, self._pending.nonfinite
         if self.timeline is not None:
             self.timeline.ended()
-        if self._agreeing.copied is None or not all(used):
-            agreement = self._read_agreement()
-            for (bucket, place), had, ranks in zip(self._where, used, agreement.used, strict=True):
+        if self.wire.device.type == "cpu" or not all(used) or late:
+            self._read()
+            for (bucket, place), had, ranks in zip(self._where, used, self.last.used, strict=True):
                 if ranks and not had:
                     bucket.bind(place)
+        if late and any(self.last.used):
+            raise RuntimeError("an optimizer steps gradients that were accumulated under no_sync() and never reduced, on "
+                               "every rank: run the last backward pass of a step outside of no_sync()")
 
-    def _read_agreement(self) -> Any:
-        """Compare what the ranks did: at once on the CPU, a step later on a GPU, which is not waited for."""
-        if self._agreeing is not None:
-            agreeing, self._agreeing = self._agreeing, None
-            self.last = agreeing.read()
-        return self.last
+    def _read(self) -> None:
+        """What the ranks did: at once on the CPU, a step later on a GPU, which is not waited for."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            self.last = pending.read()
 
     def _check_unchanged(self) -> None:
         for name, p, shape in zip(self.names, self.params, self._shapes, strict=True):
