@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
-_owners: weakref.WeakKeyDictionary[Tensor, weakref.ref[Any]] = weakref.WeakKeyDictionary()
+_owners = WeakTensorKeyDictionary()  # of weak references to reducers
 
 
 def trained(params: Iterable[Tensor] | Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
