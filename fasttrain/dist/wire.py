@@ -78,6 +78,7 @@ class Wire:
         self.bytes: Counter[str] = Counter()
         self._lines = Lines()
         self._issued = 0
+        self._spare: dict[int, list[Tensor]] = {}
         self._stream = torch.cuda.Stream(device) if self.backend == "nccl" else None
 
     @classmethod
@@ -211,6 +212,22 @@ class Wire:
         self.bytes[kind] += sent
         self.watch.issued(self.group.group_name, self._issued, kind, nbytes)
         return Ticket(self._issued, kind, nbytes)
+
+    def take(self, elements: int, dtype: torch.dtype) -> Tensor:
+        """Memory to work in. On the CPU it is kept from step to step; on a GPU torch keeps it."""
+        if self.backend == "nccl":
+            return torch.empty(elements, dtype=dtype, device=self.device)
+        nbytes = elements * dtype.itemsize
+        try:
+            return self._spare[nbytes].pop().view(dtype)  # one operation: another thread may want it, too
+        except (KeyError, IndexError):
+            return torch.empty(nbytes, dtype=torch.uint8).view(dtype)
+
+    def give(self, tensors: Sequence[Tensor]) -> None:
+        """Give back what was taken."""
+        if self.backend == "gloo":
+            for tensor in tensors:
+                self._spare.setdefault(tensor.nbytes, []).append(tensor.view(torch.uint8))
 
     def post(self, ticket: Ticket, sends: Sequence[Tensor | None], into: Sequence[Tensor | None],
              half: int = 1) -> list[Any]:
