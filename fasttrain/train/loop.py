@@ -44,6 +44,7 @@ def train(config: TrainConfig, model: nn.Module, optimizer: torch.optim.Optimize
 
     emit(validation(0, model, text.held_out, config, wire, QUICK_WINDOWS))
     for step in range(config.steps):
+        wire.watch.step = step
         with clock("data"):
             batch = to_device(windows.batch(step * config.batch + wire.rank * mine, mine), wire.device)
         with clock("forward_backward"):
