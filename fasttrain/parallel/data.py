@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join, Joinable
 
+from fasttrain.parallel.accumulate import Accumulation
 from fasttrain.parallel.hooks import TorchHook
 from fasttrain.parallel.join import Present, Shadow, ask
 from fasttrain.parallel.reducer import MIB, Reducer
@@ -136,6 +137,18 @@ class DataParallel(nn.Module, Joinable):
     def register_comm_hook(self, state: Any, hook: Any) -> None:
         """Let buckets travel by a hook with torch's signature, from the next backward pass on."""
         self.reducer.use(TorchHook(state, hook))
+
+    def accumulate(self, micro_batches: int) -> Accumulation:
+        """A context for each of several micro-batches of one step; see `Accumulation`."""
+        return Accumulation(self.reducer, micro_batches)
+
+    def count(self, items: int) -> None:
+        """See `Reducer.count`."""
+        self.reducer.count(items)
+
+    def step(self, optimizer: Any, max_norm: float | None = None) -> Tensor:
+        """See `Reducer.step`."""
+        return self.reducer.step(optimizer, max_norm)
 
     def finish(self) -> Any:
         """See `Reducer.finish`."""

@@ -91,6 +91,7 @@ class Reducer:
         self.syncing = True          # what the next backward pass does: `no_sync`
         self.joining = False         # within `join`: ranks without data answer the others
         self.stop = False            # this rank wishes to stop: travels with the next synchronised step
+        self._late_items = 0         # what all ranks had counted in the last one, until `step` divides by it
         self._items = 0              # what this rank has counted since the last one (`count`)
         self._open: bool | None = None  # within a backward pass: whether it is synchronised
         self._backwards = 0          # since the last synchronised step
@@ -149,8 +150,43 @@ class Reducer:
         self._finish(late=False)
 
     def count(self, items: int) -> None:
-        """Count items (tokens) of this rank; their sum over ranks is `last.tokens` after the synchronised step."""
+        """Count items (tokens) whose losses were added up, not averaged, in this rank's backward passes of this step.
+
+        `step` then divides by their number over all ranks, which only the synchronised backward pass finds out.
+        """
         self._items += items
+
+    def step(self, optimizer: Any, max_norm: float | None = None) -> Tensor:
+        """Step with the mean over all items that were counted on all ranks: `p.grad` is their sum over ranks / ranks.
+
+        The factor enters the step's coefficients; no gradient is rewritten. Where something is not finite every rank
+        skips the step.
+
+        Arguments:
+            optimizer: of this package.
+            max_norm: clip the mean's norm to this.
+
+        Returns:
+            The norm of the mean gradient before clipping, float32 of shape ().
+
+        Raises:
+            TypeError: the optimizer is not of this package.
+            RuntimeError: nothing was counted.
+        """
+        if not hasattr(optimizer, "step_scaled"):
+            raise TypeError(f"{type(optimizer).__name__} cannot divide by a number of items that is known late: take one "
+                            "of fasttrain.optim, or average the loss on each rank and do not count()")
+        if self.idle:
+            items, self._items = self._items, 0
+        else:
+            items, self._late_items = self._late_items, 0
+        if not items:
+            raise RuntimeError("no items were counted: call count() before each backward pass, or optimizer.step()")
+        scale = torch.tensor(items / self.wire.size, dtype=torch.float64, device=self.wire.device)
+        squares, found = self.statistics()
+        norm_of_mean = (squares.sqrt() / scale).float()
+        optimizer.step_scaled(scale.float(), found, norm_of_mean, max_norm)
+        return norm_of_mean
 
     def grad_ready(self, p: Tensor) -> None:
         """Tell that a gradient is complete, where no hook of autograd does (a pipeline that splits backward)."""
@@ -194,6 +230,16 @@ class Reducer:
             hook.remove()
         reduced.disown(self.params)
         steps.forget(self)
+
+    def before_step(self) -> None:
+        """An optimizer is about to step these parameters.
+
+        Raises:
+            RuntimeError: it would not divide by the items that were counted.
+        """
+        if self._late_items or (self.idle and self._items):
+            raise RuntimeError("items were counted in this step, and optimizer.step() would not divide by them: call "
+                               "step(optimizer) of the reducer or of DataParallel")
 
     # --- A backward pass ----------------------------------------------------------------------------------------------
 
@@ -281,12 +327,14 @@ class Reducer:
         same = [self.sequence, *((0, self.method.checksum, 1, 0) if self.joining else
                                  (self._backwards, self.method.checksum, any(used), late))]
         self._pending = self._control.send(list(map(int, same)), squares, bad, self._items, self.stop, used)
+        self._counted = self._items > 0
         self.sequence, self._backwards, self._items = self.sequence + 1, 0, 0
         self._squares = self._pending.squares, self._pending.nonfinite
         if self.timeline is not None:
             self.timeline.ended()
-        if self.wire.device.type == "cpu" or not all(used) or late:
+        if self.wire.device.type == "cpu" or not all(used) or late or self._counted:
             self._read()
+            self._late_items = self.last.tokens
             for (bucket, place), had, ranks in zip(self._where, used, self.last.used, strict=True):
                 if ranks and not had:
                     bucket.bind(place)
