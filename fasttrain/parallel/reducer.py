@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fasttrain.dist import accounting
 from fasttrain.dist.control import Control, Outcome, Pending
 from fasttrain.dist.fingerprint import agree, fingerprint
 from fasttrain.dist.layout import Entry, FlatLayout
@@ -214,6 +215,16 @@ class Reducer:
         seen = set(self._arrivals)
         return [self.names[index] for index in
                 (*self._arrivals, *(index for index in reversed(range(len(self.names))) if index not in seen))]
+
+    @property
+    def exposed(self) -> float:
+        """Seconds of communication in the last recorded step that its backward pass did not hide."""
+        return 0.0 if self.idle or self.timeline is None else self.timeline.exposed
+
+    def bytes_per_step(self) -> float:
+        """Bytes that this rank sends in a synchronised step, by the formula; `wire.bytes` counts what it sent."""
+        return sum(accounting.bytes_per_step(1, bucket.elements, self.wire.size, *self.method.widths(bucket.dtype))
+                   for bucket in self.layout.buckets)
 
     def record_timeline(self, on: bool = True) -> None:
         """Record when each bucket is ready, sent and received, in `timeline`."""

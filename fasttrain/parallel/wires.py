@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttrain.dist import exchange
+from fasttrain.dist import accounting, exchange
 from fasttrain.dist.layout import FlatLayout
 from fasttrain.dist.wire import Wire
 from fasttrain.kernels import norm
@@ -56,6 +56,10 @@ class Method:
     def send(self, index: int, bucket: Bucket) -> Sent:
         """Begin to make `bucket.data` its mean over the ranks."""
         raise NotImplementedError
+
+    def widths(self, dtype: torch.dtype) -> tuple[float, float]:
+        """Bytes on the wire of an element of a bucket of this dtype: on its way to be added, and back."""
+        return float(dtype.itemsize), float(dtype.itemsize)
 
     def issued(self, index: int, elements: int) -> None:
         """Count a collective into the checksum, of 48 bits."""
@@ -114,6 +118,10 @@ class Ordered(Method):
         super().__init__()
         self.travels, self.back = travels, back
 
+    def widths(self, dtype: torch.dtype) -> tuple[float, float]:
+        there = self.travels or dtype
+        return accounting.width(there), accounting.width(self.back or there)
+
     def send(self, index: int, bucket: Bucket) -> Sent:
         self.issued(index, len(bucket.data))
         return Sent(exchange.ordered_all_reduce(self.wire, bucket.data, 1.0 / self.divisor, True, self.travels,
@@ -143,6 +151,9 @@ class Int8(Method):
         if wide := [bucket.dtype for bucket in layout.buckets if bucket.dtype == torch.float64]:
             raise TypeError(f"wire='int8' cannot carry {wide[0]}: its codes have 8 bits; take wire='same'")
         self.residuals = [torch.zeros(bucket.elements, device=wire.device) for bucket in layout.buckets]
+
+    def widths(self, dtype: torch.dtype) -> tuple[float, float]:
+        return accounting.width(torch.int8), accounting.width(torch.bfloat16)
 
     def send(self, index: int, bucket: Bucket) -> Sent:
         self.issued(index, len(bucket.data))
