@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fasttrain.dist.scratch import Scratch
 from fasttrain.dist.stages import Next, Stage, Ticket
 from fasttrain.dist.work import Work
 from fasttrain.kernels.chunks import BLOCK, encode_int8, sum_chunks, sum_int8
@@ -27,15 +28,10 @@ class Links(Protocol):
 
     rank: int
     size: int
+    scratch: Scratch
 
     def issue(self, kind: str, nbytes: int, sent: int) -> Ticket:
         """Count a collective on so many bytes, of which this rank will send so many."""
-
-    def take(self, elements: int, dtype: torch.dtype) -> Tensor:
-        """Flat memory on the wire's device, to be given back: fresh memory is slow to touch."""
-
-    def give(self, tensors: Sequence[Tensor]) -> None:
-        """Give back what was taken, when nothing uses it any more."""
 
     def post(self, ticket: Ticket, sends: Sequence[Tensor | None], into: Sequence[Tensor | None],
              half: int = 1) -> list[Any]:
@@ -76,9 +72,9 @@ def ordered_all_reduce(links: Links, bucket: Tensor, scale: float = 1.0, squares
     taken = []
     travels, shard = bucket, mine
     if wire != bucket.dtype:
-        taken.append(travels := links.take(len(bucket), wire).copy_(bucket))
+        taken.append(travels := links.scratch.take(len(bucket), wire).copy_(bucket))
     if back != bucket.dtype:
-        taken.append(shard := links.take(len(mine), back))
+        taken.append(shard := links.scratch.take(len(mine), back))
     ticket = links.issue("all_reduce", bucket.nbytes, (travels.nbytes // links.size + shard.nbytes) * (links.size - 1))
     handles, add = _scattered(links, ticket, shard, travels, scale, squares)
     return links.run(ticket, (handles, lambda: _gathered(links, ticket, bucket, shard, add(), taken)))
@@ -101,12 +97,12 @@ def int8_all_reduce(links: Links, bucket: Tensor, scale: float = 1.0, squares: b
     size, rank = links.size, links.rank
     chunk = len(bucket) // size
     units = -(-chunk // BLOCK)
-    taken = [links.take(size * (chunk + 4 * units), torch.uint8) for _ in "ab"]
+    taken = [links.scratch.take(size * (chunk + 4 * units), torch.uint8) for _ in "ab"]
     sent, arrived = (memory.view(size, -1) for memory in taken)
     for peer, part in enumerate(chunks_of(bucket, size)):
         left = None if residual is None else chunks_of(residual, size)[peer]
         encode_int8(part, *_codes(sent[peer], chunk), residual=left)
-    taken.append(shard := links.take(chunk, back or torch.bfloat16))
+    taken.append(shard := links.scratch.take(chunk, back or torch.bfloat16))
     ticket = links.issue("all_reduce", bucket.nbytes, (sent[rank].nbytes + shard.nbytes) * (size - 1))
     handles = links.post(ticket, _all_but(rank, sent), _all_but(rank, arrived))
 
@@ -169,12 +165,12 @@ def _scattered(links: Links, ticket: Ticket, out: Tensor, bucket: Tensor, scale:
     """The chunks of all ranks to this one, which adds them."""
     check_cut(bucket, links.size)
     chunks = chunks_of(bucket, links.size)
-    taken = {r: links.take(len(out), bucket.dtype) for r in range(links.size) if r != links.rank}
+    taken = {r: links.scratch.take(len(out), bucket.dtype) for r in range(links.size) if r != links.rank}
     handles = links.post(ticket, _all_but(links.rank, chunks), [taken.get(r) for r in range(links.size)])
 
     def then() -> object:
         measured = sum_chunks([taken.get(r, chunks[r]) for r in range(links.size)], out, scale, squares)
-        links.give([*taken.values()])
+        links.scratch.give([*taken.values()])
         return measured
 
     return handles, then
@@ -188,7 +184,7 @@ def _gathered(links: Links, ticket: Ticket, out: Tensor, shard: Tensor, result: 
     places = chunks_of(out, links.size)
     landing = {r: place for r, place in enumerate(places) if r != links.rank}
     if shard.dtype != out.dtype:
-        landing = {r: links.take(len(shard), shard.dtype) for r in landing}
+        landing = {r: links.scratch.take(len(shard), shard.dtype) for r in landing}
         taken = [*taken, *landing.values()]
     handles = links.post(ticket, _all_but(links.rank, [shard] * links.size),
                          [landing.get(r) for r in range(links.size)], half=2)
@@ -199,7 +195,7 @@ def _gathered(links: Links, ticket: Ticket, out: Tensor, shard: Tensor, result: 
         for r, arrived in landing.items():
             if arrived is not places[r]:
                 places[r].copy_(arrived)
-        links.give(taken)
+        links.scratch.give(taken)
         return result
 
     return Next((handles, then))

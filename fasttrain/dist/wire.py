@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from fasttrain.dist import exchange
+from fasttrain.dist.scratch import Scratch
 from fasttrain.dist.stages import Lines, OnDevice, Stage, Staged, Ticket
 from fasttrain.dist.work import Ended, Nobody, Post, Single, Watch, WireError, Work
 from fasttrain.kernels import norm
@@ -78,7 +79,7 @@ class Wire:
         self.bytes: Counter[str] = Counter()
         self._lines = Lines()
         self._issued = 0
-        self._spare: dict[int, list[Tensor]] = {}
+        self.scratch = Scratch(device)
         self._stream = torch.cuda.Stream(device) if self.backend == "nccl" else None
 
     @classmethod
@@ -212,22 +213,6 @@ class Wire:
         self.bytes[kind] += sent
         self.watch.issued(self.group.group_name, self._issued, kind, nbytes)
         return Ticket(self._issued, kind, nbytes)
-
-    def take(self, elements: int, dtype: torch.dtype) -> Tensor:
-        """Memory to work in. On the CPU it is kept from step to step; on a GPU torch keeps it."""
-        if self.backend == "nccl":
-            return torch.empty(elements, dtype=dtype, device=self.device)
-        nbytes = elements * dtype.itemsize
-        try:
-            return self._spare[nbytes].pop().view(dtype)  # one operation: another thread may want it, too
-        except (KeyError, IndexError):
-            return torch.empty(nbytes, dtype=torch.uint8).view(dtype)
-
-    def give(self, tensors: Sequence[Tensor]) -> None:
-        """Give back what was taken."""
-        if self.backend == "gloo":
-            for tensor in tensors:
-                self._spare.setdefault(tensor.nbytes, []).append(tensor.view(torch.uint8))
 
     def post(self, ticket: Ticket, sends: Sequence[Tensor | None], into: Sequence[Tensor | None],
              half: int = 1) -> list[Any]:
