@@ -34,7 +34,7 @@ class DataParallel(nn.Module, Joinable):
         find_unused_parameters: has no effect: parameters that are not used are always found.
         gradient_as_bucket_view: has no effect: gradients always are views of their buckets.
         static_graph: see `Reducer`.
-        wire, order, grad_dtype: see `Reducer`.
+        wire, order, grad_dtype, timeout_s, watch: see `Reducer`.
 
     Example:
         >>> from fasttrain.parallel import DataParallel      # was: from torch.nn.parallel import DistributedDataParallel
@@ -46,7 +46,8 @@ class DataParallel(nn.Module, Joinable):
                  broadcast_buffers: bool = True, init_sync: bool = True, process_group: Any = None,
                  bucket_cap_mb: float | None = None, find_unused_parameters: bool = False,
                  gradient_as_bucket_view: bool = True, static_graph: bool = False, device_mesh: Any = None,
-                 mesh: Any = None, wire: Any = "same", order: Any = None, grad_dtype: torch.dtype | None = None):
+                 mesh: Any = None, wire: Any = "same", order: Any = None, grad_dtype: torch.dtype | None = None,
+                 timeout_s: float = 120, watch: Any = True):
         super().__init__()
         Joinable.__init__(self)
         given = [one for one in (mesh, device_mesh, process_group) if one is not None]
@@ -58,7 +59,8 @@ class DataParallel(nn.Module, Joinable):
         self.broadcast_buffers, self.find_unused_parameters = broadcast_buffers, find_unused_parameters
         self.gradient_as_bucket_view, self.static_graph, self.dim = True, static_graph, dim
         self.device_ids, self.output_device = device_ids, output_device
-        self._options = {"wire": wire, "order": order, "grad_dtype": grad_dtype, "static_graph": static_graph}
+        self._options = {"wire": wire, "order": order, "grad_dtype": grad_dtype, "static_graph": static_graph,
+                         "timeout_s": timeout_s, "watch": watch}
         if bucket_cap_mb is not None:
             self._options |= {"bucket_bytes": int(bucket_cap_mb * MIB),
                               "first_bucket_bytes": int(min(bucket_cap_mb, 1) * MIB)}
@@ -88,6 +90,7 @@ class DataParallel(nn.Module, Joinable):
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """The module's own, after its buffers were made equal."""
+        self.reducer.check_closed()
         if torch.is_grad_enabled() and self.training:
             joining = self._join_config.enable
             if joining:

@@ -19,11 +19,12 @@ from fasttrain.dist import accounting
 from fasttrain.dist.control import Control, Outcome, Pending
 from fasttrain.dist.fingerprint import agree, fingerprint
 from fasttrain.dist.layout import Entry, FlatLayout
-from fasttrain.dist.wire import Wire
+from fasttrain.dist.watcher import Watcher
 from fasttrain.kernels import norm
 from fasttrain.parallel import reduced, steps
 from fasttrain.parallel.buckets import Bucket
 from fasttrain.parallel.timeline import Timeline
+from fasttrain.parallel.watching import wire_over
 from fasttrain.parallel.wires import Method, Sent, method_of, total
 
 MIB = 1 << 20
@@ -50,6 +51,10 @@ class Reducer:
             and ranks in float32; it needs a torch whose tensors have `grad_dtype`.
         static_graph: every step uses the same parameters as often as the first one, which counts them: for parameters
             within several re-entrant checkpoints.
+        timeout_s: seconds after which a rank that does not answer is given up.
+        watch: True: one thread of this process tells the other ranks if it fails, and hears if they do, so that all
+            raise or end with the cause (docs/failures.md); or a Watcher of yours; False: none. Of a `Wire` that is
+            given: what that has.
 
     Attributes:
         layout: the `FlatLayout` of the buckets.
@@ -72,14 +77,14 @@ class Reducer:
     def __init__(self, params: Iterable[Tensor] | Iterable[tuple[str, Tensor]], mesh: Any = None, *,
                  wire: str | Method = "same", bucket_bytes: int = 25 * MIB, first_bucket_bytes: int = MIB,
                  order: Sequence[str] | None = None, grad_dtype: torch.dtype | None = None,
-                 static_graph: bool = False):
+                 static_graph: bool = False, timeout_s: float = 120, watch: Watcher | bool = True):
         named = reduced.trained(params)
         self.names, self.params = [name for name, _ in named], [p for _, p in named]
         other = [p for p in self.params if grad_dtype not in (None, p.dtype)]
         if other and not hasattr(other[0], "grad_dtype"):
             raise ValueError(f"grad_dtype={grad_dtype} needs a torch whose tensors have grad_dtype, newer than "
                              f"{torch.__version__}: leave it out, or keep the parameters in {grad_dtype}")
-        self.wire = mesh if isinstance(mesh, Wire) else Wire(self.params[0].device, group=mesh)
+        self.wire = wire_over(mesh, self.params[0].device, timeout_s, watch)
         method = method_of(wire)
         self.layout = FlatLayout.of(
             [Entry.of(name, p) for name, p in named], self.wire.size, order=order, bucket_bytes=bucket_bytes,
@@ -135,9 +140,7 @@ class Reducer:
         if self.idle:
             self.sequence += 1
             return None
-        if self._open is not None:
-            raise RuntimeError("finish() was called within a backward pass, or the last one ended with an exception "
-                               "after gradients were sent: the ranks cannot go on together; start them again")
+        self.check_closed()
         self._start()
         self._finish(late=True)
         return self.last
@@ -242,12 +245,27 @@ class Reducer:
         reduced.disown(self.params)
         steps.forget(self)
 
+    def check_closed(self) -> None:
+        """A forward pass begins, or a step.
+
+        Raises:
+            RuntimeError: the last backward pass has not come to its end, so that the other ranks wait for its gradients:
+                they are told.
+        """
+        if self._open is None or torch._C._current_graph_task_id() != -1:
+            return
+        cause = "a backward pass ended with an exception that the program caught, and its gradients were never sent"
+        if isinstance(self.wire.watch, Watcher):
+            self.wire.watch.fail(cause)
+        raise RuntimeError(f"{cause}: the ranks cannot go on together; let the exception end the process, and start again")
+
     def before_step(self) -> None:
         """An optimizer is about to step these parameters.
 
         Raises:
             RuntimeError: it would not divide by the items that were counted.
         """
+        self.check_closed()
         if self._late_items or (self.idle and self._items):
             raise RuntimeError("items were counted in this step, and optimizer.step() would not divide by them: call "
                                "step(optimizer) of the reducer or of DataParallel")
