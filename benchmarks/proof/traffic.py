@@ -1,0 +1,28 @@
+"""The bytes that a step must move for each element, by how its operands are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fasttrain.precision.codecs import NUMBER, code_dtype, codec
+
+
+def bytes_moved(codecs: Sequence[int]) -> float:
+    """Of p, g, the states and perhaps an EMA: everything is read once and, but for the gradient, written once.
+
+    Arguments:
+        codecs: their numbers; dtypes have numbers too (`fasttrain.precision.codecs`).
+
+    Example:
+        >>> from fasttrain.precision.codecs import NUMBER as n
+        >>> bytes_moved([n["f32"]] * 4), bytes_moved([n["split16"], n["bf16"], n["int8"], n["int8"]])
+        (28.0, 14.0625)
+    """
+    total = 0.0
+    for place, number in enumerate(codecs):
+        kept, written = codec(number), int(place != 1)
+        main = 0.5 if number & 15 == NUMBER["int4"] else float(code_dtype(number).itemsize)
+        total += main * (int(not kept.name.startswith("master")) + written)  # a master's rounded copy is not read
+        if kept.extra is not None:
+            total += kept.extra.itemsize * (1 + written) / max(kept.block, 1)
+    return total
