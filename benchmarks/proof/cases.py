@@ -8,7 +8,7 @@ full product, which is slow.
 from __future__ import annotations
 
 from functools import cache
-from itertools import product
+from itertools import cycle, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,13 +84,15 @@ def number(name: str) -> int:
 
 def covering() -> list[Case]:
     """Every rule with every plain storage, those with every architecture; and every other storage with every layout
-    and with every architecture. What else a case has occurs evenly.
+    and with every architecture, once with the first rule and else with the others in turn.
     """
     plain = cover({"rule": list(BY_NAME), "storage": PLAIN, "layout": (PLAINEST,), "arch": ARCHITECTURES},
                   [("rule", "storage"), ("rule", "arch"), ("storage", "arch")])
-    others = cover({"rule": list(BY_NAME), "storage": tuple(KEPT), "layout": tuple(LAYOUTS), "arch": ARCHITECTURES},
-                   [("storage", "layout"), ("storage", "arch"), ("layout", "arch")])
-    return [Case(**case) for case in (*plain, *others)]
+    others = cover({"storage": tuple(KEPT), "layout": tuple(LAYOUTS), "arch": ARCHITECTURES})
+    first, *rest = BY_NAME
+    once, turn = dict(zip(KEPT, cycle(LAYOUTS), strict=False)), cycle(rest)  # once[storage]: the layout
+    return [*(Case(**case) for case in plain),
+            *(Case(first if once[case["storage"]] == case["layout"] else next(turn), **case) for case in others)]
 
 
 @cache

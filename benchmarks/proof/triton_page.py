@@ -20,7 +20,8 @@ on every architecture; and every rule with one of those at least. The full produ
 test-all`. *Accesses* are the loads and stores of a thread on the aligned path, and *instructions* what is executed
 there for an element, start and end of the program included, without the subroutines of rare values. *Code*: all
 instructions of the kernel. *Occupancy*: the share of its threads that a multiprocessor holds. No kernel spills or uses
-local memory. The codes are counted, not run.
+local memory, but for those of rules with three states and an EMA that are all fp16 rounded at random. The codes are
+counted, not run.
 
 | rule | p, g, states | sm | bytes | registers | occupancy | accesses of 16 bytes | instructions | code |
 |---|---|---|---|---|---|---|---|---|
