@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 from benchmarks.proof import disassembly, machine_code
-from benchmarks.proof.traffic import bytes_moved
+from benchmarks.proof.traffic import bytes_moved, unread
 from fasttrain.kernels import cuda
 from fasttrain.kernels.trace import trace
 from fasttrain.optim import RULES, STAGES
@@ -198,10 +198,9 @@ class CompiledSums(Compiled):
         """Bytes of an element of all that is read and of all that is written; None where that is not by elements."""
         kind, *kinds = self.usage.name.split("_")
         if kind == "stage":  # of what the rule reads: ptxas drops the rest
-            graph = trace(self.rule)
-            read = {id(argument) for node in graph.live for argument in node.arguments}
-            written = zip([self.operands[0], *self.operands[2:]], graph.changed, strict=True)
-            return ([size for size, operand in zip(self.operands, graph.inputs, strict=True) if id(operand) in read],
+            dropped = unread(self.rule)
+            written = zip([self.operands[0], *self.operands[2:]], trace(self.rule).changed, strict=True)
+            return ([size for place, size in enumerate(self.operands) if place not in dropped],
                     [size for size, moved in written if moved])
         if kind not in ("squares", "move", "encode"):
             return None

@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.proof import cases, disassembly, machine_code, occupancy
 from benchmarks.proof.cases import ARCHITECTURES, BY_NAME, Case
-from benchmarks.proof.traffic import bytes_moved
+from benchmarks.proof.traffic import bytes_moved, unread
 from fasttrain.kernels import triton_factored, triton_pack, triton_sums
 from fasttrain.kernels.trace import trace
 from fasttrain.kernels.triton import BLOCK, compile_ahead, compile_kept_ahead
@@ -138,7 +138,7 @@ def step(case: Case) -> Ahead:
             return compile_ahead(rule, codecs, wide, case.arch)
         return compile_kept_ahead(rule, codecs, case.clip, case.arch)
 
-    return Ahead(str(case), case.arch, compiled, BLOCK[wide] / 128, bytes_moved(codecs))
+    return Ahead(str(case), case.arch, compiled, BLOCK[wide] / 128, bytes_moved(codecs, unread(rule)))
 
 
 def sums(name: str, storages: tuple[int, ...], arch: int) -> Ahead:
@@ -189,7 +189,7 @@ def wide_accesses(case: Case) -> dict[str, dict[int, int]]:
     Of eight elements it has 16 bytes or more of every array, 8 of codes, 4 of pairs of codes. Items that are not plain
     may have their gradients zeroed.
     """
-    elements = BLOCK[case.storage.startswith("f64")] / 128
+    elements, dropped = BLOCK[case.storage.startswith("f64")] / 128, unread(BY_NAME[case.rule])
     counts = {"loads": {16: 0, 8: 0, 4: 0}, "stores": {16: 0, 8: 0, 4: 0}}
     for place, number in enumerate(case.codecs):
         kept, nibbles = codec(number), number & 15 == NUMBER["int4"]
@@ -198,7 +198,7 @@ def wide_accesses(case: Case) -> dict[str, dict[int, int]]:
             sizes.append((float(kept.extra.itemsize), True))
         for size, loaded in sizes:
             width = min(int(elements * size), 16)
-            counts["loads"][width] += loaded * int(elements * size) // width
+            counts["loads"][width] += (loaded and place not in dropped) * int(elements * size) // width
             counts["stores"][width] += (place != 1 or not case.plain) * int(elements * size) // width
     return counts
 
