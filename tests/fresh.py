@@ -68,7 +68,8 @@ if not {{"-c", "-o"}} <= set(arguments):
     os.execvp(compiler, [compiler, *arguments])
 at = arguments.index("-o")
 out, rest = arguments[at + 1], [*arguments[:at], *arguments[at + 2:]]
-read = subprocess.run([compiler, *(each for each in rest if each != "-c"), "-E", "-P"], stdout=subprocess.PIPE)
+whole = ["-E", "-P", "-Wno-builtin-macro-redefined", '-D__FILE__=""']  # pybind11 lies elsewhere in each build
+read = subprocess.run([compiler, *(each for each in rest if each != "-c"), *whole], stdout=subprocess.PIPE)
 if read.returncode:
     sys.exit(read.returncode)
 flags = [each for each in rest if each.startswith("-") and not each.startswith(("-I", "-isystem", "-M"))]
