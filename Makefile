@@ -24,8 +24,8 @@ PY     := $(VENV)/bin/python
 train: $(VENV)/.native
 	$(PY) -m fasttrain train $(ARGS)
 
-test: $(VENV)/.native
-	$(PY) -m pytest -n $(JOBS) --dist worksteal -m "not slow" $(ARGS)
+test: $(VENV)/.native  # passive: threads of torch that spin while they wait would take the other process's core
+	OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(JOBS) --dist worksteal -m "not slow" $(ARGS)
 
 test-install: $(VENV)/.native
 	$(PY) -m pytest tests/test_install.py $(ARGS)
