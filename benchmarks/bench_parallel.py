@@ -117,8 +117,8 @@ def run(tensors: int = TENSORS, width: int = WIDTH, batch: int = BATCH, rounds: 
     left = (medians["fasttrain"] - medians["forward and backward"] - medians["raw all-reduce"]) / medians["AdamW"]
     alone = together(tax, 1, tensors, width, batch, rounds)[0]
     return [
-        {"work": "step", "tensors": tensors, "elements": width * width, "batch": batch, "seconds": medians, "best": best,
-         "passes": left, "ratio": {
+        {"work": "step", "tensors": tensors, "elements": width * width, "batch": batch, "seconds": medians,
+         "best": best, "passes": left, "ratio": {
              **{name: harness.ratio(seconds, best, name) for name in ("fasttrain", "fasttrain ordered")},
              **{name: harness.ratio(seconds, "DDP bf16", name) for name in ("fasttrain bf16", "fasttrain int8")}}},
         {"work": "wrapper at world size 1", "seconds": harness.medians(alone), "ratio": {
@@ -133,6 +133,6 @@ def report(figures: list[dict[str, Any]]) -> str:
     lines += [f"{name} is {ratio['median']:.3f} times ({ratio['low']:.3f} to {ratio['high']:.3f}) as fast as "
               f"{peers.get(name, 'DDP bf16')}" for name, ratio in step["ratio"].items()]
     lines.append(f"beside forward, backward and a raw all-reduce: {step['passes']:.2f} of a fused AdamW pass")
-    lines += [f"at world size 1 {name} takes {ratio['median']:.4f} ({ratio['low']:.4f} to {ratio['high']:.4f}) of the bare "
-              "module" for name, ratio in alone["ratio"].items()]
+    lines += [f"at world size 1 {name} takes {ratio['median']:.4f} ({ratio['low']:.4f} to {ratio['high']:.4f}) of the "
+              "bare module" for name, ratio in alone["ratio"].items()]
     return "\n".join(lines)

@@ -1,7 +1,7 @@
 """torch's own tests of DistributedDataParallel, from its wheel, with `DataParallel` in its place.
 
-Of the eight that need no GPU. Two ask for what is torch's own and no part of the surface: `test_ddp_logging_data_cpu` and
-`test_static_graph_api_cpu` read its internal logger. `test_dump_DDP_relevant_env_vars` makes no module.
+Of the eight that need no GPU. Two ask for what is no part of the surface: `test_ddp_logging_data_cpu` and
+`test_static_graph_api_cpu` read torch's internal logger. `test_dump_DDP_relevant_env_vars` makes no module.
 """
 
 import os

@@ -62,7 +62,8 @@ def test_it_learns(two):
 def test_records_are_complete_and_the_same_on_every_rank(two):
     (records, weights), (others, other_weights) = two
     assert [(r["event"], r["step"]) for r in records] == [
-        ("validation", 0), ("train", 4), ("validation", 6), ("train", 8), ("train", 12), ("wire", 12), ("validation", 12)]
+        ("validation", 0), ("train", 4), ("validation", 6), ("train", 8), ("train", 12), ("wire", 12),
+        ("validation", 12)]
     assert [r["step"] for r in others] == [r["step"] for r in records]
     assert losses(others) == losses(records)
     assert all(torch.equal(a, b) for a, b in zip(weights, other_weights, strict=True))

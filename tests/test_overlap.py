@@ -36,7 +36,8 @@ def first_sent(wire, compiled):
     assert all(moments.received >= moments.sent for moments in timeline.buckets)
     assert "exposed communication" in timeline.draw()
     names = model.reducer.recorded_order()
-    assert sorted(names) == sorted(model.reducer.names) and names[0] == "7.0.bias"
+    assert sorted(names) == sorted(model.reducer.names)
+    assert names[0] == "7.0.bias"
     return method.arrived, len(model.reducer.params)
 
 
@@ -44,7 +45,8 @@ def first_sent(wire, compiled):
 def test_the_first_bucket_leaves_before_half_of_backward(compiled):
     for arrived, gradients in ranks.run(first_sent, 2, compiled):
         assert arrived[0] < gradients / 2
-        assert arrived == sorted(arrived) and len(arrived) >= 4
+        assert arrived == sorted(arrived)
+        assert len(arrived) >= 4
 
 
 def equals_ddp(wire):

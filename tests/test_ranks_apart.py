@@ -20,6 +20,31 @@ class Swapped(Same):
         return super().send(other, bucket)
 
 
+def odd_step(model, optimizer, x, how, odd):
+    """A step in which one rank does something else."""
+    if how == "no_sync":
+        with model.no_sync() if odd else contextlib.nullcontext():
+            model(x).sum().backward()
+    elif how == "twice":
+        if odd:
+            with model.no_sync():
+                model(x).sum().backward()
+        model(x).sum().backward()
+    elif how == "no gradient":
+        loss = model(x).sum()
+        (loss.detach().requires_grad_() if odd else loss).backward()
+    elif how == "no backward":
+        loss = model(x).sum()
+        if not odd:
+            loss.backward()
+    elif how == "all under no_sync":
+        with model.no_sync():
+            model(x).sum().backward()
+    else:
+        model(x).sum().backward()
+    optimizer.step()
+
+
 def apart(wire, how):
     torch.manual_seed(1)
     model = DataParallel(nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(4))), mesh=wire,
@@ -32,29 +57,8 @@ def apart(wire, how):
             optimizer.step()
             optimizer.zero_grad()
     before = [p.detach().clone() for p in model.parameters()]
-    odd = wire.rank == 1
     with pytest.raises((Disagreement, RuntimeError)) as error:
-        if how == "no_sync":
-            with model.no_sync() if odd else contextlib.nullcontext():
-                model(x).sum().backward()
-        elif how == "twice":
-            if odd:
-                with model.no_sync():
-                    model(x).sum().backward()
-            model(x).sum().backward()
-        elif how == "no gradient":
-            loss = model(x).sum()
-            (loss.detach().requires_grad_() if odd else loss).backward()
-        elif how == "no backward":
-            loss = model(x).sum()
-            if not odd:
-                loss.backward()
-        elif how == "all under no_sync":
-            with model.no_sync():
-                model(x).sum().backward()
-        else:
-            model(x).sum().backward()
-        optimizer.step()
+        odd_step(model, optimizer, x, how, wire.rank == 1)
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
     return str(error.value)
 

@@ -37,7 +37,7 @@ class DataParallel(nn.Module, Joinable):
         wire, order, grad_dtype, timeout_s, watch: see `Reducer`.
 
     Example:
-        >>> from fasttrain.parallel import DataParallel      # was: from torch.nn.parallel import DistributedDataParallel
+        >>> from fasttrain.parallel import DataParallel  # was torch.nn.parallel's DistributedDataParallel
         >>> model = DataParallel(torch.nn.Linear(2, 1))                                 # doctest: +SKIP
         >>> model(torch.ones(4, 2)).sum().backward()                                    # doctest: +SKIP
     """

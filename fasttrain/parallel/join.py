@@ -39,8 +39,9 @@ def ask(wire: Wire, joined: bool, syncing: bool) -> Present:
     ranks = table[:, 0].nonzero().flatten().tolist()
     wanting = int(table[:, 1].sum())
     if 0 < wanting < len(ranks):
-        raise RuntimeError(f"of ranks {ranks}, which have data left, only {table[:, 1].nonzero().flatten().tolist()} run "
-                           "this forward pass outside of no_sync(): do the same on all")
+        some = table[:, 1].nonzero().flatten().tolist()
+        raise RuntimeError(f"of ranks {ranks}, which have data left, only {some} run this forward pass "
+                           "outside of no_sync(): do the same on all")
     return Present(ranks, wanting > 0)
 
 

@@ -16,24 +16,21 @@ import torch
 from torch import Tensor
 
 from fasttrain.dist import accounting
-from fasttrain.dist.control import Control, Outcome, Pending
+from fasttrain.dist.control import Outcome
 from fasttrain.dist.fingerprint import agree, fingerprint
 from fasttrain.dist.layout import Entry, FlatLayout
 from fasttrain.dist.watcher import Watcher
 from fasttrain.kernels import norm
 from fasttrain.parallel import reduced, steps
-from fasttrain.parallel.buckets import Bucket
+from fasttrain.parallel.passes import Passes
 from fasttrain.parallel.timeline import Timeline
 from fasttrain.parallel.watching import wire_over
-from fasttrain.parallel.wires import Method, Sent, method_of, total
+from fasttrain.parallel.wires import Method, method_of
 
 MIB = 1 << 20
-AGREED = ("the step", "the number of backward passes in it", "the checksum of its collectives",
-          "whether there is any gradient", "whether optimizer.step() came without a synchronised backward pass")
-engine = torch.autograd.Variable._execution_engine
 
 
-class Reducer:
+class Reducer(Passes):
     """Averages the gradients of parameters over the ranks of a mesh, in the backward pass itself.
 
     After a backward pass, `p.grad` is the mean over ranks, as after torch's DistributedDataParallel; a parameter that
@@ -79,39 +76,21 @@ class Reducer:
                  order: Sequence[str] | None = None, grad_dtype: torch.dtype | None = None,
                  static_graph: bool = False, timeout_s: float = 120, watch: Watcher | bool = True):
         named = reduced.trained(params)
-        self.names, self.params = [name for name, _ in named], [p for _, p in named]
-        other = [p for p in self.params if grad_dtype not in (None, p.dtype)]
+        other = [p for _, p in named if grad_dtype not in (None, p.dtype)]
         if other and not hasattr(other[0], "grad_dtype"):
             raise ValueError(f"grad_dtype={grad_dtype} needs a torch whose tensors have grad_dtype, newer than "
                              f"{torch.__version__}: leave it out, or keep the parameters in {grad_dtype}")
-        self.wire = wire_over(mesh, self.params[0].device, timeout_s, watch)
-        method = method_of(wire)
-        self.layout = FlatLayout.of(
-            [Entry.of(name, p) for name, p in named], self.wire.size, order=order, bucket_bytes=bucket_bytes,
-            first_bucket_bytes=first_bucket_bytes, bucket_dtype=grad_dtype)
-        agree(self.wire, fingerprint(self.layout.entries, self.layout,
-                                     {"wire": method.name, "static_graph": static_graph}))
-        self.sequence = 0
-        self.last: Outcome | None = None
-        self.timeline: Timeline | None = None
-        self.syncing = True          # what the next backward pass does: `no_sync`
-        self.joining = False         # within `join`: ranks without data answer the others
-        self.stop = False            # this rank wishes to stop: travels with the next synchronised step
-        self._late_items = 0         # what all ranks had counted in the last one, until `step` divides by it
-        self._items = 0              # what this rank has counted since the last one (`count`)
-        self._open: bool | None = None  # within a backward pass: whether it is synchronised
-        self._backwards = 0          # since the last synchronised step
-        self._counts, self._counting = [0] * len(named), static_graph
-        self._control = Control(self.wire, len(named), AGREED)
-        self._pending: Pending | None = None
-        self._squares: tuple[Tensor, Tensor] | None = None
-        self._arrivals: list[int] = []
-        self._make_buckets()
+        ranks, method = wire_over(mesh, named[0][1].device, timeout_s, watch), method_of(wire)
+        entries = [Entry.of(name, p) for name, p in named]
+        layout = FlatLayout.of(entries, ranks.size, order=order, bucket_bytes=bucket_bytes,
+                               first_bucket_bytes=first_bucket_bytes, bucket_dtype=grad_dtype)
+        agree(ranks, fingerprint(entries, layout, {"wire": method.name, "static_graph": static_graph}))
+        self.idle = ranks.size == 1 and not other and method.name == "same"
+        super().__init__(named, ranks, layout, static_graph)
         self.use(method)
         for p in other:
             p.grad_dtype = None  # any: the first comes in the parameter's own, and is cast as it is packed
         reduced.own(self.params, self)
-        self.idle = self.wire.size == 1 and not other and method.name == "same"
         self._hooks = [] if self.idle else [
             p.register_post_accumulate_grad_hook(partial(_arrived, weakref.ref(self), index))
             for index, p in enumerate(self.params)]
@@ -178,8 +157,8 @@ class Reducer:
             RuntimeError: nothing was counted.
         """
         if not hasattr(optimizer, "step_scaled"):
-            raise TypeError(f"{type(optimizer).__name__} cannot divide by a number of items that is known late: take one "
-                            "of fasttrain.optim, or average the loss on each rank and do not count()")
+            raise TypeError(f"{type(optimizer).__name__} cannot divide by a number of items that is known late: take "
+                            "one of fasttrain.optim, or average the loss on each rank and do not count()")
         if self.idle:
             items, self._items = self._items, 0
         else:
@@ -199,8 +178,8 @@ class Reducer:
     def statistics(self) -> tuple[Tensor, Tensor]:
         """Of the reduced gradients: the sum of squares (float64) and whether any element is not finite; of shape ().
 
-        Each rank measured its part while buckets arrived: the same bits on every rank. Do not use them if something else
-        has written to the gradients since (torch's GradScaler, for example).
+        Each rank measured its part while buckets arrived: the same bits on every rank. Do not use them if something
+        else has written to the gradients since (torch's GradScaler, for example).
         """
         if self.idle:
             squares, found = norm.squares([p.grad for p in self.params if p.grad is not None])
@@ -249,15 +228,16 @@ class Reducer:
         """A forward pass begins, or a step.
 
         Raises:
-            RuntimeError: the last backward pass has not come to its end, so that the other ranks wait for its gradients:
-                they are told.
+            RuntimeError: the last backward pass has not come to its end, so that the other ranks wait for its
+                gradients: they are told.
         """
         if self._open is None or torch._C._current_graph_task_id() != -1:
             return
         cause = "a backward pass ended with an exception that the program caught, and its gradients were never sent"
         if isinstance(self.wire.watch, Watcher):
             self.wire.watch.fail(cause)
-        raise RuntimeError(f"{cause}: the ranks cannot go on together; let the exception end the process, and start again")
+        raise RuntimeError(f"{cause}: the ranks cannot go on together; let the exception end the process, and start "
+                           "again")
 
     def before_step(self) -> None:
         """An optimizer is about to step these parameters.
@@ -269,119 +249,6 @@ class Reducer:
         if self._late_items or (self.idle and self._items):
             raise RuntimeError("items were counted in this step, and optimizer.step() would not divide by them: call "
                                "step(optimizer) of the reducer or of DataParallel")
-
-    # --- A backward pass ----------------------------------------------------------------------------------------------
-
-    def _make_buckets(self) -> None:
-        self._index = {p: index for index, p in enumerate(self.params)}
-        self._shapes = [p.shape for p in self.params]
-        self._where: list[tuple[Bucket, int]] = [None] * len(self.params)  # type: ignore[list-item]
-        place = {name: index for index, name in enumerate(self.names)}
-        self.buckets = []
-        for plan in self.layout.buckets:
-            indices = [place[slot.name] for slot in plan.slots]
-            bucket = Bucket(plan, [self.params[i] for i in indices], [self.names[i] for i in indices])
-            for at, index in enumerate(indices):
-                self._where[index] = bucket, at
-            self.buckets.append(bucket)
-
-    def _arrive(self, index: int) -> None:
-        """A gradient is there, as far as this backward pass goes."""
-        if self._open is None:
-            self._begin()
-        self._arrivals.append(index)
-        if self._counting:
-            self._counts[index] += 1
-            return
-        if self._left and self._left[index] > 1:
-            self._left[index] -= 1
-            return
-        bucket, place = self._where[index]
-        if not self._open:
-            bucket.take(place, 1.0)
-            return
-        bucket.arrive(place, self._factor)
-        if self.timeline is not None:
-            self.timeline.look()
-        if not bucket.waiting:
-            self._send_ready()
-
-    def _begin(self) -> None:
-        """The first gradient of a backward pass."""
-        self._backwards += 1
-        self._arrivals = []
-        self._left = list(self._counts) if any(self._counts) else []
-        if self.syncing:
-            self._start()
-        self._open = self.syncing
-        engine.queue_callback(self._ended)
-
-    def _start(self) -> None:
-        """A synchronised step begins."""
-        self._read()
-        self._works: list[Sent] = []
-        self._squares = None
-        self._factor = self.method.factor
-        for bucket in self.buckets:
-            bucket.begin()
-        if self.timeline is not None:
-            self.timeline.begin()
-
-    def _send_ready(self) -> None:
-        """Send, in the layout's order, every bucket that is full and whose turn it is."""
-        while (turn := len(self._works)) < len(self.buckets) and not self.buckets[turn].waiting:
-            self._works.append(self.method.send(turn, self.buckets[turn]))
-            if self.timeline is not None:
-                self.timeline.sent(turn, self._works[turn])
-
-    def _ended(self) -> None:
-        """Autograd is done; or only the inner backward pass of a re-entrant checkpoint."""
-        if (node := torch._C._current_autograd_node()) is not None:
-            node.register_hook(lambda *_: engine.queue_callback(self._ended))
-        elif self._open is not None:
-            if self._open:
-                self._counting = False
-                self._finish(late=False)
-            self._open = None
-
-    def _finish(self, late: bool) -> None:
-        if self.timeline is not None:
-            self.timeline.backward_ended()
-        self._check_unchanged()
-        used = [p.grad is not None for p in self.params]
-        for bucket in self.buckets[len(self._works) :]:
-            bucket.close(self._factor)
-        self._send_ready()
-        squares, bad = total([work.wait() for work in self._works])
-        same = [self.sequence, *((0, self.method.checksum, 1, 0) if self.joining else
-                                 (self._backwards, self.method.checksum, any(used), late))]
-        self._pending = self._control.send(list(map(int, same)), squares, bad, self._items, self.stop, used)
-        self._counted = self._items > 0
-        self.sequence, self._backwards, self._items = self.sequence + 1, 0, 0
-        self._squares = self._pending.squares, self._pending.nonfinite
-        if self.timeline is not None:
-            self.timeline.ended()
-        if self.wire.device.type == "cpu" or not all(used) or late or self._counted:
-            self._read()
-            self._late_items = self.last.tokens
-            for (bucket, place), had, ranks in zip(self._where, used, self.last.used, strict=True):
-                if ranks and not had:
-                    bucket.bind(place)
-        if late and any(self.last.used):
-            raise RuntimeError("an optimizer steps gradients that were accumulated under no_sync() and never reduced, on "
-                               "every rank: run the last backward pass of a step outside of no_sync()")
-
-    def _read(self) -> None:
-        """What the ranks did: at once on the CPU, a step later on a GPU, which is not waited for."""
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
-            self.last = pending.read()
-
-    def _check_unchanged(self) -> None:
-        for name, p, shape in zip(self.names, self.params, self._shapes, strict=True):
-            if not p.requires_grad or p.shape != shape:
-                raise RuntimeError(f"{name} was {'resized' if p.requires_grad else 'frozen'} after it was wrapped: wrap "
-                                   "the model again, on every rank")
 
 
 def _arrived(reducer: weakref.ref[Reducer], index: int, p: Tensor) -> None:

@@ -71,7 +71,7 @@ class Sent:
     """A bucket on its way.
 
     Arguments:
-        work: what must be over, with `wait` and `done`; its result is the `Parts` of this rank if nothing is `measured`.
+        work: what must be over, with `wait` and `done`; its result is this rank's `Parts` if nothing is `measured`.
         measured: the elements of which this rank tells the sum of squares, once they are there.
     """
 

@@ -42,7 +42,7 @@ class PhaseClock:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - begun
 
     def move(self, source: str, target: str, seconds: float) -> None:
-        """Count seconds of one phase, which were measured otherwise, to another. Not on a GPU: the host's are not its."""
+        """Count seconds of one phase, measured otherwise, to another. Not on a GPU: the host's are not its."""
         if not self.on_gpu:
             self.seconds[source] -= seconds
             self.seconds[target] = self.seconds.get(target, 0.0) + seconds

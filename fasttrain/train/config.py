@@ -114,8 +114,8 @@ class TrainConfig:
             )
         if self.batch // self.processes % self.accumulate:
             raise BadInput(
-                f"--accumulate {self.accumulate} with --batch {self.batch} on {self.processes} processes: every backward "
-                f"pass must have the same number of sequences; use a batch that is a multiple of "
+                f"--accumulate {self.accumulate} with --batch {self.batch} on {self.processes} processes: every "
+                f"backward pass must have the same number of sequences; use a batch that is a multiple of "
                 f"{self.processes * self.accumulate}"
             )
         if self.device == "cpu":

@@ -30,7 +30,7 @@ def train(config: TrainConfig, model: DataParallel, optimizer: torch.optim.Optim
 
     Records: ``{"event": "train", step, loss, lr, tokens_per_s, seconds, share}``, loss in nats per byte, averaged over
     the steps since the last; ``{"event": "validation", step, bits_per_byte, bytes}``; and once
-    ``{"event": "wire", step, bytes, formula}``: what a rank sent in a step for its gradients, counted and by the formula.
+    ``{"event": "wire", step, bytes, formula}``: what a rank sent for the gradients of a step, counted and by formula.
 
     Raises:
         FloatingPointError: the loss is not finite, on every process in the same step.
