@@ -6,9 +6,10 @@ from contextlib import AbstractContextManager
 
 from torch import Tensor
 
-from fasttrain.optim import clip, ema
+from fasttrain.optim import clip, ema, pinned
 from fasttrain.optim.arrival import Arrival
 from fasttrain.optim.groups import Groups
+from fasttrain.optim.pinned import PinnedBytes
 from fasttrain.optim.report import StepReport
 
 
@@ -98,6 +99,19 @@ class Around(Groups):
             raise RuntimeError("parameters are stepped on arrival already: remove() that first")
         self.arriving = Arrival(self, accumulation)
         return self.arriving
+
+    def pinned_bytes(self) -> PinnedBytes:
+        """The pinned memory of the host that `offload=True` takes for these parameters; none is taken to answer.
+
+        Example:
+            >>> import torch
+            >>> from fasttrain.optim import AdamW
+            >>> optimizer = AdamW([torch.nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))], master="split")
+            >>> optimizer.pinned_bytes()
+            PinnedBytes(parameters=8192, gradients=8192, states=40960, slots=1)
+        """
+        return pinned.needs(self, [(g, i) for g, group in enumerate(self.param_groups)
+                                   for i in range(len(group["params"]))], self.offload_bucket)
 
     def ema_weights(self) -> AbstractContextManager[None]:
         """A context in which the parameters hold their EMA, for evaluation; afterwards they are as before.
