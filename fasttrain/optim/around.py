@@ -157,7 +157,7 @@ class Around(Groups):
             elif group.get("zero_gradients"):
                 for p in group["params"]:
                     if p.grad is not None:
-                        p.grad.detach_().zero_()
+                        p.grad.detach().zero_()  # also of views: gradients in buckets
         self._arrived.clear()
         report.close()
         self.last_step = report

@@ -33,6 +33,7 @@ class Bucket:
     Attributes:
         after: events behind which the gradients are complete and nobody reads the parameters.
         more: what else comes down with them.
+        turn: the number of its slot.
         views: the gradients on the host, once it has set out.
     """
 
@@ -40,6 +41,7 @@ class Bucket:
     members: list[Member] = field(default_factory=list)
     after: list[Any] = field(default_factory=list)
     more: Pairs = ()
+    turn: int = 0
     views: list[Tensor] = field(default_factory=list)
     down: Any = None
     up: Any = None
@@ -58,7 +60,6 @@ class Flights:
 
     def __init__(self, link: Link, size: int, slots: int) -> None:
         self.slots = [torch.empty(0, dtype=torch.uint8)] * 2
-        self.turn = 0
         self.views: dict[tuple[int, int, Array], Tensor] = {}
         for turn in range(slots):
             self.room(link, turn, size)
@@ -93,21 +94,20 @@ class Flights:
             before.link.wait(before.down)
             report.host_syncs += 1
         if bucket is not None:
-            self.set_out(bucket)
+            self.set_out(bucket, 0 if before is None else 1 - before.turn)
             self.landing = bucket
         if before is not None:
             self.land(before, land)
 
-    def set_out(self, bucket: Bucket) -> None:
-        link = bucket.link
+    def set_out(self, bucket: Bucket, turn: int) -> None:
+        link, bucket.turn = bucket.link, turn
         if link is None:
             bucket.views = [member.grad for member in bucket.members]
             return
-        self.turn = 1 - self.turn
-        self.room(link, self.turn, bucket.bytes)
+        self.room(link, turn, bucket.bytes)
         begin = 0
         for member in bucket.members:
-            bucket.views.append(self.view(link, self.turn, begin, member.landed))
+            bucket.views.append(self.view(link, turn, begin, member.landed))
             begin += member.landed.bytes
         if bucket.more:  # into what may be on its way up
             self.wait_for_sending()

@@ -85,6 +85,8 @@ def check(optimizer: Any, gradients: Iterable[tuple[Tensor, Tensor]]) -> None:
         gradients: of some twins; in memory of the gradients' own shape and order, whatever is in it.
     """
     given = dict(gradients)
+    versions = dict(optimizer._versions)  # by which an examination sees, once, that a parameter was written outside
+    planned = [] if optimizer._plan is None else [optimizer._plan.version(i) for i in range(len(optimizer._places))]
     rules = [optimizer.rule_of(group) for group in optimizer.param_groups]
     try:
         for twin, grad in given.items():
@@ -93,6 +95,8 @@ def check(optimizer: Any, gradients: Iterable[tuple[Tensor, Tensor]]) -> None:
             for index in scan(optimizer, rules):
                 where = optimizer._places[index]
                 twin = optimizer._param(where)
+                if index < len(planned) and planned[index] >= 0:
+                    versions.setdefault(id(twin), planned[index])
                 if optimizer.state.get(twin):
                     examining(twin)
                     optimizer._examine(where, rules[where[0]], StepReport())
@@ -100,6 +104,7 @@ def check(optimizer: Any, gradients: Iterable[tuple[Tensor, Tensor]]) -> None:
     except Fine:
         pass
     finally:
+        optimizer._versions = versions
         for twin in given:
             twin.grad = None
         if optimizer._plan is not None:
