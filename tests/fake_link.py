@@ -15,7 +15,8 @@ class Event:
 
 
 class FakeLink:
-    """As `fasttrain.kernels.link.Link`; the GPU's current stream does everything at once.
+    """As `fasttrain.kernels.link.Link`; the GPU's current stream does everything at once. What is being copied, and
+    where to, must not be written before somebody has waited.
 
     Arguments:
         pace: "late": copies are made when somebody waits for them; "early": at once; "mixed": some now, some later.
@@ -52,7 +53,8 @@ class FakeLink:
             self.moved[way] += source.nbytes
         event = Event(self, way)
         self.calls[way] += 1
-        self.queues[way].append((pairs, event))
+        versions = [(to._version, source._version) for to, source in pairs]
+        self.queues[way].append((pairs, event, versions))
         self.known[way].append(event)
         self.most[way] = max(self.most[way], len(self.known[way]))
         if self.pace == "early":
@@ -67,9 +69,10 @@ class FakeLink:
                 self._run(way, self.queues[way][0][1])
 
     def _run(self, way, event):
-        while any(queued is event for _, queued in self.queues[way]):
-            pairs, _ = self.queues[way].pop(0)
-            for to, source in pairs:
+        while any(queued is event for _, queued, _ in self.queues[way]):
+            pairs, _, versions = self.queues[way].pop(0)
+            for (to, source), known in zip(pairs, versions, strict=True):
+                assert (to._version, source._version) == known, "written while a copy was under way"
                 to.data.copy_(source.data)
 
     def hold(self, event):

@@ -172,6 +172,22 @@ def test_stepping_on_arrival(link: FakeLink) -> None:
     assert link.moved["down"] > 4 * link.moved["up"] / 5
 
 
+def test_arriving_twice_in_a_step(link: FakeLink) -> None:
+    """A parameter is not stepped while it is on its way up from its last one."""
+    made = []
+    for offload in (dict(offload=True, offload_bucket=64), {}):
+        params = [Parameter(torch.ones(20)), Parameter(torch.ones(30))]
+        optimizer = SGD(params, lr=0.1, momentum=0.9, **offload)
+        optimizer.step_on_arrival()
+        for turn in range(4):
+            params[1].mul(2.0 + turn).sum().backward()
+            params[1].mul(3.0 + turn).sum().backward()
+            params[0].sum().backward()
+        optimizer.step()
+        made.append(optimizer)
+    assert_same(*made)
+
+
 def test_pinned_memory_is_what_was_said(link: FakeLink) -> None:
     for options in ({}, dict(storage="8-byte", ema_decay=0.9), dict(storage="5-byte")):
         ours, _ = both("AdamW", BF16, **options)

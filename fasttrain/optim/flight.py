@@ -109,12 +109,12 @@ class Flights:
         for member in bucket.members:
             bucket.views.append(self.view(link, turn, begin, member.landed))
             begin += member.landed.bytes
-        if bucket.more:  # into what may be on its way up
-            self.wait_for_sending()
         grads = [(view, member.grad) for view, member in zip(bucket.views, bucket.members, strict=True)]
         bucket.down = link.down([*grads, *bucket.more], bucket.after)
 
     def land(self, bucket: Bucket, land: Callable[[Bucket], Pairs]) -> None:
+        # Parameters are sent from where they are stepped. Those of the last step have gone: the gradients that landed
+        # were queued behind them. Only one that arrives twice in a step may still be on its way.
         if self.sending is not None and not bucket.numbers.isdisjoint(self.sending.numbers):
             self.wait_for_sending()
         pairs = land(bucket)
