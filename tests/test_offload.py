@@ -13,7 +13,7 @@ import pickle
 import pytest
 import torch
 from fake_link import FakeLink
-from helpers import assert_same_bits, generator
+from helpers import CPU, assert_same_bits, generator
 from stored import same
 from torch.nn import Parameter
 
@@ -58,11 +58,12 @@ def parameters(dtype: torch.dtype = F32) -> list[Parameter]:
     return params
 
 
-def both(kind: str, dtype: torch.dtype = F32, **options: object) -> tuple[Optimizer, Optimizer]:
-    """An offloaded optimizer and a plain one, each of its own parameters of two groups."""
+def both(kind: str, dtype: torch.dtype = F32, device: torch.device = CPU,
+         **options: object) -> tuple[Optimizer, Optimizer]:
+    """An offloaded optimizer and a plain one on the CPU, each of its own parameters of two groups."""
     made = []
-    for offload in (dict(offload=True, offload_bucket=BUCKET), {}):
-        named = [(f"p{i}", p) for i, p in enumerate(parameters(dtype))]
+    for offload, where in ((dict(offload=True, offload_bucket=BUCKET), device), ({}, CPU)):
+        named = [(f"p{i}", Parameter(p.detach().to(where))) for i, p in enumerate(parameters(dtype))]
         groups = [{"params": named[:2]}, {"params": named[2:], "lr": 0.03}]
         made.append(getattr(fasttrain.optim, kind)(groups, lr=0.1, **options, **offload))
     return made[0], made[1]
@@ -76,7 +77,7 @@ def give(optimizer: Optimizer, step: int, dtype: torch.dtype | None = None) -> N
     """Gradients of two backward passes; some are missing, one is in another order than its parameter."""
     numbers = generator(step)
     for i, p in enumerate(params_of(optimizer)):
-        first, second = (torch.randn(p.shape, dtype=torch.float64, generator=numbers).to(dtype or p.dtype)
+        first, second = (torch.randn(p.shape, dtype=torch.float64, generator=numbers).to(p.device, dtype or p.dtype)
                          for _ in range(2))
         if dtype is not None:
             p.grad_dtype = dtype
@@ -122,8 +123,15 @@ def run(optimizer: Optimizer, first: int, last: int, dtype: torch.dtype | None =
 
 @pytest.mark.parametrize(("case", "link"), [(case, PACES[i % 3]) for i, case in enumerate(CASES)], indirect=["link"])
 def test_bits(link: FakeLink, case: str) -> None:
+    ours = compare(case, CPU)
+    assert link.most == {"down": 1, "up": 1}
+    assert ours.last_step.host_syncs >= 2  # buckets
+
+
+def compare(case: str, device: torch.device) -> Optimizer:
+    """Six steps of a case, with parameters on a device, against the same on the host."""
     kind, dtype, options = CASES[case]
-    ours, plain = both(kind, dtype, **options)
+    ours, plain = both(kind, dtype, device, **options)
     grad = F32 if case == "float32 gradients" else None
     counts = run(ours, 0, 6, grad)
     assert counts == run(plain, 0, 6, grad)
@@ -132,8 +140,7 @@ def test_bits(link: FakeLink, case: str) -> None:
     if options.get("zero_gradients"):
         same([p.grad for p in params_of(ours) if p.grad is not None],
              [p.grad for p in params_of(plain) if p.grad is not None], "gradients")
-    assert link.most == {"down": 1, "up": 1}
-    assert ours.last_step.host_syncs >= 2  # buckets
+    return ours
 
 
 @pytest.mark.slow
