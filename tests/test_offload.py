@@ -7,8 +7,10 @@ what somebody has yet to read.
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -193,6 +195,21 @@ def test_arriving_twice_in_a_step(link: FakeLink) -> None:
         optimizer.step()
         made.append(optimizer)
     assert_same(*made)
+
+
+def test_no_gradient_is_kept_alive(link: FakeLink) -> None:
+    link.pace = "early"
+    ours, _ = both("AdamW")
+    for step in range(2):
+        give(ours, step)
+        ours.step()
+    held = [weakref.ref(p.grad) for p in params_of(ours) if p.grad is not None]
+    ours.zero_grad()
+    assert [grad() for grad in held] == [None] * len(held)
+    host = weakref.ref(ours._host)
+    del ours
+    gc.collect()
+    assert host() is None
 
 
 def test_pinned_memory_is_what_was_said(link: FakeLink) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -71,6 +72,8 @@ class Link:
             with torch.cuda.device(self.device):
                 refused = int(runtime.cudaHostRegister(memory.data_ptr(), size, 1))  # portable: for every device
             if refused:
+                with suppress(RuntimeError):  # the runtime would report this error to whoever launches a kernel next
+                    torch.ones(1, device=self.device)
                 raise RuntimeError(f"cudaHostRegister of {size} bytes returned error {refused}")
             weakref.finalize(memory.untyped_storage(), _unregister, memory.data_ptr()).atexit = False
         return memory

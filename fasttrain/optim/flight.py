@@ -43,8 +43,7 @@ class Bucket:
     more: Pairs = ()
     turn: int = 0
     views: list[Tensor] = field(default_factory=list)
-    down: Any = None
-    up: Any = None
+    down: Any = None  # the event of the last copy
 
     @property
     def bytes(self) -> int:
@@ -53,6 +52,14 @@ class Bucket:
     @property
     def numbers(self) -> set[int]:
         return {member.number for member in self.members}
+
+
+class Sending(NamedTuple):
+    """A bucket on its way up. The gradients are nobody's business any more."""
+
+    link: Link
+    event: Any
+    numbers: set[int]
 
 
 class Flights:
@@ -64,7 +71,7 @@ class Flights:
         for turn in range(slots):
             self.room(link, turn, size)
         self.landing: Bucket | None = None
-        self.sending: Bucket | None = None
+        self.sending: Sending | None = None
         self.last: dict[Link, Any] = {}  # the event of the last copy up
 
     def room(self, link: Link, turn: int, size: int) -> Tensor:
@@ -120,13 +127,13 @@ class Flights:
         pairs = land(bucket)
         if bucket.link is not None:
             self.wait_for_sending()
-            bucket.up = self.last[bucket.link] = bucket.link.up(pairs, bucket.after)
-            self.sending = bucket
+            self.last[bucket.link] = bucket.link.up(pairs, bucket.after)
+            self.sending = Sending(bucket.link, self.last[bucket.link], bucket.numbers)
 
     def wait_for_sending(self) -> None:
-        bucket, self.sending = self.sending, None
-        if bucket is not None and bucket.link is not None:
-            bucket.link.wait(bucket.up)
+        sending, self.sending = self.sending, None
+        if sending is not None:
+            sending.link.wait(sending.event)
 
     def drain(self) -> None:
         """Nothing is on its way down any more, and the GPUs' current streams wait for what is on its way up."""
