@@ -30,12 +30,20 @@ class Bucket:
         self.data = torch.zeros(plan.elements, dtype=plan.dtype, device=params[0].device)
         self.slots = Slots(self.data, [p.detach() for p in params], [slot.start for slot in plan.slots])
         self.rescaled = 0
+        ends = [slot.start + slot.numel for slot in plan.slots]
+        begins = [*(slot.start for slot in plan.slots[1:]), plan.elements]
+        self._gaps = [(end, begin) for end, begin in zip(ends, begins, strict=True) if end < begin]
         self.begin()
 
     def begin(self) -> None:
         """A backward pass begins."""
         self.arrived = bytearray(len(self.params))
         self.waiting = len(self.params)
+
+    def mend(self) -> None:
+        """Zero the padding, after a step that was not finite: with 8-bit codes a whole block becomes NaN."""
+        for begin, end in self._gaps:
+            self.data[begin:end].zero_()
 
     def arrive(self, place: int, scale: float) -> None:
         """A gradient is complete for this backward pass.

@@ -57,6 +57,9 @@ class Method:
         """Begin to make `bucket.data` its mean over the ranks."""
         raise NotImplementedError
 
+    def rescale(self, factor: float) -> None:
+        """The loss scale has changed: what is kept from step to step is in units of it."""
+
     def widths(self, dtype: torch.dtype) -> tuple[float, float]:
         """Bytes on the wire of an element of a bucket of this dtype: on its way to be added, and back."""
         return float(dtype.itemsize), float(dtype.itemsize)
@@ -151,6 +154,10 @@ class Int8(Method):
         if wide := [bucket.dtype for bucket in layout.buckets if bucket.dtype == torch.float64]:
             raise TypeError(f"wire='int8' cannot carry {wide[0]}: its codes have 8 bits; take wire='same'")
         self.residuals = [torch.zeros(bucket.elements, device=wire.device) for bucket in layout.buckets]
+
+    def rescale(self, factor: float) -> None:
+        for residual in self.residuals:
+            residual.mul_(factor)
 
     def widths(self, dtype: torch.dtype) -> tuple[float, float]:
         return accounting.width(torch.int8), accounting.width(torch.bfloat16)
