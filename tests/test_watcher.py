@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import signal
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,8 +14,9 @@ import torch
 import torch.distributed as dist
 
 from fasttrain.dist import exchange
-from fasttrain.dist.failures import FAILED, PEER_FAILED, PeerFailed, first_words, is_about_a_connection
+from fasttrain.dist.failures import FAILED, INTERRUPTED, PEER_FAILED, PeerFailed, first_words, is_about_a_connection
 from fasttrain.dist.peers import Heard, Identity, Operation, Said, disagreement
+from fasttrain.dist.watcher import Watcher
 from fasttrain.dist.wire import WireError
 
 SIZE, CULPRIT, STEP = 3, 1, 4
@@ -119,6 +121,11 @@ def told_to_stop_after_a_failure(wire, watcher):
     time.sleep(60)
 
 
+def interrupted(wire, watcher):
+    with watcher.guard():
+        raise KeyboardInterrupt
+
+
 SCENES = {
     "raises": (steps, (raises,), {}),
     "lives on": (steps, (lives_on,), {}),
@@ -130,6 +137,7 @@ SCENES = {
     "torch waits for the dead": (torch_waits_for_the_dead, (), {}),
     "disagree": (disagree, (), {}),
     "told to stop": (told_to_stop, (), {}),
+    "interrupted": (interrupted, (), {}),
     "told to stop after a failure": (told_to_stop_after_a_failure, (), {}),
 }
 
@@ -198,6 +206,31 @@ def test_different_collectives_are_the_same_error_everywhere(scenes):
 
 def test_sigterm_is_a_request_while_all_is_well(scenes):
     assert [(rank.code, rank.text) for rank in scenes["told to stop"]] == [(0, "")] * SIZE
+
+
+def test_a_forked_child_has_no_part_in_it(monkeypatch, capsys):
+    """As the worker of a DataLoader, which inherits the hook and the handler, and has no watcher's thread."""
+    sent = []
+    before = sys.excepthook
+    watcher = Watcher(store=dist.HashStore(), rank=0, size=1)
+    try:
+        monkeypatch.setattr(watcher, "_pid", os.getpid() + 1)
+        monkeypatch.setattr("fasttrain.dist.watcher.os.kill", lambda *to: sent.append(to))
+        monkeypatch.setattr("fasttrain.dist.watcher.signal.signal", lambda *to: sent.append(to))
+        sys.excepthook(ValueError, ValueError("of a child"), None)  # returns: ends nothing
+        assert "ValueError: of a child" in capsys.readouterr().err
+        watcher._on_sigterm()
+        assert sent == [(signal.SIGTERM, signal.SIG_DFL), (os.getpid(), signal.SIGTERM)]
+    finally:
+        watcher.close()
+    assert sys.excepthook is before
+    assert watcher.failure() is None
+
+
+def test_control_c_has_its_own_exit_code(scenes):
+    codes = [rank.code for rank in scenes["interrupted"]]
+    assert set(codes) <= {INTERRUPTED, PEER_FAILED}
+    assert INTERRUPTED in codes
 
 
 # --- Its parts --------------------------------------------------------------------------------------------------------
