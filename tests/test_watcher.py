@@ -18,6 +18,7 @@ from fasttrain.dist.failures import FAILED, INTERRUPTED, PEER_FAILED, PeerFailed
 from fasttrain.dist.peers import Heard, Identity, Operation, Said, disagreement
 from fasttrain.dist.watcher import Watcher
 from fasttrain.dist.wire import WireError
+from fasttrain.dist.work import flight_recorder
 
 SIZE, CULPRIT, STEP = 3, 1, 4
 
@@ -121,6 +122,11 @@ def told_to_stop_after_a_failure(wire, watcher):
     time.sleep(60)
 
 
+def is_elsewhere(wire, watcher):
+    """Alive, and in no hurry."""
+    time.sleep(60)
+
+
 def interrupted(wire, watcher):
     with watcher.guard():
         raise KeyboardInterrupt
@@ -133,6 +139,7 @@ SCENES = {
     "stopped": (steps, (sends_itself, signal.SIGSTOP), {"timeout_s": 5, "stopped": True}),
     "comes to its end": (steps, (comes_to_its_end,), {}),
     "exits at once": (steps, (exits_at_once,), {}),
+    "is elsewhere": (steps, (is_elsewhere,), {"timeout_s": 3}),
     "torch waits": (torch_waits, (), {}),
     "torch waits for the dead": (torch_waits_for_the_dead, (), {}),
     "disagree": (disagree, (), {}),
@@ -202,6 +209,34 @@ def test_different_collectives_are_the_same_error_everywhere(scenes):
         assert words in rank.text
         assert rank.code == FAILED
     assert max(ranks.times("TOLD", scenes["disagree"])) - min(ranks.times("FAULT", scenes["disagree"])) < 5
+
+
+def test_a_timeout_says_where_the_others_were_last(scenes):
+    ended = scenes["is elsewhere"]
+    (fault,) = ranks.times("FAULT", ended)
+    waited = (rf"all_reduce failed on rank \d of {SIZE}, 120,000 bytes: no answer in 3\.\d s.*; "
+              rf"rank {CULPRIT} was last at collective {2 * STEP}, all_reduce of 16 bytes, in step {STEP}")
+    assert re.search(waited, ended[0].text), ended[0].text
+    assert re.search(waited, ended[2].text), ended[2].text
+    assert ended[CULPRIT].code == PEER_FAILED
+    assert re.search(rf"rank {CULPRIT} ends: rank [02] failed in step {STEP}: WireError: {waited}", ended[CULPRIT].text)
+    assert max(rank.at for rank in ended) - fault < 3 + 3
+
+
+@pytest.mark.parametrize("settings, words", [
+    ({}, ""),
+    ({"TORCH_FR_BUFFER_SIZE": "0"}, ""),
+    ({"TORCH_NCCL_TRACE_BUFFER_SIZE": "2000"}, "in the files that TORCH_FR_DUMP_TEMP_FILE names"),
+    ({"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_FR_DUMP_TEMP_FILE": "/tmp/fr_"}, "see its dumps in /tmp/fr_<rank>"),
+])
+def test_the_flight_recorder_is_pointed_to_if_it_is_on(monkeypatch, settings, words):
+    for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_FR_DUMP_TEMP_FILE",
+                 "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    assert flight_recorder().endswith(words)
+    assert bool(flight_recorder()) == bool(words)
 
 
 def test_sigterm_is_a_request_while_all_is_well(scenes):
