@@ -21,7 +21,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from fasttrain.dist.failures import FAILED, PEER_FAILED, PeerFailed, end_process
 from fasttrain.dist.watcher import Watcher
 from fasttrain.dist.wire import Wire, WireError
-from fasttrain.parallel.data import NaiveDataParallel
+from fasttrain.parallel import DataParallel
 from fasttrain.train import recipe, text
 from fasttrain.train.config import TrainConfig
 from fasttrain.train.console import Console
@@ -51,7 +51,7 @@ def run(directory: Path) -> None:
     watcher.catch_sigterm(on_stop=lambda: end_process(128 + signal.SIGTERM))
     with watcher.guard(), contextlib.ExitStack() as stack:
         model = GPT(config.layers, config.width, config.heads, config.sequence, config.ngrams, config.rows).to(device)
-        parallel = NaiveDataParallel(model, wire)
+        parallel = DataParallel(model, mesh=wire, wire=config.wire, broadcast_buffers=False)
         optimizer = recipe.build(config, model)
         emit = _nothing
         if wire.rank == 0:
@@ -62,7 +62,7 @@ def run(directory: Path) -> None:
                 log.write(json.dumps(record) + "\n")
                 console.show(record)
 
-        train(config, model, optimizer, parallel, wire, read, emit)
+        train(config, parallel, optimizer, read, emit)
     watcher.close()
     wire.close()
 
