@@ -1,7 +1,6 @@
 """A pool of ranks for tests: processes forked from one that has torch loaded already.
 
-A torchrun launch costs seconds, a pooled run of two ranks a tenth of one. Workers come from a fork server, never from
-the test process, whose threads a fork would not survive.
+A torchrun launch costs seconds, a pooled run of two ranks a tenth of one.
 
 Example:
     def mean_rank(wire):
@@ -12,20 +11,20 @@ Example:
 
 from __future__ import annotations
 
-import multiprocessing
+import os
+import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
-PATIENCE_S = 60
+from forks import context
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "fasttrain.parallel.data", "fasttrain.train.loop",
-                                 "fasttrain.train.recipe", "torch.distributed.checkpoint.state_dict",
-                                 "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "pytest"])
+PATIENCE_S = 60
 
 
 class RankFailed(AssertionError):
@@ -44,9 +43,9 @@ def run(work: Callable[..., Any], size: int, *arguments: Any) -> list[Any]:
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
         for rank in range(size):
-            ours, theirs = _context.Pipe()
-            process = _context.Process(target=_rank, args=(theirs, rank, size, str(Path(folder, "store")), work,
-                                                           arguments), daemon=True)
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_rank, args=(theirs, rank, size, str(Path(folder, "store")), work,
+                                                          arguments), daemon=True)
             process.start()
             theirs.close()
             pipes.append(ours)
@@ -96,3 +95,81 @@ def _rank(pipe: Any, rank: int, size: int, store: str, work: Callable[..., Any],
     pipe.send(answer)
     if not answer.failure:
         pipe.poll(None)  # stay until every rank has answered: a connection closed early fails a slower peer
+
+
+# --- Ranks that fail --------------------------------------------------------------------------------------------------
+
+class Ended(NamedTuple):
+    """How a rank ended: its exit code (None: it did not, and was killed), what it wrote to standard error, and when.
+
+    Times are those of `time.monotonic`, which all processes of a machine share.
+    """
+
+    code: int | None
+    text: str
+    at: float
+
+
+def faulty(work: Callable[..., Any], size: int, *arguments: Any, timeout_s: float = 30, grace_s: float = 1.0,
+           stopped: bool = False) -> list[Ended]:
+    """Call ``work(wire, watcher, *arguments)`` on `size` ranks that may fail, and say how each ended.
+
+    An exception that leaves `work` reaches `sys.excepthook`, as that of a program does.
+
+    Arguments:
+        timeout_s: of the wire. grace_s: of the watcher.
+        stopped: one rank does not end by itself; it is killed when the others have ended.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [context.Process(target=_faulty, args=(folder, rank, size, work, arguments, timeout_s, grace_s),
+                                     daemon=True) for rank in range(size)]
+        for process in processes:
+            process.start()
+        ended: dict[int, Ended] = {}
+        end = time.monotonic() + PATIENCE_S
+        try:
+            while len(ended) < size - stopped and time.monotonic() < end:
+                wait([p.sentinel for rank, p in enumerate(processes) if rank not in ended], end - time.monotonic())
+                for rank, process in enumerate(processes):
+                    if rank not in ended and process.exitcode is not None:
+                        ended[rank] = Ended(process.exitcode, Path(folder, str(rank)).read_text(), time.monotonic())
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+        for rank in range(size):
+            ended.setdefault(rank, Ended(None, Path(folder, str(rank)).read_text(), time.monotonic()))
+    return [ended[rank] for rank in range(size)]
+
+
+def mark(word: str) -> None:
+    """Write a word and the time to standard error, for `times`."""
+    os.write(2, f"{word} {time.monotonic()}\n".encode())
+
+
+def times(word: str, ended: list[Ended]) -> list[float]:
+    """When ranks wrote the word."""
+    lines = [line.split() for rank in ended for line in rank.text.splitlines()]
+    return [float(line[1]) for line in lines if line[:1] == [word]]
+
+
+def _faulty(folder: str, rank: int, size: int, work: Callable[..., Any], arguments: tuple[Any, ...], timeout_s: float,
+            grace_s: float) -> None:
+    import torch
+    import torch.distributed as dist
+
+    from fasttrain.dist.watcher import Watcher
+    from fasttrain.dist.wire import Wire
+
+    torch.set_num_threads(1)
+    file = os.open(Path(folder, str(rank)), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 2)
+    sys.stderr = os.fdopen(2, "w", buffering=1)
+    wire = Wire(torch.device("cpu"), timeout_s, store=dist.FileStore(str(Path(folder, "store")), size), rank=rank,
+                world_size=size)
+    wire.watch = watcher = Watcher(grace_s)
+    try:
+        work(wire, watcher, *arguments)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+    watcher.close()

@@ -4,7 +4,7 @@ import ranks
 import torch
 from torch import nn
 
-from fasttrain.parallel.data import NaiveDataParallel
+from fasttrain.parallel.naive import NaiveDataParallel
 
 
 def make(seed):

@@ -11,7 +11,7 @@ from helpers import ROOT
 from structures import choices
 from test_coefficients import ALL
 
-from benchmarks import disassembly
+from benchmarks.proof import disassembly
 from fasttrain.kernels import emit_cuda, prologue
 from fasttrain.kernels.trace_scalars import trace_scalars
 

@@ -6,9 +6,10 @@ from contextlib import AbstractContextManager
 
 from torch import Tensor
 
-from fasttrain.optim import clip, drive, ema
+from fasttrain.optim import clip, drive, ema, pinned
 from fasttrain.optim.arrival import Arrival
 from fasttrain.optim.groups import Groups
+from fasttrain.optim.pinned import PinnedBytes
 from fasttrain.optim.report import StepReport
 
 
@@ -32,7 +33,8 @@ class Around(Groups):
     def _clip(self, coefficient: float) -> None:
         self._coefficient, self._limit = coefficient, None
 
-    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False,
+                        norm: Tensor | None = None) -> Tensor:
         """Scale the gradients of the next step so that their total norm is at most `max_norm`; none is rewritten.
 
         See `fasttrain.optim.clip_grad_norm`, which does the same for several optimizers together.
@@ -49,7 +51,7 @@ class Around(Groups):
             >>> weight.data
             tensor([0.4000, 0.2000])
         """
-        return clip.clip_grad_norm([self], max_norm, norm_type, error_if_nonfinite)
+        return clip.clip_grad_norm([self], max_norm, norm_type, error_if_nonfinite, norm)
 
     def grad_statistics(self) -> tuple[Tensor, Tensor]:
         """Of all gradients: the sum of squares (float64), and whether any element is infinite or NaN; both of shape ().
@@ -110,6 +112,19 @@ class Around(Groups):
         self.arriving = Arrival(self, accumulation)
         return self.arriving
 
+    def pinned_bytes(self) -> PinnedBytes:
+        """The pinned memory of the host that `offload=True` takes for these parameters; none is taken to answer.
+
+        Example:
+            >>> import torch
+            >>> from fasttrain.optim import AdamW
+            >>> optimizer = AdamW([torch.nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))], master="split")
+            >>> optimizer.pinned_bytes()
+            PinnedBytes(parameters=8192, gradients=8192, states=40960, slots=1)
+        """
+        return pinned.needs(self, [(g, i) for g, group in enumerate(self.param_groups)
+                                   for i in range(len(group["params"]))], self.offload_bucket)
+
     def ema_weights(self) -> AbstractContextManager[None]:
         """A context in which the parameters hold their EMA, for evaluation; afterwards they are as before.
 
@@ -165,7 +180,7 @@ class Around(Groups):
             elif group.get("zero_gradients"):
                 for p in group["params"]:
                     if p.grad is not None:
-                        p.grad.detach_().zero_()
+                        p.grad.detach().zero_()  # also of views: gradients in buckets
         self._close(report)
 
     def _close(self, report: StepReport) -> None:

@@ -96,7 +96,7 @@ def grad_norm(optimizers: Iterable[Any], norm_type: float = 2.0) -> Tensor:
 
 
 def clip_grad_norm(optimizers: Iterable[Any], max_norm: float, norm_type: float = 2.0,
-                   error_if_nonfinite: bool = False) -> Tensor:
+                   error_if_nonfinite: bool = False, norm: Tensor | None = None) -> Tensor:
     """Scale the gradients of the next step of each optimizer so that their total norm is at most `max_norm`.
 
     The gradients themselves are read once and not rewritten: `torch.nn.utils.clip_grad_norm_` reads them twice and
@@ -107,6 +107,7 @@ def clip_grad_norm(optimizers: Iterable[Any], max_norm: float, norm_type: float 
         max_norm: the largest norm that is let through.
         norm_type: of the norm; 2 is one pass of ours, others go through torch.
         error_if_nonfinite: raise if the norm is infinite or NaN; this waits for the device, which nothing else does.
+        norm: that of all gradients, where it is known, as to `fasttrain.parallel.Reducer.grad_norm`: none is read.
 
     Returns:
         The norm before clipping, float32 of shape (), on the gradients' device.
@@ -123,7 +124,7 @@ def clip_grad_norm(optimizers: Iterable[Any], max_norm: float, norm_type: float 
         if optimizer.arriving:
             raise RuntimeError("parameters are stepped as their gradients arrive (step_on_arrival), before the norm of "
                                "all gradients is known: clip each with clip_each= or clip_value=, or step at once")
-    total = grad_norm(optimizers, norm_type)
+    total = grad_norm(optimizers, norm_type) if norm is None else norm
     if error_if_nonfinite and not math.isfinite(total.item()):
         raise RuntimeError(f"the norm of the gradients is {total.item()}: nothing was clipped")
     for optimizer in optimizers:

@@ -117,6 +117,8 @@ def _check(optimizer: Any, found: list[Place]) -> None:
         raise NotDriven(why)
     if optimizer.defaults.get("differentiable"):
         raise NotDriven("differentiable=True records the step for autograd")
+    if optimizer.offload:
+        raise NotDriven("offload=True keeps states on the host, which steps them")
     if optimizer.arriving is not None:
         raise NotDriven("parameters are stepped as their gradients arrive (step_on_arrival)")
     if optimizer._limit is None and optimizer._coefficient != 1.0:

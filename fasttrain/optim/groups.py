@@ -14,6 +14,8 @@ from fasttrain.optim.page import Group, Page
 from fasttrain.precision.storage import DEFAULTS, describe, is_plain, normalised
 from fasttrain.rule import Rule
 
+BUCKET = 64 << 20  # bytes of gradients that travel together to the host, where an optimizer is offloaded
+
 
 class Groups(Page):
     """Parameter groups, and the storage options that every group has.
@@ -22,6 +24,9 @@ class Groups(Page):
     """
 
     backend: str | None = None
+    offload: bool = False
+    offload_bucket: int = BUCKET
+    _host: Any = None  # the host's side of an offloaded optimizer
     _storage: Mapping[str, Any] = {}
     _capturable: bool = False  # devices drive every step (`fasttrain.optim.drive`)
     _drive: Any = None
@@ -35,6 +40,11 @@ class Groups(Page):
         """Keep the options that every optimizer has. Before torch's constructor, which adds the parameter groups."""
         self.backend = options.pop("backend", None)
         self._capturable = bool(options.pop("capturable", False))
+        self.offload, self.offload_bucket = options.pop("offload", False), options.pop("offload_bucket", BUCKET)
+        if not isinstance(self.offload, bool):
+            raise TypeError(f"offload={self.offload!r} must be True or False")
+        if isinstance(self.offload_bucket, bool) or not isinstance(self.offload_bucket, int) or self.offload_bucket < 1:
+            raise ValueError(f"offload_bucket={self.offload_bucket!r} must be a positive number of bytes")
         self._storage = normalised(options)
         self._remainders: dict[int, Tensor] = {}  # second arrays of parameters that have no state yet, by id
         self._arrived: set[int] = set()  # parameters that were stepped before `step`, by id
@@ -63,6 +73,10 @@ class Groups(Page):
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
+
+    def _on_host(self) -> Any:
+        """The host's side of this optimizer (`fasttrain.optim.offload`); None where it steps its parameters itself."""
+        return None
 
     def _check_kept(self, index: int) -> None:
         """Refuse parameters that the options of their group cannot keep."""

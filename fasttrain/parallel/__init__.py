@@ -1,1 +1,7 @@
 """The parallel floor: how one training step is divided over processes."""
+
+from fasttrain.dist.control import Disagreement
+from fasttrain.parallel.data import DataParallel
+from fasttrain.parallel.reducer import Reducer
+
+__all__ = ["DataParallel", "Disagreement", "Reducer"]

@@ -1,49 +1,203 @@
-"""Data parallelism: every process holds the whole model and averages the gradients of its share of the batch."""
+"""Data parallelism as a module: what replaces torch's DistributedDataParallel in a script."""
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.algorithms.join import Join, Joinable
 
-from fasttrain.dist.wire import Wire
+from fasttrain.parallel.accumulate import Accumulation
+from fasttrain.parallel.hooks import TorchHook
+from fasttrain.parallel.join import Present, Shadow, ask
+from fasttrain.parallel.reducer import MIB, Reducer
 
 
-class NaiveDataParallel:
-    """The plain version: after backward, one mean over all gradients. It explains and tests any faster one.
+class DataParallel(nn.Module, Joinable):
+    """Every rank holds the whole model; backward makes `p.grad` the mean over ranks.
 
-    Construction gives every process the weights of rank 0. A parameter that took part on some processes only counts
-    as zero on the others; one that took part on none keeps ``grad is None``.
+    It takes the arguments of torch's DistributedDataParallel and has its attributes, so that a script changes its
+    import only. What it does not do as that: `state_dict` has the names of the bare module, and loads with or without
+    their prefix; a backward pass is synchronised or not by where the backward pass runs, not the forward; and where
+    ranks do not do the same, all of them raise in that step.
 
-    Args:
-        model: the same on every process up to the values of its weights.
-        wire: to the other processes.
+    Arguments:
+        module: the same on every rank; parameters and buffers are those of the first rank after construction.
+        device_ids, output_device, dim: of one-process-one-device training, as torch's; None or one device.
+        broadcast_buffers: before each forward pass in training, buffers become those of the first rank.
+        init_sync: compare the ranks' models and send them the first rank's; False if they are equal for sure.
+        process_group, device_mesh, mesh: the ranks: a ProcessGroup, a one-dimensional DeviceMesh or a `Wire`.
+        bucket_cap_mb: size of the buckets in MiB; 25 by default.
+        find_unused_parameters: has no effect: parameters that are not used are always found.
+        gradient_as_bucket_view: has no effect: gradients always are views of their buckets.
+        static_graph: see `Reducer`.
+        wire, order, grad_dtype, timeout_s, watch: see `Reducer`.
 
     Example:
-        loss_of(model, batch).backward()
-        parallel.average_gradients()
-        optimizer.step()
+        >>> from fasttrain.parallel import DataParallel  # was torch.nn.parallel's DistributedDataParallel
+        >>> model = DataParallel(torch.nn.Linear(2, 1))                                 # doctest: +SKIP
+        >>> model(torch.ones(4, 2)).sum().backward()                                    # doctest: +SKIP
     """
 
-    def __init__(self, model: nn.Module, wire: Wire):
-        self.wire = wire
-        self.params = [p for p in model.parameters() if p.requires_grad]
-        for tensor in itertools.chain(model.parameters(), model.buffers()):
-            tensor.detach().copy_(wire.broadcast_(tensor.detach().contiguous()))
+    def __init__(self, module: nn.Module, device_ids: list[Any] | None = None, output_device: Any = None, dim: int = 0,
+                 broadcast_buffers: bool = True, init_sync: bool = True, process_group: Any = None,
+                 bucket_cap_mb: float | None = None, find_unused_parameters: bool = False,
+                 gradient_as_bucket_view: bool = True, static_graph: bool = False, device_mesh: Any = None,
+                 mesh: Any = None, wire: Any = "same", order: Any = None, grad_dtype: torch.dtype | None = None,
+                 timeout_s: float = 120, watch: Any = True):
+        super().__init__()
+        Joinable.__init__(self)
+        given = [one for one in (mesh, device_mesh, process_group) if one is not None]
+        if len(given) > 1:
+            raise ValueError("mesh, device_mesh and process_group all name the ranks: give one of them")
+        if device_ids is not None and len(device_ids) > 1:
+            raise ValueError(f"device_ids is {device_ids}: a process trains on one device; start one for each")
+        self.module = module
+        self.broadcast_buffers, self.find_unused_parameters = broadcast_buffers, find_unused_parameters
+        self.gradient_as_bucket_view, self.static_graph, self.dim = True, static_graph, dim
+        self.device_ids, self.output_device = device_ids, output_device
+        self._options = {"wire": wire, "order": order, "grad_dtype": grad_dtype, "static_graph": static_graph,
+                         "timeout_s": timeout_s, "watch": watch}
+        if bucket_cap_mb is not None:
+            self._options |= {"bucket_bytes": int(bucket_cap_mb * MIB),
+                              "first_bucket_bytes": int(min(bucket_cap_mb, 1) * MIB)}
+        self._reduce(given[0] if given else None)
+        if init_sync:
+            self.broadcast([*module.parameters(), *module.buffers()])
+
+    def _reduce(self, mesh: Any) -> None:
+        self.reducer = Reducer(self.module.named_parameters(), mesh, **self._options)
+        self.device, self.divide_by_all = self.reducer.wire.device, True
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without process groups, which cannot be pickled; what is made of it gets its own."""
+        state = {**self.__dict__, "_ranks": self.reducer.wire.ranks}
+        for name in ("reducer", "_join_config"):
+            state.pop(name, None)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy reduces over the same ranks, all of which must make one."""
+        ranks = state.pop("_ranks")
+        super().__setstate__(state)
+        Joinable.__init__(self)
+        self._reduce(ranks)
+
+    # --- torch's surface ----------------------------------------------------------------------------------------------
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        """The module's own, after its buffers were made equal."""
+        self.reducer.check_closed()
+        if torch.is_grad_enabled() and self.training:
+            joining = self._join_config.enable
+            if joining:
+                handle = Join.notify_join_context(self)
+                if handle is not None:
+                    handle.wait()
+            self.before_forward(ask(self.reducer.wire, False, self.reducer.syncing) if joining else None)
+        return self.module(*inputs, **kwargs)
+
+    def before_forward(self, present: Present | None = None) -> None:
+        """What all ranks do together before a forward pass in training; `present`: those that have data (`join`)."""
+        if present is not None and not self.divide_by_all:
+            self.reducer.method.divisor = len(present.ranks)
+        if self.broadcast_buffers and (self.reducer.syncing if present is None else present.syncing):
+            self.broadcast(list(self.module.buffers()), 0 if present is None else present.ranks[-1])
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Backward passes within only accumulate gradients here; see `Reducer.no_sync`."""
+        return self.reducer.no_sync()
+
+    def join(self, divide_by_initial_world_size: bool = True, enable: bool = True,
+             throw_on_early_termination: bool = False) -> Join:
+        """A context for uneven inputs: ranks that leave their loop early answer the others until all have left.
+
+        Arguments:
+            divide_by_initial_world_size: gradients are divided by all ranks; else by those that still have data.
+            enable: without it the context does nothing.
+            throw_on_early_termination: raise on all ranks as soon as one has no more data.
+        """
+        return Join([self], enable, throw_on_early_termination,
+                    divide_by_initial_world_size=divide_by_initial_world_size)
+
+    def join_hook(self, **options: Any) -> Shadow:
+        """For torch's `Join`."""
+        return Shadow(self, options.get("divide_by_initial_world_size", True))
+
+    @property
+    def join_device(self) -> torch.device:
+        """For torch's `Join`."""
+        return self.device
+
+    @property
+    def join_process_group(self) -> Any:
+        """For torch's `Join`."""
+        return self.reducer.wire.group
+
+    def register_comm_hook(self, state: Any, hook: Any) -> None:
+        """Let buckets travel by a hook with torch's signature, from the next backward pass on."""
+        self.reducer.use(TorchHook(state, hook))
+
+    def accumulate(self, micro_batches: int) -> Accumulation:
+        """A context for each of several micro-batches of one step; see `Accumulation`."""
+        return Accumulation(self.reducer, micro_batches)
+
+    def count(self, items: int) -> None:
+        """See `Reducer.count`."""
+        self.reducer.count(items)
+
+    def step(self, optimizer: Any, max_norm: float | None = None) -> Tensor:
+        """See `Reducer.step`."""
+        return self.reducer.step(optimizer, max_norm)
+
+    def finish(self) -> Any:
+        """See `Reducer.finish`."""
+        return self.reducer.finish()
+
+    def grad_norm(self) -> Tensor:
+        """See `Reducer.grad_norm`."""
+        return self.reducer.grad_norm()
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """That of the bare module."""
+        return self.module.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load that of the bare module, or one whose names all begin with `module.`, as torch writes it."""
+        if state_dict and all(name.startswith("module.") for name in state_dict):
+            own = set(self.module.state_dict())
+            if not own.issuperset(state_dict):
+                state_dict = {name.removeprefix("module."): value for name, value in state_dict.items()}
+        return self.module.load_state_dict(state_dict, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            module = self.__dict__["_modules"].get("module")
+            if module is None or not hasattr(module, name):
+                raise
+            return getattr(module, name)
+
+    # --- Buffers ------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def average_gradients(self) -> None:
-        """Replace every gradient by its mean over the processes: one buffer and one collective for each dtype."""
-        if self.wire.size == 1:
+    def broadcast(self, tensors: list[Tensor], source: int = 0) -> None:
+        """Replace tensors by those of a rank: one collective for each dtype."""
+        if self.reducer.wire.size == 1:
             return
-        by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
-        for p in self.params:
-            by_dtype.setdefault(p.dtype, []).append(p)
-        for dtype, params in by_dtype.items():
-            used = torch.tensor([p.grad is not None for p in params]).to(self.wire.device, dtype)
-            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-            flat = self.wire.mean_(torch.cat([used, *(g.flatten() for g in grads)]))
-            used, *means = flat.split([len(params), *(p.numel() for p in params)])
-            for p, grad, anywhere, mean in zip(params, grads, used.tolist(), means, strict=True):
-                p.grad = grad.copy_(mean.view_as(grad)) if anywhere else None
+        for group in by_dtype(tensors):
+            flat = self.reducer.wire.broadcast_(torch.cat([tensor.detach().reshape(-1) for tensor in group]), source)
+            for tensor, part in zip(group, flat.split([tensor.numel() for tensor in group]), strict=True):
+                tensor.copy_(part.view(tensor.shape))
+
+
+def by_dtype(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """The tensors in groups of one dtype and device, in a fixed order."""
+    groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    yield from groups.values()

@@ -1,0 +1,186 @@
+"""The small collective that ends every synchronised step: do the ranks agree, and what do all of them add up to.
+
+Every rank issues it in every such step, whatever has become of its gradients. It carries numbers on which the ranks have
+to agree (which step, how many buckets), and numbers that are added: squares of the gradient, whether it is finite,
+tokens, wishes to stop, and which parameters took part. Where they disagree, every rank raises the same error. Without it
+torch would not notice: two ranks that issue two all-reduces of one size in swapped order get wrong sums.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fasttrain.dist.wire import Wire
+from fasttrain.dist.work import Work, WireError
+
+EXACT = 2**53  # whole numbers up to here are float64
+SUMMED = ("squares", "nonfinite", "culprit", "tokens", "stop")
+
+
+class Disagreement(WireError):
+    """The ranks are not in the same place of the same program."""
+
+
+class Extremes(NamedTuple):
+    """Over the ranks, element by element."""
+
+    min: Tensor
+    max: Tensor
+    sum: Tensor
+
+
+def control(wire: Wire, vector: Tensor) -> Extremes:
+    """Minimum, maximum and sum over the ranks of a small vector, in one round: the same bits on every rank.
+
+    Arguments:
+        vector: flat, float64 or int64, of the same length on every rank, on the wire's device.
+
+    On NCCL the current stream waits, the host does not.
+    """
+    if wire.backend == "gloo":
+        everyone = wire.all_gather_async(vector).wait()
+        total = everyone[0].clone()
+        for one in everyone[1:]:  # in the order of ranks, on each of them
+            total += one
+        return Extremes(everyone.amin(0), everyone.amax(0), total)
+    total, extremes = vector.clone(), torch.cat([vector, -vector])
+    for work in (wire.all_reduce(total), wire.all_reduce(extremes, "max")):
+        work.wait()
+    largest, smallest = extremes.chunk(2)
+    return Extremes(-smallest, largest, total)
+
+
+class Outcome(NamedTuple):
+    """What a step has come to on all ranks together.
+
+    Attributes:
+        squares: the sum of the ranks' squares.
+        nonfinite: how many ranks met an infinite or NaN gradient.
+        culprit: that rank, if it was one alone.
+        tokens: the sum.
+        stop: how many ranks wish to stop.
+        used: for each parameter, on how many ranks it took part.
+    """
+
+    squares: float
+    nonfinite: int
+    culprit: int | None
+    tokens: int
+    stop: int
+    used: list[int]
+
+
+class Control:
+    """What a step sends, and how it is read.
+
+    Args:
+        wire: to the other ranks.
+        parameters: how many there are.
+        agreed: the names of the whole numbers on which the ranks have to agree, as an error names them.
+
+    Example:
+        control = Control(wire, parameters=2, agreed=("step", "buckets"))
+        pending = control.send([7, 3], squares=2.5, used=[True, False])
+        outcome = pending.read()            # or a step later
+    """
+
+    def __init__(self, wire: Wire, parameters: int = 0, agreed: Sequence[str] = ("step", "buckets")):
+        self.wire, self.parameters, self.agreed = wire, parameters, tuple(agreed)
+        self.base = wire.size + 1  # of the numeral system in which counts of ranks share a float64
+        self.digits = int(53 * math.log(2) / math.log(self.base) + 1e-9)
+        self.powers = torch.tensor([self.base**i for i in range(self.digits)], dtype=torch.float64)
+
+    def send(self, agreed: Sequence[int], squares: float | Tensor = 0.0, nonfinite: bool | Tensor = False,
+             tokens: int = 0, stop: bool = False, used: Sequence[bool] | Tensor | None = None) -> Pending:
+        """Send this rank's part of a step. Every rank has to.
+
+        Arguments:
+            agreed: a whole number for each name, of 53 bits at most.
+            squares, nonfinite: numbers, or tensors of shape () on the wire's device, which the host does not read.
+            used: which parameters took part here; None: none.
+
+        Raises:
+            ValueError: too few numbers, or one too large; nothing has been sent.
+        """
+        if len(agreed) != len(self.agreed) or any(abs(number) > EXACT for number in agreed):
+            raise ValueError(f"the ranks compare {self.agreed}, each of 53 bits at most; got {list(agreed)}")
+        flags = torch.zeros(-(-self.parameters // self.digits) * self.digits, dtype=torch.float64)
+        if used is not None:
+            flags[:self.parameters] = torch.as_tensor(used, dtype=torch.float64)
+        on_host = torch.tensor([*agreed, 0.0, 0.0, 0.0, tokens, stop], dtype=torch.float64)
+        packed = (flags.view(-1, self.digits) * self.powers).sum(1)
+        vector = torch.cat([on_host, packed]).to(self.wire.device)
+        first = len(self.agreed)
+        vector[first] = squares
+        vector[first + 1] = nonfinite
+        vector[first + 2] = vector[first + 1] * (self.wire.rank + 1)
+        return Pending(self, list(agreed), control(self.wire, vector))
+
+
+class Pending:
+    """A step's control under way.
+
+    Attributes:
+        squares, nonfinite: of all ranks, on the wire's device, for what the step itself needs there.
+    """
+
+    def __init__(self, owner: Control, mine: list[int], extremes: Extremes):
+        self.owner, self.mine = owner, mine
+        first = len(owner.agreed)
+        self.squares, self.nonfinite = extremes.sum[first], extremes.sum[first + 1] != 0
+        self._numbers = torch.cat([extremes.min[:first], extremes.max[:first], extremes.sum[first:]])
+        self._arrived = None
+        if self._numbers.is_cuda:
+            self._numbers = self._numbers.to("cpu", non_blocking=True)
+            self._arrived = torch.cuda.current_stream().record_event()
+
+    def read(self) -> Outcome:
+        """On the host. On a GPU it waits for the device to come so far: read it a step later.
+
+        Raises:
+            Disagreement: the same on every rank: what each of them has for what ought to be equal.
+        """
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        first = len(self.owner.agreed)
+        lowest, highest, rest = self._numbers.split([first, first, len(self._numbers) - 2 * first])
+        if not torch.equal(lowest, highest):
+            raise Disagreement(different(self.owner.agreed, self._everyones()))
+        squares, nonfinite, culprit, tokens, stop = rest[:len(SUMMED)].tolist()
+        used = [count for number in rest[len(SUMMED):].tolist() for count in self._counts(int(number))]
+        return Outcome(squares, int(nonfinite), int(culprit) - 1 if nonfinite == 1 else None, int(tokens), int(stop),
+                       used[:self.owner.parameters])
+
+    def _counts(self, number: int) -> list[int]:
+        return [number // self.owner.base**i % self.owner.base for i in range(self.owner.digits)]
+
+    def _everyones(self) -> list[list[int]]:
+        return [json.loads(text) for text in self.owner.wire.gather_objects_json(json.dumps(self.mine))]
+
+
+def different(names: Sequence[str], numbers: Sequence[Sequence[int]]) -> str:
+    """The ranks' numbers that differ, in words.
+
+    Example:
+        >>> different(("step", "buckets"), [[7, 3], [7, 3], [7, 2]])
+        'the ranks have come apart: buckets is 3 on ranks 0 and 1 and 2 on rank 2'
+    """
+    told = []
+    for place, name in enumerate(names):
+        holders: dict[int, list[str]] = {}
+        for rank, mine in enumerate(numbers):
+            holders.setdefault(mine[place], []).append(str(rank))
+        if len(holders) > 1:
+            told.append(f"{name} is " + " and ".join(
+                f"{number} on rank{'s' * (len(those) > 1)} {_and(those)}" for number, those in holders.items()))
+    return f"the ranks have come apart: {'; '.join(told)}"
+
+
+def _and(words: Sequence[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else words[0]

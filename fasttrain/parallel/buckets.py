@@ -1,0 +1,103 @@
+"""The life of a gradient: none between steps, packed at its first arrival, then a view of its bucket."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fasttrain.dist import layout
+from fasttrain.kernels.pack import Slots
+
+
+class Bucket:
+    """One bucket of gradients in memory, and how many are still to come in this backward pass.
+
+    Arguments:
+        plan: its place in the layout.
+        params: whose gradients lie here, in the order of `plan.slots`.
+        names: of these, for errors.
+
+    Attributes:
+        data: all elements, with the padding behind the last, which stays zero.
+        waiting: gradients that have not arrived in this backward pass.
+        rescaled: elements that were multiplied in place, beyond what `slots.moved` counts.
+    """
+
+    def __init__(self, plan: layout.Bucket, params: Sequence[Tensor], names: Sequence[str]):
+        self.plan, self.params, self.names = plan, params, names
+        self.data = torch.zeros(plan.elements, dtype=plan.dtype, device=params[0].device)
+        self.slots = Slots(self.data, [p.detach() for p in params], [slot.start for slot in plan.slots])
+        self.rescaled = 0
+        ends = [slot.start + slot.numel for slot in plan.slots]
+        begins = [*(slot.start for slot in plan.slots[1:]), plan.elements]
+        self._gaps = [(end, begin) for end, begin in zip(ends, begins, strict=True) if end < begin]
+        self.begin()
+
+    def begin(self) -> None:
+        """A backward pass begins."""
+        self.arrived = bytearray(len(self.params))
+        self.waiting = len(self.params)
+
+    def mend(self) -> None:
+        """Zero the padding, after a step that was not finite: with 8-bit codes a whole block becomes NaN."""
+        for begin, end in self._gaps:
+            self.data[begin:end].zero_()
+
+    def arrive(self, place: int, scale: float) -> None:
+        """A gradient is complete for this backward pass.
+
+        Raises:
+            RuntimeError: it arrived before, or is one that none can be made of (create_graph, another shape or device).
+        """
+        if self.arrived[place]:
+            raise RuntimeError(
+                f"the gradient of {self.names[place]} arrived twice in one backward pass, the second time after it may "
+                "have been sent: the parameter is used in several re-entrant checkpoints. Give static_graph=True if "
+                "every step uses it as often, checkpoint with use_reentrant=False, or run backward under no_sync() and "
+                "call finish()")
+        self.take(place, scale)
+        self.arrived[place] = 1
+        self.waiting -= 1
+
+    def take(self, place: int, scale: float) -> None:
+        """Bring a gradient into its slot, multiplied by `scale`, and let `p.grad` be the slot."""
+        p, view = self.params[place], self.slots.views[place]
+        grad = p.grad
+        if grad is view:
+            if scale != 1.0:
+                view.mul_(scale)
+                self.rescaled += view.numel()
+            return
+        assert grad is not None
+        if grad.requires_grad:
+            raise RuntimeError(f"the gradient of {self.names[place]} has a graph of its own (create_graph=True), which "
+                               "a bucket cannot keep: run this backward under no_sync() with the bare module, or take "
+                               "torch.autograd.grad")
+        try:
+            p.grad = self.slots.pack(place, grad, scale)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise type(error)(f"the gradient of {self.names[place]} does not fit into its bucket: {error}. If the "
+                              "parameter was moved, cast or resized, wrap the model again") from error
+
+    def close(self, scale: float) -> None:
+        """The backward pass is over: what has not arrived counts with what `p.grad` holds, or with zero."""
+        for place, p in enumerate(self.params):
+            if self.arrived[place]:
+                continue
+            if p.grad is None:
+                self.slots.views[place].zero_()
+            else:
+                self.take(place, scale)
+        self.waiting = 0
+
+    def bind(self, place: int) -> None:
+        """A parameter that has no gradient here gets the one that other ranks had."""
+        self.params[place].grad = self.slots.views[place]
+
+    @property
+    def touched(self) -> int:
+        """Bytes read and written beside the collective, so far."""
+        moved = self.slots.moved
+        return moved["bytes_read"] + moved["bytes_written"] + 2 * self.rescaled * self.data.element_size()

@@ -1,0 +1,265 @@
+"""Gradients averaged over ranks while backward still runs: buckets, sent in a fixed order as they fill.
+
+The oracle is `fasttrain.parallel.naive`. The life of a gradient is in `buckets`, how a bucket travels in `wires`, what
+the ranks compare at the end of each step in `fasttrain.dist.control`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasttrain.dist import accounting
+from fasttrain.dist.control import Outcome
+from fasttrain.dist.fingerprint import agree, fingerprint
+from fasttrain.dist.layout import Entry, FlatLayout
+from fasttrain.dist.watcher import Watcher
+from fasttrain.kernels import norm
+from fasttrain.parallel import blame, reduced, steps
+from fasttrain.parallel.passes import Passes
+from fasttrain.parallel.timeline import Timeline
+from fasttrain.parallel.watching import wire_over
+from fasttrain.parallel.wires import Method, method_of
+
+MIB = 1 << 20
+
+
+class Reducer(Passes):
+    """Averages the gradients of parameters over the ranks of a mesh, in the backward pass itself.
+
+    After a backward pass, `p.grad` is the mean over ranks, as after torch's DistributedDataParallel; a parameter that
+    no rank used keeps None. Under `no_sync()` gradients only accumulate here.
+
+    Arguments:
+        params: parameters, or (name, parameter) pairs, the same on every rank in the same order; those that require no
+            gradient are left out, tied ones count once.
+        mesh: a `Wire`, a one-dimensional DeviceMesh, a ProcessGroup, or None for all ranks.
+        wire: how gradients travel, by its name in `fasttrain.parallel.wires`, or a `Method` of yours.
+        bucket_bytes, first_bucket_bytes: sizes of buckets (`fasttrain.dist.layout`).
+        order: names in the order in which gradients arrive, `recorded_order` of an earlier run, for example; None: the
+            reverse of `params`.
+        grad_dtype: of the buckets; None: each parameter's own. float32 for parameters of 16 bits adds up micro-batches
+            and ranks in float32; it needs a torch whose tensors have `grad_dtype`.
+        static_graph: every step uses the same parameters as often as the first one, which counts them: for parameters
+            within several re-entrant checkpoints.
+        timeout_s: seconds after which a rank that does not answer is given up.
+        watch: True: one thread of this process tells the other ranks if it fails, and hears if they do, so that all
+            raise or end with the cause (docs/failures.md); or a Watcher of yours; False: none. Of a `Wire` that is
+            given: what that has.
+
+    Attributes:
+        layout: the `FlatLayout` of the buckets.
+        sequence: synchronised steps so far.
+        last: the `Outcome` of the last one that was read, or None.
+        timeline: of the last step, where `record_timeline` was called.
+
+    Raises:
+        TypeError, ValueError: a parameter that cannot be reduced, or that another reducer has; an unknown option.
+        DisagreementError: the ranks have different parameters or options; the same text on every rank.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(2, 1)
+        >>> reducer = Reducer(model.named_parameters(), mesh)                           # doctest: +SKIP
+        >>> model(torch.ones(4, 2)).sum().backward()                                    # doctest: +SKIP
+        >>> reducer.grad_norm()                                                         # doctest: +SKIP
+    """
+
+    def __init__(self, params: Iterable[Tensor] | Iterable[tuple[str, Tensor]], mesh: Any = None, *,
+                 wire: str | Method = "same", bucket_bytes: int = 25 * MIB, first_bucket_bytes: int = MIB,
+                 order: Sequence[str] | None = None, grad_dtype: torch.dtype | None = None,
+                 static_graph: bool = False, timeout_s: float = 120, watch: Watcher | bool = True):
+        named = reduced.trained(params)
+        other = [p for _, p in named if grad_dtype not in (None, p.dtype)]
+        if other and not hasattr(other[0], "grad_dtype"):
+            raise ValueError(f"grad_dtype={grad_dtype} needs a torch whose tensors have grad_dtype, newer than "
+                             f"{torch.__version__}: leave it out, or keep the parameters in {grad_dtype}")
+        ranks, method = wire_over(mesh, named[0][1].device, timeout_s, watch), method_of(wire)
+        entries = [Entry.of(name, p) for name, p in named]
+        layout = FlatLayout.of(entries, ranks.size, order=order, bucket_bytes=bucket_bytes,
+                               first_bucket_bytes=first_bucket_bytes, bucket_dtype=grad_dtype)
+        agree(ranks, fingerprint(entries, layout, {"wire": method.name, "static_graph": static_graph}))
+        self.idle = ranks.size == 1 and not other and method.name == "same"
+        super().__init__(named, ranks, layout, static_graph)
+        self.use(method)
+        for p in other:
+            p.grad_dtype = None  # any: the first comes in the parameter's own, and is cast as it is packed
+        reduced.own(self.params, self)
+        self._hooks = [] if self.idle else [
+            p.register_post_accumulate_grad_hook(partial(_arrived, weakref.ref(self), index))
+            for index, p in enumerate(self.params)]
+        steps.watch(self)
+
+    # --- What users call ----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Backward passes within only accumulate; the next one outside sends all. It is the backward that counts."""
+        before, self.syncing = self.syncing, False
+        try:
+            yield
+        finally:
+            self.syncing = before
+
+    def finish(self) -> Outcome | None:
+        """End the step where no synchronised backward pass did: send what there is, and compare what the ranks did.
+
+        `optimizer.step()` calls it for parameters that were not reduced, so that a rank without a gradient answers the
+        others.
+
+        Raises:
+            Disagreement: they did not do the same; on every rank, and no gradient is to be trusted.
+        """
+        if self.idle:
+            self.sequence += 1
+            return None
+        self.check_closed()
+        self._start()
+        self._finish(late=True)
+        return self.last
+
+    def shadow(self) -> None:
+        """Answer the others' synchronised step as a rank without data (`join`): nothing of its own counts."""
+        for p in self.params:
+            p.grad = None
+        self._backwards = 0
+        self._start()
+        self._finish(late=False)
+
+    def count(self, items: int) -> None:
+        """Count items (tokens) whose losses were added up, not averaged, in this rank's backward passes of this step.
+
+        `step` then divides by their number over all ranks, which only the synchronised backward pass finds out.
+        """
+        self._items += items
+
+    def step(self, optimizer: Any, max_norm: float | None = None) -> Tensor:
+        """Step with the mean over all items that were counted on all ranks: `p.grad` is their sum over ranks / ranks.
+
+        The factor enters the step's coefficients; no gradient is rewritten. Where something is not finite every rank
+        skips the step.
+
+        Arguments:
+            optimizer: of this package.
+            max_norm: clip the mean's norm to this.
+
+        Returns:
+            The norm of the mean gradient before clipping, float32 of shape ().
+
+        Raises:
+            TypeError: the optimizer is not of this package.
+            RuntimeError: nothing was counted.
+        """
+        if not hasattr(optimizer, "step_scaled"):
+            raise TypeError(f"{type(optimizer).__name__} cannot divide by a number of items that is known late: take "
+                            "one of fasttrain.optim, or average the loss on each rank and do not count()")
+        if self.idle:
+            items, self._items = self._items, 0
+        else:
+            items, self._late_items = self._late_items, 0
+        if not items:
+            raise RuntimeError("no items were counted: call count() before each backward pass, or optimizer.step()")
+        scale = torch.tensor(items / self.wire.size, dtype=torch.float64, device=self.wire.device)
+        squares, found = self.statistics()
+        norm_of_mean = (squares.sqrt() / scale).float()
+        optimizer.step_scaled(scale.float(), found, norm_of_mean, max_norm)
+        return norm_of_mean
+
+    def grad_ready(self, p: Tensor) -> None:
+        """Tell that a gradient is complete, where no hook of autograd does (a pipeline that splits backward)."""
+        self._arrive(self._index[p])
+
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """Of the reduced gradients: the sum of squares (float64) and whether any element is not finite; of shape ().
+
+        Each rank measured its part while buckets arrived: the same bits on every rank. Do not use them if something
+        else has written to the gradients since (torch's GradScaler, for example).
+        """
+        if self.idle:
+            squares, found = norm.squares([p.grad for p in self.params if p.grad is not None])
+            return norm.total(squares), found
+        if self._squares is None:
+            raise RuntimeError("no gradients have been reduced: run a backward pass outside of no_sync() first")
+        return self._squares
+
+    def grad_norm(self) -> Tensor:
+        """The norm of all reduced gradients, float32 of shape (); see `statistics`."""
+        return self.statistics()[0].sqrt().float()
+
+    @property
+    def culprits(self) -> dict[int, list[str]]:
+        """By rank, the parameters whose gradients were not finite there, found in the second bad step in a row."""
+        return self.blaming.culprits
+
+    def nonfinite(self) -> list[str]:
+        """The parameters whose reduced gradients are not finite now, by name: one pass, when you ask."""
+        return blame.nonfinite(self.names, self.params)
+
+    def recorded_order(self) -> list[str]:
+        """The names in the order in which gradients arrived in the last backward pass: an `order` for later runs."""
+        seen = set(self._arrivals)
+        return [self.names[index] for index in
+                (*self._arrivals, *(index for index in reversed(range(len(self.names))) if index not in seen))]
+
+    @property
+    def exposed(self) -> float:
+        """Seconds of communication in the last recorded step that its backward pass did not hide."""
+        return 0.0 if self.idle or self.timeline is None else self.timeline.exposed
+
+    def bytes_per_step(self) -> float:
+        """Bytes that this rank sends in a synchronised step, by the formula; `wire.bytes` counts what it sent."""
+        return sum(accounting.bytes_per_step(1, bucket.elements, self.wire.size, *self.method.widths(bucket.dtype))
+                   for bucket in self.layout.buckets)
+
+    def record_timeline(self, on: bool = True) -> None:
+        """Record when each bucket is ready, sent and received, in `timeline`."""
+        self.timeline = Timeline(len(self.buckets)) if on else None
+
+    def use(self, method: Method) -> None:
+        """Let buckets travel this way from the next step on; on every rank."""
+        method.prepare(self.wire, self.layout)
+        self.method = method
+
+    def remove(self) -> None:
+        """Let go of the parameters; gradients stay as they are."""
+        for hook in self._hooks:
+            hook.remove()
+        reduced.disown(self.params)
+        steps.forget(self)
+
+    def check_closed(self) -> None:
+        """A forward pass begins, or a step.
+
+        Raises:
+            RuntimeError: the last backward pass has not come to its end, so that the other ranks wait for its
+                gradients: they are told.
+        """
+        if self._open is None or torch._C._current_graph_task_id() != -1:
+            return
+        cause = "a backward pass ended with an exception that the program caught, and its gradients were never sent"
+        if isinstance(self.wire.watch, Watcher):
+            self.wire.watch.fail(cause)
+        raise RuntimeError(f"{cause}: the ranks cannot go on together; let the exception end the process, and start "
+                           "again")
+
+    def before_step(self) -> None:
+        """An optimizer is about to step these parameters.
+
+        Raises:
+            RuntimeError: it would not divide by the items that were counted.
+        """
+        self.check_closed()
+        if self._late_items or (self.idle and self._items):
+            raise RuntimeError("items were counted in this step, and optimizer.step() would not divide by them: call "
+                               "step(optimizer) of the reducer or of DataParallel")
+
+
+def _arrived(reducer: weakref.ref[Reducer], index: int, p: Tensor) -> None:
+    if (self := reducer()) is not None:
+        self._arrive(index)
