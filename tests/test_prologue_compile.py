@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(disassembly.cuobjdump() is None, reason="no cuob
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
-@pytest.mark.parametrize("name, arch", [("prologue", 80), ("prologue", 100), ("keyed", 90), ("mask", 90),
+@pytest.mark.parametrize("name, arch", [("prologue", 80), ("prologue", 100), ("keyed", 90), ("chunks_left", 90),
                                         ("count", 90)])
 def test_cuda_kernels_neither_spill_nor_index_local_memory(name: str, arch: int, tmp_path: Path) -> None:
     source, cubin = tmp_path / "own.cu", tmp_path / "own.cubin"

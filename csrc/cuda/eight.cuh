@@ -232,13 +232,9 @@ struct Lane {
       else if constexpr (base == kSplit16) x[e] = float_of((main.get(e) << 16) + sign_extended<16>(extra.get(e)));
       else if constexpr (base == kSplit8) x[e] = float_of((main.get(e) << 16) + (sign_extended<8>(extra.get(e)) << 8));
       else if constexpr (base == kMasterBF16) x[e] = float_of(extra.get(e));
-      else x[e] = code_value(e) * float_of(unit);
+      else if constexpr ((Codec & kPositive) != 0) x[e] = octave_value(main.get(e)) * float_of(unit);
+      else x[e] = square_value(main.word[e / 4] ^ 0x80808080u, e % 4) * float_of(unit);
     }
-  }
-  HOST_DEVICE float code_value(int e) const {
-    static_assert(base == kInt8, "a codec of these kernels");
-    if constexpr ((Codec & kPositive) != 0) return octave_value(main.get(e));
-    else return square_value(main.word[e / 4] ^ 0x80808080u, e % 4);
   }
   template <int Bits>
   HOST_DEVICE static u32 sign_extended(u32 bits) {

@@ -92,7 +92,7 @@ const HostKernel host_kernels[] = {FASTTRAIN_COMMON_RULES(FT_ALL_HOST_KERNELS) F
                                    {"tree", false, Tree::columns, 0, walk_tree},
                                    {"prologue", false, Prologue::columns, 0, walk_table<Prologue, char>},
                                    {"keyed", false, Keyed::columns, 0, walk_table<Keyed, char>},
-                                   {"mask", false, Mask::columns, 0, walk_table<Mask, char>},
+                                   {"chunks_left", false, Mask::columns, 0, walk_table<Mask, char>},
                                    {"count", false, Count::columns, 0, walk_table<Count, char>}};
 const int host_kernel_count = static_cast<int>(sizeof(host_kernels) / sizeof(host_kernels[0]));
 

@@ -72,12 +72,12 @@ class CudaDriven(Tabled):
         with making("the tables of a step", self.device), place.guard():
             masks = np.concatenate([self._masks(index) for index in range(len(self.groups))])
             self.masks = Resident(place, [], [masks])
-        self.small = [("prologue", tables[1], sum(len(group.rows) for group in self.groups), THREADS),
-                      ("keyed", self.numbers.live[-1], len(self.keyed), THREADS),
-                      ("mask", self.masks.fixed[0], len(masks), 1), ("count", tables[0], len(self.counts), THREADS)]
-        for name in (*(name for name, _, count, _ in self.small if count), *self.kernels):
+        self.small = [("prologue", tables[1], sum(len(group.rows) for group in self.groups)),
+                      ("keyed", self.numbers.live[-1], len(self.keyed)),
+                      ("chunks_left", self.masks.fixed[0], len(masks)), ("count", tables[0], len(self.counts))]
+        for name in (*(name for name, _, count in self.small if count), *self.kernels):
             self.code.usage(name, cuda.THREADS)  # loaded now: nothing is in a capture
-        self.launches = sum(len(chunks) > 0 for chunks in self.chunks) + sum(count > 0 for _, _, count, _ in self.small)
+        self.launches = sum(len(chunks) > 0 for chunks in self.chunks) + sum(count > 0 for _, _, count in self.small)
 
     def more(self) -> list[np.ndarray]:
         rows = [described(Addresses(fixed, words, self.base + at.rows, self.base + at.skip), len(group.rows),
@@ -87,7 +87,7 @@ class CudaDriven(Tabled):
         return [with_slots(np.concatenate(rows), self.base + self.end)]
 
     def _masks(self, index: int) -> np.ndarray:
-        """What the kernel `mask` is told of the chunks of a group, int64 of shape (chunks, 5)."""
+        """What the kernel `chunks_left` is told of the chunks of a group, int64 of shape (chunks, 5)."""
         group, chunks, made = self.groups[index], self.chunks[index], self.made[index]
         item, number = group.items[0], np.arange(len(chunks))
         column = len(item.tensors) + (0 if item.plain else len(kept_table.extra_operands(item.codecs)))
@@ -112,11 +112,9 @@ class CudaDriven(Tabled):
     def count(self) -> None:
         self._small(*self.small[3])
 
-    def _small(self, name: str, table: int, rows: int, each: int) -> None:
-        """Start a kernel of which a block takes so many rows of its table, each a thread; or one row, all threads."""
+    def _small(self, name: str, table: int, rows: int) -> None:
         if rows:
-            threads = THREADS if each > 1 else cuda.THREADS
-            self.code.launch(kernel=name, blocks=-(-rows // each), threads=threads, stream=self.place.stream(),
+            self.code.launch(kernel=name, blocks=-(-rows // THREADS), threads=THREADS, stream=self.place.stream(),
                              table=table, chunks=rows, rows=0, gradients=0)
 
 
