@@ -3,5 +3,6 @@
 from fasttrain.parallel.agreement import RanksDisagree
 from fasttrain.parallel.data import DataParallel
 from fasttrain.parallel.reducer import Reducer
+from fasttrain.parallel.zero import Zero
 
-__all__ = ["DataParallel", "RanksDisagree", "Reducer"]
+__all__ = ["DataParallel", "RanksDisagree", "Reducer", "Zero"]

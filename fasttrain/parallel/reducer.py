@@ -7,7 +7,7 @@ the ranks compare at the end of each step in `agreement`.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -94,15 +94,16 @@ class Reducer:
         self._agreeing: Agreeing | None = None
         self._squares: tuple[Tensor, Tensor] | None = None
         self._arrivals: list[int] = []
-        self._make_buckets()
+        self._make_buckets(Bucket)
+        self.method: Method = None  # type: ignore[assignment]
         self.use(method)
         for p in other:
             p.grad_dtype = None  # any: the first comes in the parameter's own, and is cast as it is packed
         reduced.own(self.params, self)
+        self._hooks: list[Any] = []
         self.idle = self.wire.size == 1 and not other and method.name == "same"
-        self._hooks = [] if self.idle else [
-            p.register_post_accumulate_grad_hook(partial(_arrived, weakref.ref(self), index))
-            for index, p in enumerate(self.params)]
+        if not self.idle:
+            self._attach()
         steps.watch(self)
 
     # --- What users call ----------------------------------------------------------------------------------------------
@@ -131,6 +132,7 @@ class Reducer:
         if self._open is not None:
             raise RuntimeError("finish() was called within a backward pass, or the last one ended with an exception "
                                "after gradients were sent: the ranks cannot go on together; start them again")
+        self.method.begin()
         self._start()
         self._finish(late=True)
         return self.last
@@ -141,6 +143,7 @@ class Reducer:
         for p in self.params:
             p.grad = None
         self._backwards = 0
+        self.method.begin()
         self._start()
         self._finish(late=False)
 
@@ -176,9 +179,29 @@ class Reducer:
         self.timeline = Timeline(len(self.buckets)) if on else None
 
     def use(self, method: Method) -> None:
-        """Let buckets travel this way from the next step on; on every rank."""
+        """Let buckets travel this way from the next step on; on every rank.
+
+        Raises:
+            RuntimeError: the way that they travel is for good (`Zero`).
+        """
+        if self.method is not None and self.method.final:
+            raise RuntimeError(f"gradients travel as {self.method.name!r}, on which an optimizer relies: give the wire "
+                               "when the model is wrapped, before the optimizer is made")
         method.prepare(self.wire, self.layout)
         self.method = method
+
+    def shard(self, method: Method, make: Callable[..., Bucket] | None = None) -> None:
+        """Let every rank get its part of each bucket only, from now on: what `Zero` calls.
+
+        Arguments:
+            method: that sends and keeps the parts.
+            make: makes the buckets anew, with the arguments of `Bucket`; None: they stay.
+        """
+        self.use(method)
+        if make is not None:
+            self._make_buckets(make)
+        self.idle = False
+        self._attach()
 
     def remove(self) -> None:
         """Let go of the parameters; gradients stay as they are."""
@@ -189,15 +212,20 @@ class Reducer:
 
     # --- A backward pass ----------------------------------------------------------------------------------------------
 
-    def _make_buckets(self) -> None:
+    def _attach(self) -> None:
+        if not self._hooks:
+            self._hooks = [p.register_post_accumulate_grad_hook(partial(_arrived, weakref.ref(self), index))
+                           for index, p in enumerate(self.params)]
+
+    def _make_buckets(self, make: Callable[..., Bucket]) -> None:
         self._index = {p: index for index, p in enumerate(self.params)}
         self._shapes = [p.shape for p in self.params]
         self._where: list[tuple[Bucket, int]] = [None] * len(self.params)  # type: ignore[list-item]
         place = {name: index for index, name in enumerate(self.names)}
-        self.buckets = []
+        self.buckets: list[Bucket] = []
         for plan in self.layout.buckets:
             indices = [place[slot.name] for slot in plan.slots]
-            bucket = Bucket(plan, [self.params[i] for i in indices], [self.names[i] for i in indices])
+            bucket = make(plan, [self.params[i] for i in indices], [self.names[i] for i in indices])
             for at, index in enumerate(indices):
                 self._where[index] = bucket, at
             self.buckets.append(bucket)
@@ -228,6 +256,7 @@ class Reducer:
         self._backwards += 1
         self._arrivals = []
         self._left = list(self._counts) if any(self._counts) else []
+        self.method.begin()
         if self.syncing:
             self._start()
         self._open = self.syncing
@@ -265,7 +294,7 @@ class Reducer:
         if self.timeline is not None:
             self.timeline.backward_ended()
         self._check_unchanged()
-        used = [p.grad is not None for p in self.params]
+        used = [bucket.has(place) for bucket, place in self._where]
         for bucket in self.buckets[len(self._works) :]:
             bucket.close(self._factor)
         self._send_ready()
@@ -277,11 +306,13 @@ class Reducer:
         self._squares = squares, bad != 0
         if self.timeline is not None:
             self.timeline.ended()
+        anywhere = used
         if self._agreeing.copied is None or not all(used):
-            agreement = self._read_agreement()
-            for (bucket, place), had, ranks in zip(self._where, used, agreement.used, strict=True):
-                if ranks and not had:
-                    bucket.bind(place)
+            anywhere = [ranks > 0 for ranks in self._read_agreement().used]
+        for (bucket, place), had, elsewhere in zip(self._where, used, anywhere, strict=True):
+            if elsewhere and not had:
+                bucket.bind(place)
+        self.method.ended(anywhere)
 
     def _read_agreement(self) -> Any:
         """Compare what the ranks did: at once on the CPU, a step later on a GPU, which is not waited for."""
