@@ -40,10 +40,9 @@ class Net(nn.Module):
         return self.head(h)
 
 
-def model_of(wire: Any, dtype: torch.dtype = torch.float32, **options: Any) -> DataParallel:
+def model_of(mesh: Any, dtype: torch.dtype = torch.float32, wire: str = "ordered", **options: Any) -> DataParallel:
     torch.manual_seed(0)
-    options = {"wire": "ordered", "bucket_cap_mb": 0.02, **options}
-    return DataParallel(Net(dtype), mesh=wire, **options)
+    return DataParallel(Net(dtype), mesh=mesh, wire=wire, **{"bucket_cap_mb": 0.02, **options})
 
 
 def loss_of(model: nn.Module, step: int, rank: int, micro: int = 0) -> Tensor:

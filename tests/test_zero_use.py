@@ -120,7 +120,8 @@ def test_parameters_of_several_dtypes_in_one_bucket():
 
 def averages(wire):
     """EMA and schedule-free averages on every rank; gathers that the next forward pass waits for."""
-    model, zero, twin, whole = pair(wire, AdamW, BF16, 1, {"lr": 0.1, "ema_decay": 0.5, "master": "split"}, overlap=True)
+    options = {"lr": 0.1, "ema_decay": 0.5, "master": "split"}
+    model, zero, twin, whole = pair(wire, AdamW, BF16, 1, options, overlap=True)
     for step in range(3):
         backward(model, step, wire.rank)
         zero.step()
