@@ -7,23 +7,26 @@
 #                       Python it finds: installs nothing, downloads nothing       (ARGS=--dry without a GPU; docs/gpu.md)
 #   make test-gpu       its build and all of its tests, the exhaustive ones too    (ARGS="-k lion")
 #   make figures        the README's tables and plots from the newest results
+#   make proof          what compilers made of every kernel, measured again: the table and its two pages (minutes)
 #   make lint, make bench, make rules (writes csrc/rules.h), make install (only fills .venv), make clean
-# Variables: PYTHON (which Python makes .venv), TORCH (what pip installs as torch), FASTTRAIN_CUDA (auto, on, off).
+# Variables: PYTHON (which Python makes .venv), TORCH (what pip installs as torch), FASTTRAIN_CUDA (auto, on, off), JOBS
+# (processes that share the tests of `make test`; 0: one, with its output as it comes).
 
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 VENV   ?= .venv
 EXTRAS ?= test,dev
 ARGS   ?=
+JOBS   ?= 2
 PY     := $(VENV)/bin/python
 
-.PHONY: train test test-all test-install test-matrix test-gpu gpu lint bench figures rules install clean
+.PHONY: train test test-all test-install test-matrix test-gpu gpu lint bench figures proof rules install clean
 
 train: $(VENV)/.native
 	$(PY) -m fasttrain train $(ARGS)
 
-test: $(VENV)/.native
-	$(PY) -m pytest -m "not slow" $(ARGS)
+test: $(VENV)/.native  # passive: threads of torch that spin while they wait would take the other process's core
+	OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(JOBS) --dist worksteal -m "not slow" $(ARGS)
 
 test-install: $(VENV)/.native
 	$(PY) -m pytest tests/test_install.py $(ARGS)
@@ -45,6 +48,9 @@ bench: $(VENV)/.native
 figures: $(VENV)/.native
 	$(PY) -m benchmarks.readme
 	$(PY) -m benchmarks.storage_page
+
+proof: $(VENV)/.native
+	$(PY) -m benchmarks.proof $(ARGS)
 
 rules: $(VENV)/.torch  # not .native, which needs csrc/rules.h
 	$(PY) -m fasttrain.optim.header csrc/rules.h

@@ -5,9 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -323,18 +320,3 @@ def covering(*columns: Sequence[Any]) -> list[tuple[Any, ...]]:
         pairs -= held[best]
         rows.append(tuple(column[i] for column, i in zip(columns, best, strict=True)))
     return rows
-
-
-def python(code: str, *arguments: str, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run Python code in a fresh process that can import the package and the tests; it ends with all that it forked."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    process = subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               env={**os.environ, "PYTHONPATH": path, **environment}, cwd=ROOT, text=True,
-                               start_new_session=True)
-    try:
-        out, errors = process.communicate(timeout=timeout)
-    except BaseException:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        raise
-    return subprocess.CompletedProcess(process.args, process.returncode, out, errors)

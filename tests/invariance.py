@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_same_bits, generator, normal, python
+from forks import python
+from helpers import assert_same_bits, generator, normal
 from torch.nn import Parameter
 
 from fasttrain.kernels import native

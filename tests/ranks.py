@@ -1,7 +1,6 @@
 """A pool of ranks for tests: processes forked from one that has torch loaded already.
 
-A torchrun launch costs seconds, a pooled run of two ranks a tenth of one. Workers come from a fork server, never from
-the test process, whose threads a fork would not survive.
+A torchrun launch costs seconds, a pooled run of two ranks a tenth of one.
 
 Example:
     def mean_rank(wire):
@@ -12,7 +11,6 @@ Example:
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import sys
 import tempfile
@@ -24,13 +22,9 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
-PATIENCE_S = 60
+from forks import context
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "fasttrain.parallel", "fasttrain.dist.watcher",
-                                 "fasttrain.train.loop",
-                                 "fasttrain.train.recipe", "torch.distributed.checkpoint.state_dict",
-                                 "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "pytest"])
+PATIENCE_S = 60
 
 
 class RankFailed(AssertionError):
@@ -49,9 +43,9 @@ def run(work: Callable[..., Any], size: int, *arguments: Any) -> list[Any]:
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
         for rank in range(size):
-            ours, theirs = _context.Pipe()
-            process = _context.Process(target=_rank, args=(theirs, rank, size, str(Path(folder, "store")), work,
-                                                           arguments), daemon=True)
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_rank, args=(theirs, rank, size, str(Path(folder, "store")), work,
+                                                          arguments), daemon=True)
             process.start()
             theirs.close()
             pipes.append(ours)
@@ -127,7 +121,7 @@ def faulty(work: Callable[..., Any], size: int, *arguments: Any, timeout_s: floa
         stopped: one rank does not end by itself; it is killed when the others have ended.
     """
     with tempfile.TemporaryDirectory() as folder:
-        processes = [_context.Process(target=_faulty, args=(folder, rank, size, work, arguments, timeout_s, grace_s),
+        processes = [context.Process(target=_faulty, args=(folder, rank, size, work, arguments, timeout_s, grace_s),
                                       daemon=True) for rank in range(size)]
         for process in processes:
             process.start()

@@ -1,131 +1,28 @@
-"""The CUDA backend end to end without a GPU: a driver that the test compiles, whose launches walk the kernels' own text
-on the host, with host memory in the place of device memory.
-"""
+"""The CUDA backend end to end without a GPU: steps through the driver of tests/fake_driver.py, and what is sent."""
 
 from __future__ import annotations
 
-import ctypes
-import shutil
-import subprocess
 import warnings
 from dataclasses import replace
-from pathlib import Path
-from types import SimpleNamespace
 
-import cuda_host
 import kept
 import numpy as np
 import pytest
 import torch
-from fake_place import FakePlace
-from helpers import Case, assert_same_bits, assert_same_run, generator, needs_native, normal
+from fake_driver import BF16, F32, F64, STREAM, items_of, moved, needs_driver, stepped
+from fake_driver import fake as fake
+from fake_driver import library as library
+from helpers import Case, assert_same_bits, assert_same_run, generator, normal
 from helpers import run as run_case
-from test_cuda_walk import oracle, row_of, states_of
+from test_cuda_walk import oracle, row_of
 from test_storage_cuda import COMBINATIONS, case_of, name_of
 
-from fasttrain.kernels import cuda, cuda_factored, cuda_sums, dispatch, kept_table, native, norm, nvrtc, resident, ring
+from fasttrain.kernels import cuda, ring
 from fasttrain.kernels.item import Item
 from fasttrain.kernels.trace import trace
-from fasttrain.optim import LAMB, RULES, SGD, Adafactor, Adam, Lion
+from fasttrain.optim import SGD, Adam, Lion
 
-SOURCE = Path(__file__).with_name("fake_libcuda.cpp")
-COMPILER = shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
-NO_COMPILER = "no C++ compiler to build the fake driver with"
-pytestmark = [needs_native, pytest.mark.skipif(COMPILER is None, reason=NO_COMPILER)]
-
-LAUNCH = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint, *[ctypes.c_ulonglong] * 2,
-                          ctypes.c_longlong, *[ctypes.c_ulonglong] * 2)
-STREAM = FakePlace.STREAM
-CPU = torch.device("cpu")
-KEPT = {name_of(combination): kept.numbers_of(case_of(combination).codecs) for combination in COMBINATIONS}
-
-
-def compile_library(source: Path, to: Path) -> Path:
-    subprocess.run([str(COMPILER), "-std=c++17", "-shared", "-fPIC", "-O1", "-o", str(to), str(source)], check=True)
-    return to
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    return compile_library(SOURCE, tmp_path_factory.mktemp("driver") / "libcuda.so.1")
-
-
-@pytest.fixture
-def fake(library, tmp_path, monkeypatch):
-    """The backend with the fake driver; `launches` holds (kernel, blocks, threads, stream) of each. `own` are kernels
-    that the compiled module has not: of (table, chunks, rows, gradients, blocks, warps).
-    """
-    loaded = ctypes.CDLL(str(library))
-    loaded.fake_log.restype = ctypes.c_char_p
-    loaded.fake_reset()
-    launches, errors, own, host = [], [], {}, cuda_host.Device()
-    rules = {rule.name: rule for rule in RULES}
-
-    @LAUNCH
-    def launch(kernel, blocks, threads, stream, table_at, chunks, rows_at, gradients_at):
-        try:
-            name = kernel.decode()
-            launches.append((name, blocks, threads, stream))
-            if name in own:
-                own[name](table_at, chunks, rows_at, gradients_at, blocks, threads)
-                return 0
-            if not name.startswith(("step_", "kept_")):
-                cuda_host.walk(host, name, blocks, table_at, chunks, rows_at, gradients_at)
-                return 0
-            rule, wide = rules[name.split("_")[1]], name.split("_")[2] == "F64"
-            columns, width = len(rule.state) + 5, 1 + len(trace(rule).coefficients)
-            row_at = columns - 2
-            if name in KEPT:
-                columns, random = kept_table.columns(KEPT[name]), len(kept_table.random_operands(KEPT[name]))
-                width += 3 + 2 * random
-                row_at = columns - 2 - (4 if random else 0)
-            words = (ctypes.c_longlong * (chunks * columns)).from_address(table_at)
-            table = np.ctypeslib.as_array(words).reshape(chunks, columns).astype(np.int64)
-            count = int(table[:, row_at].max()) + 1
-            kept = ctypes.c_double if wide else ctypes.c_float
-            rows = np.ctypeslib.as_array((kept * (count * width)).from_address(rows_at)).reshape(count, width)
-            moving = np.ctypeslib.as_array((ctypes.c_longlong * chunks).from_address(gradients_at))
-            native.module().cuda_host_walk(name, table, rows, blocks, threads, list(range(blocks)), moving)
-        except Exception as error:  # it cannot pass through C
-            errors.append(error)
-            return 999
-        return 0
-
-    loaded.fake_set(launch, 13000, 9, 0)
-    image = tmp_path / "step.fatbin"
-    image.write_bytes(b"an image\0")
-    for cached in (cuda.driver, cuda.code, cuda.kernel_of):
-        cached.cache_clear()
-    places = {}
-    monkeypatch.setattr(cuda, "LIBRARY", str(library))
-    monkeypatch.setattr(cuda, "IMAGE", image)
-    monkeypatch.setattr(cuda, "place_of", lambda device: places.setdefault(device, FakePlace(device)))
-    monkeypatch.setattr(ring, "rings", {})
-    for owner, name in ((cuda, "tables"), (cuda_sums, "kept"), (cuda_factored, "kept")):
-        monkeypatch.setattr(owner, name, cuda.Tables())
-    monkeypatch.setattr(nvrtc, "cupy", lambda: (None, "CuPy is not here"))
-    yield SimpleNamespace(lib=loaded, launches=launches, errors=errors, callback=launch, own=own, places=places,
-                          place=cuda.place_of(CPU),
-                          log=lambda: loaded.fake_log().decode().splitlines())
-    for cached in (cuda.driver, cuda.code, cuda.kernel_of):
-        cached.cache_clear()
-    assert errors == []
-    assert loaded.fake_current_contexts() == 0, "a context was left current"
-
-
-def items_of(rules, dtypes, numbers, sizes=(5, 0, 4096, 10_001)):
-    """Items with step counts, of each rule in each combination of dtypes (p, g, states)."""
-    made = []
-    for rule in rules:
-        for p, g, s in dtypes:
-            for index, size in enumerate(sizes):
-                tensors = (normal((size,), p, numbers), normal((size,), g, numbers), *states_of(rule, size, s, numbers))
-                counter = torch.tensor(float(index))
-                made.append(Item(f"{rule.name} {size}", rule, tensors, row_of(rule, 1 + index), counter))
-    return made
-
-
-F32, BF16, F64 = ((torch.float32,) * 3, (torch.bfloat16,) * 3, (torch.float64,) * 3)
+pytestmark = needs_driver
 
 
 def test_step_end_to_end(fake):
@@ -179,23 +76,6 @@ def test_kept_items_without_a_kernel_go_elsewhere(fake):
         cuda.step(items)
     kept.compare(items, wanted, "elsewhere")
     assert fake.launches == []
-
-
-def moved(item, past=0):
-    """The item with its gradient elsewhere, `past` elements behind a multiple of 16 bytes."""
-    storage = torch.zeros(past + item.tensors[1].numel(), dtype=item.tensors[1].dtype)
-    storage[past:] = item.tensors[1]
-    return replace(item, tensors=(item.tensors[0], storage[past:], *item.tensors[2:]))
-
-
-def stepped(fake, items):
-    """Step, compare with the oracle, and return the bytes of the copies to the device."""
-    wanted, before = oracle(items), len(fake.place.uploads)
-    cuda.step(items)
-    for item, right in zip(items, wanted, strict=True):
-        for got, tensor in zip(item.tensors, right.tensors, strict=True):
-            assert_same_bits(got, tensor, item.name)
-    return fake.place.uploads[before:]
 
 
 def test_only_what_changed_is_sent(fake):
@@ -259,23 +139,6 @@ def test_report_of_a_step(fake, monkeypatch):
         assert optimizer.last_step.host_syncs == 0
 
 
-def test_tables_kept_are_few(fake, monkeypatch):
-    """So many, and of no more than so many bytes."""
-    monkeypatch.setattr(cuda.tables, "most", 3)
-    alive = [items_of([SGD.rules[0]], [F32], generator(seed), sizes=(8,)) for seed in range(5)]
-    for items in alive:
-        stepped(fake, items)
-    assert len(cuda.tables.known) == len(cuda.tables.sizes) == 3
-    monkeypatch.setattr(cuda.tables, "most", 1000)
-    assert cuda.tables.bytes == sum(entry.on_device.memory.nbytes for entry in cuda.tables.known.values()) > 0
-    monkeypatch.setattr(resident, "ROOM", 2 * cuda.tables.bytes // 3)
-    stepped(fake, alive[0])
-    assert len(cuda.tables.known) == 2
-    monkeypatch.setattr(resident, "ROOM", 1)
-    assert stepped(fake, alive[0]) == []
-    assert len(cuda.tables.known) == 1, "but the last"
-
-
 # --- Several GPUs -----------------------------------------------------------------------------------------------------
 
 class OnSecond(torch.Tensor):
@@ -314,89 +177,6 @@ def test_several_gpus(fake):
     assert len(fake.launches) == 2, "nor of the other GPU"
     for item, old in zip(items, before, strict=True):
         assert_same_bits(item.tensors[0], old)
-
-
-# --- Memory that is not there -----------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("where", ["device", "pinned", "cuModuleGetFunction", "cuFuncGetAttribute"])
-def test_out_of_memory(fake, where):
-    """One error that says what to do; nothing is stepped, of no group; and the next step works."""
-    items = items_of([Lion.rules[0], SGD.rules[0]], [F32], generator(14), (5, 4096))
-    before = [[tensor.clone() for tensor in (*item.tensors, item.counter)] for item in items]
-
-    def refused(size):
-        raise RuntimeError("CUDA error: out of memory")
-
-    if where == "device":
-        fake.place.room = 100
-    elif where == "pinned":
-        fake.place.pinned = refused
-    else:
-        fake.lib.fake_fail(where.encode(), 2)
-    said = "(?i)no memory left for the tables of a step on cpu, and no parameter was stepped: take.*out.of.memory"
-    with pytest.raises(torch.OutOfMemoryError, match=said) as caught:
-        cuda.step(items)
-    assert caught.value.__cause__ is not None
-    assert fake.launches == []
-    for item, tensors in zip(items, before, strict=True):
-        for got, tensor in zip((*item.tensors, item.counter), tensors, strict=True):
-            assert_same_bits(got, tensor, item.name)
-    fake.place.room = 1 << 40
-    fake.place.__dict__.pop("pinned", None)
-    fake.lib.fake_fail(where.encode(), 0)
-    assert len(stepped(fake, items)) == 1
-
-
-@pytest.mark.parametrize("where", ["device", "cuModuleGetFunction"])
-@pytest.mark.parametrize("make", [LAMB, Adafactor], ids=lambda make: make.__name__)
-def test_out_of_memory_for_a_workspace(fake, monkeypatch, make, where):
-    """Parameters are untouched, the error says what to do, and the next step is the reference's."""
-    monkeypatch.setattr(cuda, "why_not", lambda device: None)
-    params = [torch.nn.Parameter(normal(shape, torch.float32, generator(15))) for shape in ((40, 30), (9,))]
-    before = [p.detach().clone() for p in params]
-    optimizer = make(params, lr=0.1, backend="cuda")
-    for p in params:
-        p.grad = torch.ones_like(p)
-    fake.place.room = 100 if where == "device" else 1 << 40
-    fake.lib.fake_fail(b"cuModuleGetFunction", 2 if where != "device" else 0)
-    with pytest.raises(torch.OutOfMemoryError, match=r"no memory left for the workspace of .*no parameter was stepped"):
-        optimizer.step()
-    assert fake.launches == []
-    for p, old in zip(params, before, strict=True):
-        assert_same_bits(p, old)
-    fake.place.room = 1 << 40
-    fake.lib.fake_fail(b"cuModuleGetFunction", 0)
-    optimizer.step()
-    assert {stream for *_, stream in fake.launches} == {STREAM}
-    other = [torch.nn.Parameter(old) for old in before]
-    reference = make(other, lr=0.1, backend="reference")
-    for p in other:
-        p.grad = torch.ones_like(p)
-    reference.step()
-    for p, right in zip(params, other, strict=True):
-        assert torch.allclose(p, right, rtol=1e-6, atol=1e-7)
-
-
-def test_norm_through_the_driver(fake):
-    """Bits, launches and one copy; a norm that finds no memory says so."""
-    tensors = [normal((size,), torch.bfloat16, generator(size)) for size in (3, 9000, 0)]
-    fake.place.room = 10
-    with pytest.raises(torch.OutOfMemoryError, match="no memory left for the workspace of a norm"):
-        cuda_sums.squares(tensors)
-    fake.place.room = 1 << 40
-    for _ in range(2):
-        sums, flag = cuda_sums.squares(tensors)
-        wanted, bad = norm.reference(tensors)
-        assert_same_bits(sums, wanted)
-        assert bool(flag) == bool(bad)
-        assert_same_bits(cuda_sums.total(sums), norm.tree(sums))
-    assert [name for name, *_ in fake.launches] == 2 * ["squares_BF16", "tree", "tree", "tree"]
-    assert len(fake.place.uploads) == 2, "tables of the norm, and of the total"
-
-
-def test_other_errors_are_not_called_out_of_memory():
-    with pytest.raises(RuntimeError, match=r"^something else$"), resident.making("a table", CPU):
-        raise RuntimeError("something else")
 
 
 def test_strided_and_empty_and_none(fake):
@@ -468,90 +248,3 @@ def test_chunk_size():
     assert cuda.chunk_size(0, 132) == cuda.TILE
     assert cuda.chunk_size(64 << 20, 132) == 4 * cuda.TILE
     assert cuda.chunk_size(1 << 40, 132) == 16 * cuda.TILE
-
-
-# --- Why it cannot run ------------------------------------------------------------------------------------------------
-
-GPU = torch.device("cuda:0")
-
-
-def test_why_not_where_it_runs(fake):
-    assert cuda.why_not(GPU) is None
-    assert cuda.Place(torch.device("cuda")).ordinal() == 0 or torch.cuda.is_available()
-    assert cuda.why_not(CPU) == "it steps tensors in the memory of an NVIDIA GPU, not on cpu"
-
-
-def test_no_driver(fake, monkeypatch):
-    monkeypatch.setattr(cuda, "LIBRARY", "libcuda-that-is-not-there.so.1")
-    assert cuda.why_not(GPU).startswith("there is no CUDA driver: libcuda-that-is-not-there.so.1: cannot open")
-
-
-def test_not_a_driver(fake, monkeypatch, tmp_path):
-    source = tmp_path / "other.cpp"
-    source.write_text('extern "C" int cuInit(unsigned) { return 0; }\n')
-    monkeypatch.setattr(cuda, "LIBRARY", str(compile_library(source, tmp_path / "libother.so")))
-    assert "libother.so has no cuDriverGetVersion: it is not a CUDA driver, or too old" in cuda.why_not(GPU)
-
-
-def test_driver_that_does_not_start(fake):
-    fake.lib.fake_fail(b"cuInit", 999)
-    assert cuda.why_not(GPU) == "there is no CUDA driver: cuInit: error 999"
-
-
-def test_no_device_code(fake, monkeypatch, tmp_path):
-    monkeypatch.setattr(cuda, "IMAGE", tmp_path / "absent.fatbin")
-    assert cuda.why_not(GPU) == (f"this build has no device code ({native.build_info()['cuda_reason']}), and none can "
-                                 "be compiled at run time: CuPy is not here")
-
-
-def test_old_gpu(fake):
-    fake.lib.fake_set(fake.callback, 13000, 7, 5)
-    assert cuda.why_not(GPU) == "GPU 0 has compute capability 7.5; these kernels need 8.0 or newer"
-
-
-@pytest.mark.parametrize("error, text", [(209, "CUDA_ERROR_NO_BINARY_FOR_GPU, no kernel image is available"),
-                                         (222, "CUDA_ERROR_UNSUPPORTED_PTX_VERSION, the provided PTX was compiled")])
-def test_image_that_the_driver_refuses(fake, error, text):
-    fake.lib.fake_set(fake.callback, 12040, 9, 0)
-    fake.lib.fake_fail(b"cuModuleLoadData", error)
-    reason = cuda.why_not(GPU)
-    assert f"cuModuleLoadData: {text}" in reason
-    assert "The driver is for CUDA 12.4: install a newer driver, or build with an older toolkit" in reason
-    with pytest.raises(RuntimeError, match="the CUDA backend cannot step tensors on cpu: GPU 0 cannot load"):
-        cuda.step(items_of([SGD.rules[0]], [F32], generator(7), sizes=(3,)))
-
-
-@pytest.mark.parametrize("what", ["driver", "gpu", "none"])
-def test_automatic_choice(fake, monkeypatch, what):
-    """A driver or a GPU that is too old leaves the step to Triton, and the reasons say so; a forced backend raises."""
-    if what == "driver":
-        fake.lib.fake_set(fake.callback, 12040, 9, 0)
-        fake.lib.fake_fail(b"cuModuleLoadData", 222)
-    elif what == "gpu":
-        fake.lib.fake_set(fake.callback, 13000, 7, 5)
-    else:
-        monkeypatch.setattr(cuda, "LIBRARY", "libcuda-that-is-not-there.so.1")
-    said = {"driver": "install a newer driver", "gpu": "kernels need 8.0 or newer", "none": "no CUDA driver"}[what]
-    monkeypatch.setattr(dispatch.load("triton"), "why_not", lambda device: None)
-    dispatch._best.cache_clear()
-    try:
-        assert dispatch.choose(GPU) == "triton"
-        assert said in (dispatch.reasons(GPU)["cuda"] or "")
-        with pytest.raises(RuntimeError, match=f"backend 'cuda' was asked for and cannot run: .*{said}"):
-            dispatch.choose(GPU, "cuda")
-    finally:
-        dispatch._best.cache_clear()
-
-
-def test_launch_that_fails(fake):
-    """The driver's text arrives, and nothing is counted as done."""
-    items = items_of([SGD.rules[0]], [F32], generator(8), sizes=(3,))
-    fake.lib.fake_fail(b"cuLaunchKernel", 101)
-    with pytest.raises(RuntimeError, match=r"cuLaunchKernel\(step_SGD_F32_F32_F32\): CUDA_ERROR_INVALID_DEVICE, text"):
-        cuda.step(items)
-    assert items[0].counter.item() == 0
-
-
-def test_unknown_kernel(fake):
-    with pytest.raises(RuntimeError, match=r"cuModuleGetFunction\(other\): CUDA_ERROR_NOT_FOUND"):
-        cuda.code(0)[0].launch(kernel="other", blocks=1, threads=1, stream=0, table=0, chunks=0, rows=0)

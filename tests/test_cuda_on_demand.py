@@ -1,4 +1,4 @@
-"""Kernels compiled at run time, stepped end to end without a GPU: the fake driver of tests/test_cuda_driver.py loads
+"""Kernels compiled at run time, stepped end to end without a GPU: the fake driver of tests/fake_driver.py loads
 their images and starts them, and their text, compiled for the host, is walked.
 """
 
@@ -10,13 +10,13 @@ import warnings
 import kept
 import pytest
 import torch
+from fake_driver import COMPILER, GPU, NO_COMPILER, items_of
+from fake_driver import fake as fake
+from fake_driver import library as library
 from helpers import assert_same_bits, generator, needs_native, normal
 from own_kernels import CODECS, DESCENT, OPTIONS, PLAIN, RULE, Nothing, coded, on_host, plain
 from own_kernels import nothing as nothing
-from test_cuda_driver import COMPILER, GPU, NO_COMPILER, items_of, oracle
-from test_cuda_driver import fake as fake
-from test_cuda_driver import library as library
-from test_cuda_walk import states_of
+from test_cuda_walk import oracle, states_of
 
 from fasttrain.kernels import cuda, dispatch, nvrtc
 from fasttrain.kernels.item import Item

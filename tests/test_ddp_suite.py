@@ -1,11 +1,10 @@
 """torch's own tests of DistributedDataParallel, from its wheel, with `DataParallel` in its place.
 
-Of the eight that need no GPU. Two ask for what is torch's own and no part of the surface: `test_ddp_logging_data_cpu` and
-`test_static_graph_api_cpu` read its internal logger. `test_dump_DDP_relevant_env_vars` makes no module.
+Of the eight that need no GPU. Two ask for what is no part of the surface: `test_ddp_logging_data_cpu` and
+`test_static_graph_api_cpu` read torch's internal logger. `test_dump_DDP_relevant_env_vars` makes no module.
 """
 
 import os
-import tempfile
 import unittest
 
 import pytest
@@ -20,8 +19,8 @@ RUN = ("test_DistributedDataParallelCPU", "test_DistributedDataParallelCPU_grad_
 REFUSED = "test_ddp_create_graph"  # torch loses the graph of the gradient and warns
 
 
-def suite(wire):
-    os.environ.update(BACKEND="gloo", WORLD_SIZE=str(wire.size), RANK=str(wire.rank), TEMP_DIR=tempfile.mkdtemp())
+def suite(wire, folder):
+    os.environ.update(BACKEND="gloo", WORLD_SIZE=str(wire.size), RANK=str(wire.rank), TEMP_DIR=folder)
     from torch.testing._internal.distributed import distributed_test
 
     class Torchs(distributed_test.DistributedTest._DistTestBase, unittest.TestCase):
@@ -40,5 +39,6 @@ def suite(wire):
         getattr(Torchs(), REFUSED)()
 
 
-def test_torchs_tests():
-    ranks.run(suite, 2)
+def test_torchs_tests(tmp_path):
+    (tmp_path / "barrier").mkdir()
+    ranks.run(suite, 2, str(tmp_path))

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 from helpers import needs_native
 
-from benchmarks import disassembly, gpu_table
+from benchmarks.proof import __main__ as command
+from benchmarks.proof import cuda as listed
+from benchmarks.proof import disassembly, paths, table
 from fasttrain.kernels import cuda, native
 from fasttrain.kernels.trace import trace
 from fasttrain.precision.codecs import codec
 
-DOCUMENT = Path(__file__).parents[1] / "docs/gpu-kernels.md"
+PER_BYTE = 7.6  # instructions of a lane: 132 multiprocessors x 128 lanes x 1.98 GHz / 4.4 TB/s
+ABOVE = {"kept_AdamW_BF16S_BF16_INT8_INT8P": 11.1, "kept_AdamW_SPLIT8_BF16_INT8_INT8P": 9.0}  # 10 and 12 bytes
 NO_CODE = None if cuda.IMAGE.is_file() else f"no device code in this build: {native.build_info()['cuda_reason']}"
 NO_TOOL = None if disassembly.cuobjdump() else "no cuobjdump: neither the CUDA toolkit nor triton is installed"
 ESTIMATE = "sqrt.approx.ftz.f32"  # of a code; an exact product corrects it (square_code in csrc/cuda/eight.cuh)
@@ -25,22 +27,22 @@ pytestmark = [needs_native, pytest.mark.skipif(bool(NO_CODE or NO_TOOL), reason=
 
 @pytest.fixture(scope="module")
 def everything():
-    return gpu_table.compiled(cuda.IMAGE)
+    return paths.compiled(cuda.IMAGE)
 
 
 @pytest.fixture(scope="module")
 def kernels(everything):
-    return [kernel for kernel in everything if not gpu_table.reduces(kernel.usage.name)]
+    return [kernel for kernel in everything if not paths.reduces(kernel.usage.name)]
 
 
 @pytest.fixture(scope="module")
 def reductions(everything):
-    return [kernel for kernel in everything if gpu_table.reduces(kernel.usage.name)]
+    return [kernel for kernel in everything if paths.reduces(kernel.usage.name)]
 
 
 @pytest.fixture(scope="module")
 def ptx():
-    return dict(gpu_table.extract(cuda.IMAGE, "ptx"))
+    return dict(paths.extract(cuda.IMAGE, "ptx"))
 
 
 def failures(kernels, holds):
@@ -121,13 +123,13 @@ def test_accesses_of_pass_a(reductions):
     assert not failures(found, lambda kernel: kernel.in_flight == 4 and kernel.usage.stores == {16: 1})
     assert not failures(found, lambda kernel: 4 * kernel.usage.registers * 256 <= 65536)  # four blocks run at a time
     assert all(size in (8, 16, narrow) for kernel in found for size in kernel.usage.loads
-               for narrow in [gpu_table.BYTES[kernel.usage.name.removeprefix("squares_")]])
+               for narrow in [paths.BYTES[kernel.usage.name.removeprefix("squares_")]])
 
 
 def test_accesses_of_buckets(reductions):
     """Every load of a round is issued before the first arithmetic; codes are 8 bytes to a lane where they are made."""
     def moved(kernel):
-        sizes = [gpu_table.BYTES[kind] for kind in kernel.usage.name.split("_")[1:]]
+        sizes = [paths.BYTES[kind] for kind in kernel.usage.name.split("_")[1:]]
         width = 16 // min(sizes)
         loads = sum(size * width // 16 for size in (sizes[0], *sizes[2:]))
         together = 4 if loads == 1 else 2
@@ -136,14 +138,14 @@ def test_accesses_of_buckets(reductions):
                 and kernel.usage.stores[16] == stores * together)
 
     def encoded(kernel):
-        source, *lost = (gpu_table.BYTES[kind] for kind in kernel.usage.name.split("_")[1:])
+        source, *lost = (paths.BYTES[kind] for kind in kernel.usage.name.split("_")[1:])
         together = 2 if source == 4 or lost else 4
         loads, stores = together * 8 * (source + sum(lost)) // 16, together * 8 * sum(lost) // 16
         return (loads == kernel.in_flight == kernel.usage.loads[16] and kernel.usage.stores.get(16, 0) == stores
                 and kernel.usage.stores[8] == together)
 
     def added(kernel):
-        chunk, result = ({"INT8": 1, **gpu_table.BYTES}[kind] for kind in kernel.usage.name.split("_")[1:])
+        chunk, result = ({"INT8": 1, **paths.BYTES}[kind] for kind in kernel.usage.name.split("_")[1:])
         loads = 4 if chunk == 1 else 2 * 2 * chunk // min(chunk, result)  # of 4 ranks; of two ranks two packs each
         stores = (1 if chunk == 1 else 2) * result // min(chunk, result) + 1  # and one for the sums
         return loads == kernel.in_flight and kernel.usage.stores[16] == stores
@@ -199,11 +201,54 @@ def test_ptx_calls_nothing(ptx):
         assert not re.search(r"^\s*call\b", content.decode(errors="replace"), re.MULTILINE), arch
 
 
-def test_document(everything):
-    """docs/gpu-kernels.md, where it was written with the same compiler."""
-    written = DOCUMENT.read_text()
-    version = re.search(r"Compiler: nvcc (\S+)\.$", written, re.MULTILINE)
-    assert version
-    if version.group(1) != native.build_info()["nvcc"]:
-        pytest.skip(f"the table is of nvcc {version.group(1)}, this build of {native.build_info()['nvcc']}")
-    assert gpu_table.table(everything) == written, "write it again: python -m benchmarks.gpu_table docs/gpu-kernels.md"
+# --- The table --------------------------------------------------------------------------------------------------------
+
+def test_rows(everything):
+    """As they are committed, where the compiler is the same."""
+    changed = table.differences("cuda", listed.compiler(), listed.rows(everything))
+    if changed is None:
+        pytest.skip(f"the table is of {table.newest('cuda')[0]}, this build of {listed.compiler()}")
+    assert not changed, "\n".join([*changed, table.AGAIN])
+    assert table.missing("cuda", set(listed.rows(everything))) == set(), table.AGAIN
+
+
+def test_ceilings():
+    """Of everything that is committed. A multiprocessor of an H200 executes 7.6 instructions while memory delivers a
+    byte: a kernel that needs more waits for itself.
+    """
+    rows = table.newest("cuda")[1]
+    most = {name: row["per_element"] / row["bytes"] for name, row in rows.items() if row["per_element"]}
+    over = {name.split()[0] for name, each in most.items() if each > PER_BYTE}
+    assert over == set(ABOVE)
+    assert {name: each for name, each in most.items() if each > ABOVE.get(name.split()[0], PER_BYTE)} == {}
+    assert [name for name, row in rows.items() if row["local"] or row["stack"]] == []
+    assert [name for name, row in rows.items() if row["occupancy"] < 0.25] == ["step_Adan_F64_F64_F64 sm_100"]
+
+
+def test_page():
+    assert (command.DOCS / "gpu-kernels.md").read_text() == listed.page(*table.newest("cuda")), "make proof"
+
+
+# --- What reads the code ----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("every", [23, pytest.param(1, marks=pytest.mark.slow)])
+def test_machine_code_is_what_the_disassembler_shows(everything, every):
+    """Every number that is read from bits, and every branch."""
+    for kernel in everything[::every]:
+        code, lines = kernel.usage.code, kernel.code
+        shown = (disassembly.widths("LDG", kernel.text), disassembly.widths("STG", kernel.text),
+                 sum(line.op.startswith(("LDL", "STL")) for line in lines),
+                 sum(line.op.startswith(("FFMA", "DFMA")) for line in lines))
+        assert (kernel.usage.loads, kernel.usage.stores, kernel.usage.local, kernel.usage.fused) == shown
+        assert len(code) == len(lines)
+        assert code.targets == [None if line.target is None else line.target // 16 for line in lines]
+        branches = [place for place, line in enumerate(lines) if line.target is not None]
+        assert [code.predicated[place] for place in branches] == [lines[place].conditional for place in branches]
+
+
+def test_the_shortest_way_is_the_aligned_path(kernels):
+    """Two ways to find it: here by the text, there as the way with most 16-byte accesses. RAdam's shortest way leaves
+    out what its first steps do not need.
+    """
+    plain = [kernel for kernel in kernels if not kernel.kept and kernel.rule.name != "RAdam"]
+    assert not failures(plain, lambda kernel: len(kernel.usage.code.round) == len(kernel.aligned))

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import ranks
 import torch
+from fake_link import FakeLink
 from shards import placed
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from fasttrain.optim import SGD
+from fasttrain.optim import SGD, twin
 from fasttrain.optim.local import place
 
 
@@ -47,6 +49,13 @@ def refused(wire: Any) -> None:
     optimizer.step()  # the plan's own way
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+    offloaded = SGD([("w", w)], lr=1.0, offload=True)
+    offloaded.step()  # shards that are on the host are stepped there
+    assert w.to_local()[0, 0] == -2.0
+    with mock.patch.object(twin, "link_of", return_value=FakeLink()), pytest.raises(
+            TypeError, match=r"parameter 'w' is a DTensor.*CPUOffloadPolicy"):
+        offloaded.step()
+    assert w.to_local()[0, 0] == -2.0
 
 
 def test_what_is_refused_and_what_autograd_sees() -> None:

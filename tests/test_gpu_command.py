@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-import doctest
 import json
-import math
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
-from helpers import ROOT, needs_native
+from gpu_rows import ROW
+from helpers import needs_native
 
-from benchmarks import plot, readme
 from benchmarks.__main__ import main
-from benchmarks.gpu import bench, command, end_to_end, machine, peers, processes, shapes, table, worker
-from benchmarks.gpu.bench import AGAIN, OURS, Bench, Rival
+from benchmarks.gpu import command, machine, table, worker
+from benchmarks.gpu.bench import AGAIN, OURS, Bench
 from benchmarks.gpu.processes import Done, execute
 
 CPU = torch.device("cpu")
-
-
-def results(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """A file of results; its numbers are made up."""
-    on = {"gpu": "Test", "driver": "1.2", "commit": "abc", "date": "2000-01-01T00:00:00", "packages": {"torch": "9"}}
-    return {"machine": on, "figures": {"rows": rows}}
-
-
-ROW = {"work": "AdamW, fp32: 1e9 in 300 tensors", "section": "adamw", "unit": "ms", "value": {OURS: 6.543, "peer": 7.0},
-       "ratio": {"peer": {"median": 1.07}}, "of_copy": 0.9512, "spread": 0.004, "rounds": 30,
-       "absent": {"apex": "not there"}}
 
 
 # --- Every work -------------------------------------------------------------------------------------------------------
@@ -265,177 +251,3 @@ def test_gpu_test_files_are_found():
     files = command.test_files()
     assert "tests/test_gpu_step.py" in files
     assert "tests/test_gpu_command.py" not in files
-
-
-# --- Timing and shapes ------------------------------------------------------------------------------------------------
-
-def test_rivals_take_turns_on_their_copies():
-    calls: list[str] = []
-    rivals = {name: Rival(name, [lambda name=name, copy=copy: calls.append(f"{name}{copy}") for copy in range(2)])
-              for name in "ab"}
-    seconds = Bench(CPU, dry=True).interleave(rivals)
-    assert {name: len(times) for name, times in seconds.items()} == {"a": 2, "b": 2}
-    assert calls == ["a0", "a1", "a0", "b0", "b1", "b0", "a1", "b1", "b0", "a0"]
-
-
-class Event:
-    """Stands for a CUDA event."""
-
-    log: ClassVar[list[str]] = []
-
-    def __init__(self, enable_timing: bool):
-        assert enable_timing
-
-    def record(self) -> None:
-        self.log.append("event")
-
-    def synchronize(self) -> None:
-        self.log.append("wait for the event")
-
-    def elapsed_time(self, end: Event) -> float:
-        return 2.5
-
-
-@pytest.fixture
-def pretended(monkeypatch) -> Bench:
-    """A bench on a GPU that is not there: what it asks of torch is noted, and answered."""
-    Event.log = []
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: Event.log.append("wait"))
-    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: Event.log.append(f"busy for {cycles}"))
-    properties = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, total_memory=140 << 30, L2_cache_size=60 << 20,
-                                 multi_processor_count=132)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    return Bench(torch.device("cuda", 0), ceiling=4e12)
-
-
-def test_a_gpu_is_busy_until_the_host_has_started_the_kernels(pretended):
-    assert pretended.seconds(lambda: Event.log.append("call"), 1e-3) == 2.5e-3
-    assert Event.log == ["wait", "busy for 2500000", "event", "call", "event", "wait for the event"]
-    Event.log.clear()
-    pretended.seconds(lambda: Event.log.append("call"), 0.0)
-    assert Event.log == ["wait", "event", "call", "event", "wait for the event"]
-
-
-def test_no_cache_holds_the_copies(pretended):
-    assert pretended.copies(8 * 25_557_032) == 3  # ResNet-50: 3 x 204 MB, and the cache 8 x 63 MB
-    assert pretended.copies(8_000_000_000) == 1
-
-
-def test_rows_against_the_ceiling_of_a_gpu(pretended):
-    rivals = {name: Rival(name, [lambda: None]) for name in (OURS, "peer")}
-    row = pretended.row("w", rivals, section="adamw", elements=10**9, each=8, absent={}, note="")
-    assert row["value"] == {OURS: 2.5, "peer": 2.5}
-    assert row["of_copy"] == pytest.approx(8e9 / 2.5e-3 / 4e12)
-    assert (row["spread"], row["rounds"]) == (0.0, 30)
-    assert not {"absent", "note"} & set(row)
-
-
-def test_the_batch_that_fills_a_gpu(pretended, monkeypatch):
-    size, most = end_to_end.SIZE, 0.9 * (140 << 30)
-    monkeypatch.setattr(end_to_end, "peak", lambda bench, how, size, batch: int(2e9 + 5e9 * batch))
-    batch = end_to_end.filling(pretended, size)
-    assert batch % 8 == 0
-    assert 2e9 + 5e9 * batch <= most < 2e9 + 5e9 * (batch + 8)
-    monkeypatch.setattr(end_to_end, "peak", lambda bench, how, size, batch: int(2e9 + 1e8 * batch))
-    assert end_to_end.filling(pretended, size) == 40
-
-
-def test_a_gpu_is_described(pretended, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "init", lambda: None)
-    monkeypatch.setattr(machine, "driver", lambda: "580.1")
-    found = machine.gpu()
-    assert (found["gpu"], found["capability"], found["driver"]) == ("NVIDIA H200", "9.0", "580.1")
-
-
-def test_rewritten_gradients_are_filled_again():
-    made = Bench(CPU, dry=True)
-    (p,) = made.parameters([(4,)], torch.float32)
-    before = p.grad.clone()
-    fill = bench.refill([[p.grad]])
-    p.grad.zero_()
-    fill(0)
-    assert torch.equal(p.grad, before)
-    assert bool((before != 0).all())
-
-
-def test_failing_peers_are_reported_and_our_own_failures_raised():
-    def broken(params: Any) -> Any:
-        raise ValueError("first line\nsecond")
-
-    made = Bench(CPU, dry=True)
-    models = [made.parameters([(4,)], torch.float32)]
-    assert made.rivals({"apex": broken}, models) == ({}, {"apex": "ValueError: first line"})
-    with pytest.raises(ValueError, match="first line"):
-        made.rivals({OURS: broken}, models)
-    assert peers.found({"x": peers.Peer("no_such_module", "Adam")})[1] == {
-        "x": "ModuleNotFoundError: No module named 'no_such_module'"}
-
-
-def test_shapes_are_those_of_the_models():
-    assert (len(shapes.gpt2()), shapes.count(shapes.gpt2())) == (148, 124_439_808)
-    assert (len(shapes.llama3_8b()), shapes.count(shapes.llama3_8b())) == (291, 8_030_261_248)
-    assert (len(shapes.resnet50()), shapes.count(shapes.resnet50())) == (161, 25_557_032)
-    assert len(shapes.gpt2_matrices()) == 48
-    assert 0.9e9 < shapes.count(shapes.llama_1b()) < 1.1e9
-    assert sum(shape == (512, 1024) for shape in shapes.experts(1)) == 2 * 64
-    assert shapes.scaled([(10,), (20,), (30,)], 35) == [(10,), (20,)]
-    model = end_to_end.GPT2(**{**end_to_end.SIZE, "vocabulary": 50257, "layers": 1, "positions": 1024})
-    block = sum(math.prod(shape) for shape in shapes.gpt2()[2:14])
-    assert sum(p.numel() for p in model.parameters()) == shapes.count(shapes.gpt2()) - 11 * block
-
-
-def test_what_does_not_fit_is_scaled_and_said(monkeypatch):
-    made = Bench(CPU)
-    monkeypatch.setattr(Bench, "free", lambda self: 1000)
-    kept, note = made.fitting(shapes.equal(10, 100), 4)
-    assert kept == [(25,)] * 10
-    assert "the memory holds no more" in note
-    assert made.fitting(shapes.equal(10, 25), 4) == ([(25,)] * 10, "")
-
-
-# --- What is drawn ----------------------------------------------------------------------------------------------------
-
-def test_figures_that_were_never_measured_are_shown_as_such():
-    lines = table.page(None)
-    rows = [line for line in lines if line.startswith("| ")][1:]
-    assert len(rows) == len(table.AIMS)
-    assert all(table.NOT_MEASURED in line for line in rows)
-    assert not any(character.isdigit() for line in rows for character in line.split("|")[4])
-
-
-def test_measured_figures_stand_in_their_row():
-    lines = table.page(results([ROW]))
-    assert lines[0].startswith("Test, driver 1.2, torch 9, triton none, commit abc, 2000-01-01")
-    (row,) = [line for line in lines if ROW["work"] in line]
-    assert row.endswith("| 6.54 ms ±0.4% | 95% | peer 1.07x |")
-    assert sum(table.NOT_MEASURED in line for line in lines) == len(table.AIMS) - 1
-    assert "Not there to compare with: apex." in lines
-
-
-def test_the_short_table_names_what_was_cut_and_what_failed():
-    said = table.short([ROW], {"muon": "not run: out of time"}, {"ema": "ValueError: x\nmore"})
-    assert "95%  peer 1.07x" in said
-    assert "not run: out of time" in said
-    assert said.endswith("FAILED: ValueError: x")
-
-
-def test_bars(tmp_path):
-    assert plot.gpu([ROW, {"work": "copy"}], tmp_path / "gpu.svg").stat().st_size > 1000
-
-
-def test_the_readme_has_the_newest_figures():
-    text = readme.README.read_text()
-    assert readme.page(text) == text, "make figures writes them"
-
-
-@pytest.mark.parametrize("module", [machine, table])
-def test_docstrings(module):
-    result = doctest.testmod(module)
-    assert result.attempted
-    assert not result.failed
-
-
-def test_the_end_of_what_a_process_said():
-    assert processes.ROOT == ROOT
-    assert Done(0, "a\nb\nc\n", 1.0).tail(2) == "b\nc"

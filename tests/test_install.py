@@ -1,6 +1,7 @@
 """Installing: sdist, wheel and editable, into fresh environments, with and without a compiler (make test-install).
 
-Builds run under pip's build isolation, in whose environment there is no torch: a build that imported it would fail.
+The wheel, and the build without a compiler, are made under pip's build isolation, in whose environment there is no
+torch: a build that imported it would fail. The others find what they need in their environment (tests/fresh.py).
 """
 
 import json
@@ -9,14 +10,13 @@ import re
 import shutil
 import subprocess
 import sys
-import venv
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
+import fresh
 import pytest
-import torch
 
 pytestmark = pytest.mark.slow
 
@@ -91,22 +91,24 @@ def sdist(tree: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from the sdist, isolated; the one build here that also makes device code where there is an nvcc."""
+def cxx(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return fresh.compiler(tmp_path_factory.mktemp("compiler"))
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path, cxx: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from the sdist, isolated; the one build here with device code where there is an nvcc."""
     into = tmp_path_factory.mktemp("wheel")
-    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", into, sdist, env={"FASTTRAIN_CUDA": "auto"})
+    env = {"FASTTRAIN_CUDA": "auto", "CUDACXX": fresh.nvcc(into), "CXX": cxx}
+    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", into, sdist, env=env)
     (made,) = into.glob("*.whl")
     return made
 
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The Python of a fresh environment that holds torch alone."""
-    where = tmp_path_factory.mktemp("venv")
-    venv.create(where, with_pip=True)
-    fresh = where / "bin" / "python"
-    run(fresh, "-m", "pip", "install", "--no-compile", f"torch=={torch.__version__.split('+')[0]}")
-    return fresh
+    """The Python of a fresh environment that holds torch and what builds need."""
+    return fresh.environment(tmp_path_factory.mktemp("venv"), ("torch", "numpy", *fresh.TOOLS))
 
 
 @pytest.fixture
@@ -115,9 +117,12 @@ def no_compiler(python: Path, tmp_path: Path) -> dict[str, str]:
     return {"PATH": str(python.parent)}
 
 
-def install(python: Path, *what: object, env: Env = MappingProxyType({}), check: bool = True) -> Done:
+def install(python: Path, *what: object, env: Env = MappingProxyType({}), check: bool = True,
+            isolated: bool = False) -> Done:
     """Install over what is there, dependencies left as they are."""
-    options = ("--no-deps", "--force-reinstall", "--no-cache-dir")
+    options = ["--no-deps", "--force-reinstall", "--no-cache-dir"]
+    if not isolated:
+        options.append("--no-build-isolation")
     return run(python, "-m", "pip", "install", *options, *what, env=env, check=check)
 
 
@@ -136,7 +141,8 @@ def own_rule(python: Path, cache: Path, env: Env = MappingProxyType({})) -> tupl
 
 
 def test_wheel_contents(wheel: Path) -> None:
-    names = set(zipfile.ZipFile(wheel).namelist())
+    archive = zipfile.ZipFile(wheel)
+    names = set(archive.namelist())
     shipped = {path.relative_to(ROOT / "csrc").as_posix() for path in (ROOT / "csrc").rglob("*") if path.is_file()}
     assert shipped <= {name.removeprefix("fasttrain/_csrc/") for name in names}
     pages = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fasttrain").rglob("*.py")}
@@ -145,6 +151,7 @@ def test_wheel_contents(wheel: Path) -> None:
     strays = [name for name in names if not re.match(r"fasttrain/|fasttrain-[\d.]+\w*\.dist-info/", name)]
     assert not strays
     assert not [name for name in names if name.endswith((".cubin", ".ptx", ".o"))]
+    assert ("fasttrain/step.fatbin" in names) == bool(json.loads(archive.read("fasttrain/_build_info.json"))["cuda"])
 
 
 def test_wheel_is_self_contained(wheel: Path, tmp_path: Path) -> None:
@@ -179,7 +186,7 @@ def test_wheel_compiles_on_demand(wheel: Path, python: Path, tmp_path: Path, no_
 
 
 def test_without_a_compiler(sdist: Path, python: Path, no_compiler: dict[str, str]) -> None:
-    install(python, sdist, env=no_compiler)
+    install(python, sdist, env=no_compiler, isolated=True)
     info = step(python, env=no_compiler)
     assert not info["native"]
     assert "no C++ compiler" in info["reason"]
@@ -211,8 +218,8 @@ def test_cuda_on_without_nvcc(sdist: Path, python: Path) -> None:
     assert "Install a CUDA toolkit" in done.stdout + done.stderr
 
 
-def test_editable_and_code_that_does_not_compile(tree: Path, python: Path, tmp_path: Path) -> None:
-    install(python, "-e", tree, env={"FASTTRAIN_CUDA": "auto", "CUDACXX": "/nowhere/nvcc"})
+def test_editable_and_code_that_does_not_compile(tree: Path, python: Path, cxx: str, tmp_path: Path) -> None:
+    install(python, "-e", tree, env={"FASTTRAIN_CUDA": "auto", "CUDACXX": "/nowhere/nvcc", "CXX": cxx})
     info = step(python)
     assert info["native"]
     assert info["cuda"] == []
@@ -223,6 +230,6 @@ def test_editable_and_code_that_does_not_compile(tree: Path, python: Path, tmp_p
 
     with (tree / "csrc" / "bindings.cpp").open("a") as source:
         source.write("#error this does not compile\n")
-    done = install(python, tree, check=False)
+    done = install(python, tree, env={"CXX": cxx}, check=False)
     assert done.returncode != 0, "a compiler that rejects our code must fail the build, not install without it"
     assert "this does not compile" in done.stdout + done.stderr

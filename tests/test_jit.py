@@ -6,7 +6,8 @@ import helpers
 import pytest
 import torch
 from compiling import OTHERS, PROCESS, Own, expected, needs_compiler
-from helpers import REALS, Case, Configuration, assert_same_bits, assert_same_run, covering, python, run
+from forks import python
+from helpers import REALS, Case, Configuration, assert_same_bits, assert_same_run, covering, run
 
 from fasttrain.kernels import native
 from fasttrain.optim import RULES

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from compiling import NO_CODE, PROCESS, Compiler, Forget, Module, descent, expected, load, needs_compiler
-from helpers import assert_same_bits, python
+from forks import python
+from helpers import assert_same_bits
 
 from fasttrain.kernels import cache, jit, native
 

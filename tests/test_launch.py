@@ -138,6 +138,11 @@ def test_no_rank_outlives_the_command(place):
     ([(0, -15, ""), (1, 1, "ValueError: bad")], "rank 1 failed: ValueError: bad"),
     ([(0, 1, "WireError: all_reduce failed: timeout")], "rank 0 failed: WireError: all_reduce failed: timeout"),
     ([(0, 3, "")], "rank 0 failed: exit code 3"),
+    ([(0, 71, ""), (1, 70, "ValueError: bad")], "rank 1 failed: ValueError: bad"),
+    ([(0, 71, "PeerFailed: rank 9 failed in step 3: ValueError: bad"), (1, 143, "")],
+     "rank 9 failed in step 3: ValueError: bad"),
+    ([(0, 71, "PeerFailed: rank 9 failed in step 3: ValueError: bad"), (1, 1, "WireError: x")],
+     "rank 9 failed in step 3: ValueError: bad"),
 ])
 def test_the_cause_is_told_from_its_echoes(tmp_path, failures, reason):
     report = tmp_path / "failures.json"

@@ -9,7 +9,7 @@ import ranks
 import torch
 
 from fasttrain.dist.wire import Wire
-from fasttrain.parallel.naive import NaiveDataParallel
+from fasttrain.parallel import DataParallel
 from fasttrain.train import recipe
 from fasttrain.train.config import TrainConfig
 from fasttrain.train.loop import held_out_nats, train, validation
@@ -30,12 +30,12 @@ def make_text():
 def run(wire, config):
     torch.manual_seed(config.seed)
     model = GPT(config.layers, config.width, config.heads, config.sequence, ngrams=2, rows=64).to(wire.device)
-    parallel = NaiveDataParallel(model, wire)
+    parallel = DataParallel(model, mesh=wire, wire=config.wire, broadcast_buffers=False)
     records = []
     optimizer = recipe.build(config, model)
     rates = []
     optimizer.register_step_pre_hook(lambda *_: rates.append([group["lr"] for group in optimizer.param_groups]))
-    train(config, model, optimizer, parallel, wire, make_text(), records.append)
+    train(config, parallel, optimizer, make_text(), records.append)
     peak = recipe.settings(config)["lr"]
     expected = [peak * warmup_cosine(step, config.steps, config.warmup) for step in range(config.steps)]
     assert rates == [[lr, lr] for lr in expected], "both groups follow the schedule"
@@ -62,7 +62,8 @@ def test_it_learns(two):
 def test_records_are_complete_and_the_same_on_every_rank(two):
     (records, weights), (others, other_weights) = two
     assert [(r["event"], r["step"]) for r in records] == [
-        ("validation", 0), ("train", 4), ("validation", 6), ("train", 8), ("train", 12), ("validation", 12)]
+        ("validation", 0), ("train", 4), ("validation", 6), ("train", 8), ("train", 12), ("wire", 12),
+        ("validation", 12)]
     assert [r["step"] for r in others] == [r["step"] for r in records]
     assert losses(others) == losses(records)
     assert all(torch.equal(a, b) for a, b in zip(weights, other_weights, strict=True))
@@ -73,7 +74,19 @@ def test_records_are_complete_and_the_same_on_every_rank(two):
             assert all(share > 0 for share in r["share"].values())
             assert r["tokens_per_s"] > 0
             assert 0 < r["lr"] <= recipe.RECIPES["AdamW"]["lr"]
+        if r["event"] == "wire":  # what was counted is the formula, and the control that ends each step
+            assert 0 < r["bytes"] - r["formula"] < 200
     assert records[-1]["bytes"] == 500
+
+
+@pytest.mark.parametrize("options", [{"wire": "ordered"}, {"wire": "bf16"}, {"wire": "int8"}, {"accumulate": 2}])
+def test_wires_and_accumulation_learn_the_same(two, options):
+    records = ranks.run(run, 2, dataclasses.replace(TINY, **options))[0][0]
+    assert losses(records) == pytest.approx(losses(two[0][0]), rel=1e-2 if "wire" in options else 1e-5)
+    sent, whole = (next(r for r in rows if r["event"] == "wire") for rows in (records, two[0][0]))
+    share = {"bf16": 0.5, "int8": (1.015625 + 2) / 8}.get(options.get("wire"), 1.0)
+    assert sent["formula"] == share * whole["formula"]
+    assert 0 < sent["bytes"] - sent["formula"] < 200
 
 
 def test_same_seed_same_bits(two):

@@ -99,6 +99,17 @@ def test_codes_at_their_limits(number: int) -> None:
     check_codec(number, blocks.abs() if number & POSITIVE else blocks, generator(0), "limits")
 
 
+# From zero; around one; up to the largest numbers, infinity and NaN: of both signs, each a 128th of all patterns.
+NEAR = [sign | first for sign in (0, 1 << 31) for first in (0, 0x3F000000, 0x7E000000)]
+
+
+@pytest.mark.parametrize("name", ["split16", "split8"])
+def test_numbers_split(name: str) -> None:
+    for first in NEAR:
+        assert native.module().count_broken_splits(NUMBER[name], first, first + 2**25 - 1) == 0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["split16", "split8"])
 def test_all_numbers_split(name: str) -> None:
     """Contract 4: all 2^32 patterns."""

@@ -21,7 +21,7 @@ from helpers import needs_native
 from own_kernels import BF16, CODECS, DESCENT, F32, F64, PLAIN, RULE, Nothing, coded, plain
 from own_kernels import nothing as nothing
 
-from benchmarks import disassembly
+from benchmarks.proof import disassembly
 from fasttrain import doctor
 from fasttrain.kernels import cache, cuda, dispatch, emit_cuda, jit, native, nvrtc
 from fasttrain.precision.codecs import codec

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forks import python
 from helpers import (
     BY_NAME,
     CONFIGURATIONS,
@@ -22,7 +23,6 @@ from helpers import (
     make,
     needs_native,
     normal,
-    python,
     run,
     same_bits,
     specials,

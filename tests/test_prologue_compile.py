@@ -10,7 +10,7 @@ import pytest
 from helpers import ROOT
 from test_coefficients import ALL
 
-from benchmarks import disassembly
+from benchmarks.proof import disassembly
 from fasttrain.kernels import emit_scalars, prologue
 from fasttrain.optim.structures import coefficient_graphs
 

@@ -5,7 +5,7 @@ import ranks
 import torch
 from torch import nn
 
-from fasttrain.parallel import DataParallel, Reducer
+from fasttrain.parallel import DataParallel
 from fasttrain.parallel.naive import NaiveDataParallel
 
 

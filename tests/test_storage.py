@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from coded import F32, F64, SIZES
-from helpers import LAYOUTS, Made, generator, make, needs_native, normal, python, specials
+from forks import python
+from helpers import LAYOUTS, Made, generator, make, needs_native, normal, specials
 from kept import MIXED, Case, compare, copied, mixtures
 from torch import Tensor
 from torch.nn import Parameter

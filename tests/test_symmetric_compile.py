@@ -1,27 +1,32 @@
 """Symmetric products compiled ahead for GPUs that are not here: no spills, wide accesses, tensor cores."""
 
-from pathlib import Path
-
 import pytest
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
-from benchmarks import disassembly, product_table  # noqa: E402
+from proven import check_rows, made  # noqa: E402
+
+from benchmarks.proof import disassembly, occupancy, products  # noqa: E402
+from benchmarks.proof.triton import make  # noqa: E402
 from fasttrain.kernels import triton_symmetric  # noqa: E402
 from fasttrain.kernels.triton import compile_for  # noqa: E402
 
 pytestmark = pytest.mark.skipif(disassembly.cuobjdump() is None, reason="no cuobjdump")
-TABLE = (Path(__file__).parents[1] / "docs/triton-kernels.md").read_text()
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes that a processor has for programs
 CASES = [pytest.param(*case, id="-".join(map(str, case)),
-                      marks=() if case in product_table.CASES else pytest.mark.slow)
-         for case in product_table.ALL_CASES]
+                      marks=() if case in products.CASES else pytest.mark.slow)
+         for case in products.ALL_CASES]
+
+
+def name_of(kind: str, form: str, arch: int) -> str:
+    return products.ahead(kind, form, arch).name
 
 
 @pytest.mark.parametrize("kind, form, arch", CASES)
 def test_products(kind: str, form: str, arch: int) -> None:
-    dtype, cut = product_table.tiling(kind, arch)
-    found = product_table.product(kind, form, arch)
+    dtype, cut = products.tiling(kind, arch)
+    listed = (kind, form, arch) in products.CASES
+    found = made(name_of(kind, form, arch)) if listed else make(products.ahead(kind, form, arch))
     kernel = found.kernel
     assert (kernel.local, kernel.stack) == (0, 0)
     assert (found.cores > 0) == ("fp32" not in kind)
@@ -31,15 +36,14 @@ def test_products(kind: str, form: str, arch: int) -> None:
         assert kernel.stores == {16: written}
         assert set(found.copies) == {16}
         assert set(kernel.loads) == ({16} if form == "b A + c A A" else set())
-    if f"triton {triton.__version__}." in TABLE and (kind, form, arch) in product_table.CASES:
-        assert product_table.row(kind, form, arch) in TABLE, "run python -m benchmarks.triton_table"
+    if listed:
+        check_rows([found])
 
 
 def test_two_programs_share_a_processor_of_sm_90() -> None:
-    for form in product_table.FORMS:
-        found, threads = product_table.product("large", form, 90), 32 * triton_symmetric.LARGE[9].warps
-        assert 2 * threads * -(-found.kernel.registers // 8) * 8 <= 1 << 16
-        assert 2 * (found.shared + 1024) <= 228 << 10
+    for form in products.FORMS:
+        found = made(name_of("large", form, 90))
+        assert occupancy.blocks(90, found.threads, found.kernel.registers, found.shared) >= 2
 
 
 @pytest.mark.parametrize("constants", [("tiles",), ("tiles", "side"), ("tiles", "side", "length")], ids=str)

@@ -7,7 +7,8 @@ import time
 
 import pytest
 import torch
-from helpers import assert_same_bits, generator, needs_native, normal, python
+from forks import python
+from helpers import assert_same_bits, generator, needs_native, normal
 from torch.nn import Parameter
 from torch.utils.data import DataLoader, Dataset
 

@@ -10,5 +10,6 @@
     shapes      models as lists of shapes
     table       the rows of the README, and the short table
 
-The rest is one file for each kind of work: ceiling, recipes, small, host, ema, muon, start, buckets, end_to_end.
+The rest is one file for each kind of work: ceiling, recipes, small, host, ema, muon, offload, start, buckets,
+end_to_end.
 """

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.bench import OURS, Bench
-from fasttrain.kernels import dispatch
+from fasttrain.kernels import dispatch, nvrtc
 
 CODE = """
 import json, sys, time
@@ -28,13 +28,20 @@ if sys.argv[2] == "torch":
     optimizer = torch.optim.AdamW([p], fused=True)
 else:
     from fasttrain.optim import AdamW
-    optimizer = AdamW([p], backend=sys.argv[2])
+    backend = sys.argv[2]
+    if backend == "nvrtc":  # as where the build had no nvcc
+        from pathlib import Path
+        from fasttrain.kernels import cuda
+        cuda.IMAGE, backend = Path("no device code"), "cuda"
+    optimizer = AdamW([p], backend=backend)
 optimizer.step()
 if device.type == "cuda":
     torch.cuda.synchronize()
 print(json.dumps({"torch": imported - begin, "device": ready - imported, "step": time.perf_counter() - ready}))
 """
 SECONDS = 60  # that a process may take
+ON_GPU = {"torch fused": "torch", "compiled ahead of time": "cuda", "NVRTC, cold": "nvrtc", "NVRTC, cached": "nvrtc",
+          "Triton, cold": "triton", "Triton, cached": "triton"}
 
 
 def timed(bench: Bench, backend: str, cache: Path) -> dict[str, float]:
@@ -44,20 +51,27 @@ def timed(bench: Bench, backend: str, cache: Path) -> dict[str, float]:
                           env=environment, timeout=SECONDS, cwd=Path(__file__).parents[2])
     if done.returncode:
         raise RuntimeError(f"the first step with {backend} failed: {done.stderr.strip().splitlines()[-1:]}")
+    if backend == "nvrtc" and not any(cache.rglob("cuda-*.cubin")):
+        raise RuntimeError("the first step with NVRTC left no kernel on the disk: it was another backend's")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def why_not(bench: Bench, backend: str) -> str | None:
+    """Why a backend cannot step here."""
+    if backend == "torch":
+        return None
+    if backend == "nvrtc":
+        return nvrtc.compiler()[1] or dispatch.load("cuda").why_not(bench.device)
+    return dispatch.load(backend).why_not(bench.device)
 
 
 def run(bench: Bench) -> list[dict[str, Any]]:
     """Each backend that steps here, with nothing cached and with everything."""
-    if bench.device.type == "cpu":
-        wanted = {"compiled ahead of time": "cpu"}
-    else:
-        wanted = {"torch fused": "torch", "compiled ahead of time": "cuda", "Triton, cold": "triton",
-                  "Triton, cached": "triton"}
-    rows, absent = [], {"NVRTC, cold": "not built yet", "NVRTC, cached": "not built yet"}
+    wanted = {"compiled ahead of time": "cpu"} if bench.device.type == "cpu" else ON_GPU
+    rows, absent = [], dict.fromkeys(set(ON_GPU) - set(wanted) - {"torch fused"}, "needs a GPU")
     with tempfile.TemporaryDirectory() as cache:
         for name, backend in wanted.items():
-            reason = None if backend == "torch" else dispatch.load(backend).why_not(bench.device)
+            reason = why_not(bench, backend)
             if reason is not None:
                 absent[name] = reason
                 continue

@@ -38,6 +38,7 @@ AIMS = (
     Aim("ema", "AdamW + EMA, fp32", "adds at most 50% of what `_foreach_lerp_` adds"),
     Aim("muon", "Muon, GPT-2 124M", "1.3x torch.optim.Muon", "GPT-2 124M"),
     Aim("muon", "Muon, 1B", "1.3x torch.optim.Muon", "of 1B"),
+    Aim("offload", "AdamW, bf16, states on the host", "time and GPU memory beside torchao's"),
     Aim("around", "norm and non-finite flag, 4 B", "as near the copy as the step", "norm"),
     Aim("around", "gradients packed into a bf16 bucket, 6 B", "as near the copy as the step", "pack"),
     Aim("end to end", "GPT-2 124M end to end, bf16", "tokens/s, MFU, peak memory beside torch's recipe"),

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.gpu import buckets, ceiling, ema, end_to_end, host, muon, recipes, small, start
+from benchmarks.gpu import buckets, ceiling, ema, end_to_end, host, muon, offload, recipes, small, start
 from benchmarks.gpu.bench import Bench
 
 
@@ -45,6 +45,7 @@ WORKS: dict[str, Work] = {
     **{name: Work(recipes.model(name), 10, 40) for name in recipes.MODELS},
     "ema": Work(ema.run, 10, 30),
     "muon": Work(muon.run, 10, 40),
+    "offload": Work(offload.run, 25, 60),
     "end to end": Work(end_to_end.run, 25, 70),
     "start": Work(start.run, 20, 60),
     "around": Work(buckets.run, 8, 30),

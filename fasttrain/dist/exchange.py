@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fasttrain.dist.scratch import Scratch
 from fasttrain.dist.stages import Next, Stage, Ticket
 from fasttrain.dist.work import Work
 from fasttrain.kernels.chunks import BLOCK, encode_int8, sum_chunks, sum_int8
@@ -27,6 +28,7 @@ class Links(Protocol):
 
     rank: int
     size: int
+    scratch: Scratch
 
     def issue(self, kind: str, nbytes: int, sent: int) -> Ticket:
         """Count a collective on so many bytes, of which this rank will send so many."""
@@ -67,11 +69,15 @@ def ordered_all_reduce(links: Links, bucket: Tensor, scale: float = 1.0, squares
     wire = wire or bucket.dtype
     back = back or wire
     mine = chunks_of(bucket, links.size)[links.rank]
-    travels = bucket if wire == bucket.dtype else bucket.to(wire)
-    shard = mine if back == bucket.dtype else torch.empty(len(mine), dtype=back, device=bucket.device)
+    taken = []
+    travels, shard = bucket, mine
+    if wire != bucket.dtype:
+        taken.append(travels := links.scratch.take(len(bucket), wire).copy_(bucket))
+    if back != bucket.dtype:
+        taken.append(shard := links.scratch.take(len(mine), back))
     ticket = links.issue("all_reduce", bucket.nbytes, (travels.nbytes // links.size + shard.nbytes) * (links.size - 1))
     handles, add = _scattered(links, ticket, shard, travels, scale, squares)
-    return links.run(ticket, (handles, lambda: _gathered(links, ticket, bucket, shard, add())))
+    return links.run(ticket, (handles, lambda: _gathered(links, ticket, bucket, shard, add(), taken)))
 
 
 def int8_all_reduce(links: Links, bucket: Tensor, scale: float = 1.0, squares: bool = False,
@@ -91,19 +97,19 @@ def int8_all_reduce(links: Links, bucket: Tensor, scale: float = 1.0, squares: b
     size, rank = links.size, links.rank
     chunk = len(bucket) // size
     units = -(-chunk // BLOCK)
-    sent = torch.empty(size, chunk + 4 * units, dtype=torch.uint8, device=bucket.device)
-    arrived = torch.empty_like(sent)
+    taken = [links.scratch.take(size * (chunk + 4 * units), torch.uint8) for _ in "ab"]
+    sent, arrived = (memory.view(size, -1) for memory in taken)
     for peer, part in enumerate(chunks_of(bucket, size)):
         left = None if residual is None else chunks_of(residual, size)[peer]
         encode_int8(part, *_codes(sent[peer], chunk), residual=left)
-    shard = torch.empty(chunk, dtype=back or torch.bfloat16, device=bucket.device)
+    taken.append(shard := links.scratch.take(chunk, back or torch.bfloat16))
     ticket = links.issue("all_reduce", bucket.nbytes, (sent[rank].nbytes + shard.nbytes) * (size - 1))
     handles = links.post(ticket, _all_but(rank, sent), _all_but(rank, arrived))
 
     def then() -> Next:
         pairs = [_codes(sent[rank] if peer == rank else arrived[peer], chunk) for peer in range(size)]
         measured = sum_int8([codes for codes, _ in pairs], [unit for _, unit in pairs], shard, scale, squares)
-        return _gathered(links, ticket, bucket, shard, measured)
+        return _gathered(links, ticket, bucket, shard, measured, taken)
 
     return links.run(ticket, (handles, then))
 
@@ -111,7 +117,7 @@ def int8_all_reduce(links: Links, bucket: Tensor, scale: float = 1.0, squares: b
 def all_gather(links: Links, out: Tensor, shard: Tensor) -> Work:
     """Write the shards of all ranks, in their order, into `out`, of the same dtype. `shard` may be a part of it."""
     ticket = links.issue("all_gather", out.nbytes, shard.nbytes * (links.size - 1))
-    return links.run(ticket, _gathered(links, ticket, out, shard, None).stage, line=1)
+    return links.run(ticket, _gathered(links, ticket, out, shard, None, []).stage, line=1)
 
 
 def all_to_all(links: Links, into: Sequence[Tensor], sends: Sequence[Tensor]) -> Work:
@@ -159,28 +165,37 @@ def _scattered(links: Links, ticket: Ticket, out: Tensor, bucket: Tensor, scale:
     """The chunks of all ranks to this one, which adds them."""
     check_cut(bucket, links.size)
     chunks = chunks_of(bucket, links.size)
-    arrived: list[Tensor | None] = [None if r == links.rank else torch.empty_like(chunks[r]) for r in range(links.size)]
-    handles = links.post(ticket, _all_but(links.rank, chunks), arrived)
-    whole = [chunks[r] if tensor is None else tensor for r, tensor in enumerate(arrived)]
-    return handles, lambda: sum_chunks(whole, out, scale, squares)
-
-
-def _gathered(links: Links, ticket: Ticket, out: Tensor, shard: Tensor, result: object) -> Next:
-    """This rank's shard to all, and theirs into `out`, by way of other memory if its dtype is another."""
-    places = chunks_of(out, links.size)
-    if shard.dtype != out.dtype:
-        landing = [torch.empty_like(shard) for _ in places]
-    else:
-        landing = places
-    handles = links.post(ticket, _all_but(links.rank, [shard] * links.size), _all_but(links.rank, landing), half=2)
-    mine = places[links.rank]
-    if mine.data_ptr() != shard.data_ptr() or mine.dtype != shard.dtype:
-        mine.copy_(shard)
+    taken = {r: links.scratch.take(len(out), bucket.dtype) for r in range(links.size) if r != links.rank}
+    handles = links.post(ticket, _all_but(links.rank, chunks), [taken.get(r) for r in range(links.size)])
 
     def then() -> object:
-        for rank, (place, arrived) in enumerate(zip(places, landing, strict=True)):
-            if rank != links.rank and place is not arrived:
-                place.copy_(arrived)
+        measured = sum_chunks([taken.get(r, chunks[r]) for r in range(links.size)], out, scale, squares)
+        links.scratch.give([*taken.values()])
+        return measured
+
+    return handles, then
+
+
+def _gathered(links: Links, ticket: Ticket, out: Tensor, shard: Tensor, result: object, taken: list[Tensor]) -> Next:
+    """This rank's shard to all, and theirs into `out`, by way of other memory if its dtype is another.
+
+    In the end `taken` is given back, and `result` is that of the work.
+    """
+    places = chunks_of(out, links.size)
+    landing = {r: place for r, place in enumerate(places) if r != links.rank}
+    if shard.dtype != out.dtype:
+        landing = {r: links.scratch.take(len(shard), shard.dtype) for r in landing}
+        taken = [*taken, *landing.values()]
+    handles = links.post(ticket, _all_but(links.rank, [shard] * links.size),
+                         [landing.get(r) for r in range(links.size)], half=2)
+    if places[links.rank].data_ptr() != shard.data_ptr():
+        places[links.rank].copy_(shard)
+
+    def then() -> object:
+        for r, arrived in landing.items():
+            if arrived is not places[r]:
+                places[r].copy_(arrived)
+        links.scratch.give(taken)
         return result
 
     return Next((handles, then))

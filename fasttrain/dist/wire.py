@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from fasttrain.dist import exchange
+from fasttrain.dist.scratch import Scratch
 from fasttrain.dist.stages import Lines, OnDevice, Stage, Staged, Ticket
 from fasttrain.dist.work import Ended, Nobody, Post, Single, Watch, WireError, Work
 from fasttrain.kernels import norm
@@ -38,7 +39,8 @@ class Wire:
         timeout_s: seconds after which a peer that does not answer is given up.
         group: who takes part: a process group of torch's, a `DeviceMesh` of one dimension, or the ranks. None: all.
             Only its members make the wire, all of them.
-        watch: the `fasttrain.dist.watcher.Watcher` of this process: an error then says which rank failed, and why.
+        watch: the `fasttrain.dist.watcher.Watcher` of this process: an error then says which rank failed, and why. It
+            may be set later, as a watcher is made when torch.distributed has been initialized.
         options: handed to ``torch.distributed.init_process_group`` if that has not been called. Without any, rank, size
             and address come from the environment, as torchrun sets it.
 
@@ -57,6 +59,7 @@ class Wire:
                  group: dist.ProcessGroup | DeviceMesh | Sequence[int] | None = None, watch: Watch | None = None,
                  **options: Any):
         self.device, self.timeout_s = device, timeout_s
+        self.watch: Watch = watch or Nobody()
         self.backend = "nccl" if device.type == "cuda" else "gloo"
         self._everything = not dist.is_initialized()
         if self._everything:
@@ -72,11 +75,11 @@ class Wire:
                              f"make the wire in its members only")
         self.rank, self.size = self.ranks.index(dist.get_rank()), len(self.ranks)
         self._try("meeting the other processes", self._meet)
-        self.watch: Watch = watch or Nobody()
         self.calls: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
         self._lines = Lines()
         self._issued = 0
+        self.scratch = Scratch(device)
         self._stream = torch.cuda.Stream(device) if self.backend == "nccl" else None
 
     @classmethod
@@ -259,8 +262,8 @@ class Wire:
         try:
             return work()
         except RuntimeError as error:
-            cause = self.watch.explain() if "watch" in self.__dict__ else None
-            raise cause or WireError(f"{what} failed: {str(error).strip().splitlines()[0]}") from error
+            line = str(error).strip().splitlines()[0]
+            raise self.watch.explain() or WireError(f"{what} failed: {line}") from error
 
 
 OPERATIONS = {"sum": dist.ReduceOp.SUM, "avg": dist.ReduceOp.AVG, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX,

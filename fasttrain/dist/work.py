@@ -18,7 +18,13 @@ class WireError(RuntimeError):
 
 
 class Watch(Protocol):
-    """Who knows what has become of the peers: `fasttrain.dist.watcher.Watcher`."""
+    """Who knows what has become of the peers: `fasttrain.dist.watcher.Watcher`.
+
+    Attributes:
+        step: the training step, which the program sets.
+    """
+
+    step: int | None
 
     def issued(self, wire: str, number: int, kind: str, nbytes: int) -> None:
         """Take note of a collective."""
@@ -41,6 +47,9 @@ class Watch(Protocol):
 
 class Nobody:
     """The watch of a wire that has none."""
+
+    def __init__(self) -> None:
+        self.step: int | None = None
 
     def issued(self, wire: str, number: int, kind: str, nbytes: int) -> None:
         """Nobody remembers."""

@@ -6,9 +6,10 @@ from contextlib import AbstractContextManager
 
 from torch import Tensor
 
-from fasttrain.optim import clip, ema
+from fasttrain.optim import clip, ema, pinned
 from fasttrain.optim.arrival import Arrival
 from fasttrain.optim.groups import Groups
+from fasttrain.optim.pinned import PinnedBytes
 from fasttrain.optim.report import StepReport
 
 
@@ -100,6 +101,19 @@ class Around(Groups):
         self.arriving = Arrival(self, accumulation)
         return self.arriving
 
+    def pinned_bytes(self) -> PinnedBytes:
+        """The pinned memory of the host that `offload=True` takes for these parameters; none is taken to answer.
+
+        Example:
+            >>> import torch
+            >>> from fasttrain.optim import AdamW
+            >>> optimizer = AdamW([torch.nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))], master="split")
+            >>> optimizer.pinned_bytes()
+            PinnedBytes(parameters=8192, gradients=8192, states=40960, slots=1)
+        """
+        return pinned.needs(self, [(g, i) for g, group in enumerate(self.param_groups)
+                                   for i in range(len(group["params"]))], self.offload_bucket)
+
     def ema_weights(self) -> AbstractContextManager[None]:
         """A context in which the parameters hold their EMA, for evaluation; afterwards they are as before.
 
@@ -144,7 +158,7 @@ class Around(Groups):
             elif group.get("zero_gradients"):
                 for p in group["params"]:
                     if p.grad is not None:
-                        p.grad.detach_().zero_()
+                        p.grad.detach().zero_()  # also of views: gradients in buckets
         self._arrived.clear()
         report.close()
         self.last_step = report

@@ -120,7 +120,7 @@ def clip_grad_norm(optimizers: Iterable[Any], max_norm: float, norm_type: float 
         max_norm: the largest norm that is let through.
         norm_type: of the norm; 2 is one pass of ours, others go through torch.
         error_if_nonfinite: raise if the norm is infinite or NaN; this waits for the device.
-        norm: that of all gradients, if it is known, as `fasttrain.parallel.Reducer.grad_norm` knows it: nothing is read.
+        norm: that of all gradients, where it is known, as to `fasttrain.parallel.Reducer.grad_norm`: none is read.
 
     Returns:
         The norm before clipping, float32 of shape (), on the gradients' device.

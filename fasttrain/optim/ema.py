@@ -68,7 +68,7 @@ def _exchange(p: Any, average: Any) -> torch.Tensor:
     another weight: `data` does not count."""
     if not is_dtensor(p):
         before = p.data
-        p.data = average.to(p.dtype)
+        p.data = average.to(p.device, p.dtype)
         return before
     here = local(p).data  # a DTensor's memory is known to others (`fully_shard`): the values are exchanged in it
     before = here.clone()

@@ -15,6 +15,8 @@ from fasttrain.optim.part import declared
 from fasttrain.precision.storage import DEFAULTS, describe, is_plain, normalised
 from fasttrain.rule import Rule
 
+BUCKET = 64 << 20  # bytes of gradients that travel together to the host, where an optimizer is offloaded
+
 
 class Groups(Page):
     """Parameter groups, and the storage options that every group has.
@@ -23,6 +25,9 @@ class Groups(Page):
     """
 
     backend: str | None = None
+    offload: bool = False
+    offload_bucket: int = BUCKET
+    _host: Any = None  # the host's side of an offloaded optimizer
     _storage: Mapping[str, Any] = {}
     _plan: Any = None
     _planned_for: tuple[list[Rule], str | None] | None = None  # the rule of each group, and the backend that is forced
@@ -31,6 +36,11 @@ class Groups(Page):
     def _take(self, options: dict[str, Any]) -> None:
         """Keep the options that every optimizer has. Before torch's constructor, which adds the parameter groups."""
         self.backend = options.pop("backend", None)
+        self.offload, self.offload_bucket = options.pop("offload", False), options.pop("offload_bucket", BUCKET)
+        if not isinstance(self.offload, bool):
+            raise TypeError(f"offload={self.offload!r} must be True or False")
+        if isinstance(self.offload_bucket, bool) or not isinstance(self.offload_bucket, int) or self.offload_bucket < 1:
+            raise ValueError(f"offload_bucket={self.offload_bucket!r} must be a positive number of bytes")
         self._storage = normalised(options)
         self._remainders: dict[int, Tensor] = {}  # second arrays of parameters that have no state yet, by id
         self._arrived: set[int] = set()  # parameters that were stepped before `step`, by id
@@ -59,6 +69,10 @@ class Groups(Page):
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
+
+    def _on_host(self) -> Any:
+        """The host's side of this optimizer (`fasttrain.optim.offload`); None where it steps its parameters itself."""
+        return None
 
     def _check_kept(self, index: int) -> None:
         """Refuse parameters that the options of their group cannot keep."""

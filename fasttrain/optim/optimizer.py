@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fasttrain.optim import offload
 from fasttrain.optim.around import Around
 from fasttrain.optim.equation import EQUATION
 from fasttrain.optim.examine import Examined, advance, describe, examine, scan, undone
@@ -45,8 +46,8 @@ class Optimizer(Around, Saved):
         params: parameters, named parameters, or parameter groups, as in `torch.optim.Optimizer`.
         defaults: hyperparameters of groups that do not give their own. Those that `coefficients` names must be there.
         options: `backend`, a name from `fasttrain.kernels.dispatch` or None to choose; `storage`, the name of a preset
-            of `fasttrain.precision.storage`; and that module's options, for groups that do not give their own. A page
-            hands on what it does not know itself.
+            of `fasttrain.precision.storage`; that module's options, for groups that do not give their own; `offload`
+            and `offload_bucket` (docs/offload.md). A page hands on what it does not know itself.
 
     State: the page's states, of the parameter's dtype and shape; and `step`, a float32 count, if `counts_steps`: it is
     set where `coefficients` reads its `step`. (A page that sets it to False gets step 1 once and 2 ever after.)
@@ -112,9 +113,25 @@ class Optimizer(Around, Saved):
             raise RuntimeError("the parameters are their EMA (ema_weights): step after the `with` block")
         report = StepReport()
         scale = self._scale(report)
+        host = self._on_host()
         if scale is None:  # torch's GradScaler found something: skip the whole step
             self._finish(report)
             return
+        if host is not None:
+            host.step(scale, report)
+            self._clip, self.last_step = 1.0, report
+            self._arrived.clear()
+            return
+        self._pass(scale, report)
+        self.stepped()
+        self._finish(report)
+
+    def _on_host(self) -> offload.Host | None:
+        self._host = offload.current(self, self._host) if self.offload else None
+        return self._host
+
+    def _pass(self, scale: float, report: StepReport) -> None:
+        """Step every parameter that has a gradient now."""
         rules = [self.rule_of(group) for group in self.param_groups]
         sparse, examined = [], []
         try:
@@ -142,11 +159,15 @@ class Optimizer(Around, Saved):
                 self._plan.release()
         for run in runs:
             run()
-        self.stepped()
-        self._finish(report)
 
     def _step_only(self, p: Tensor) -> None:
         """Step one parameter whose gradient has arrived."""
+        host = self._host if self._host is not None and id(p) in self._host.number else self._on_host()
+        if host is not None:
+            with torch.no_grad():
+                host.arrive(p, self._clip)
+            self._arrived.add(id(p))
+            return
         where = next((g, i) for g, group in enumerate(self.param_groups)
                      for i, other in enumerate(group["params"]) if other is p)
         with torch.no_grad():

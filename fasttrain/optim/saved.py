@@ -31,6 +31,8 @@ class Saved(Groups):
             >>> weight.data, optimizer.full_precision()
             (tensor([1.], dtype=torch.bfloat16), [tensor([0.9999])])
         """
+        if (host := self._on_host()) is not None:
+            return host.as_it_is().full_precision()
         return [kept.full_precision(p, self.state.get(p, {}), group)
                 for group in self.param_groups for p in group["params"]]
 
@@ -49,6 +51,10 @@ class Saved(Groups):
         for where, value in zip(places, weights, strict=True):
             if value.shape != self._param(where).shape:
                 raise ValueError(f"{self._name(where)}: the weight has shape {tuple(value.shape)}")
+        if (host := self._on_host()) is not None:
+            with torch.no_grad():
+                host.load_full_precision(weights)
+            return
         with torch.no_grad():
             for where, value in zip(places, weights, strict=True):
                 p, group = self._param(where), self.param_groups[where[0]]
@@ -73,6 +79,11 @@ class Saved(Groups):
             state_dict = state_dict if changed is None else changed
         statedict.check(self, state_dict)
         state_dict = statedict.with_own_options(self, state_dict)
+        if (host := self._on_host()) is not None:
+            self.__setstate__(host.load_state_dict(state_dict))
+            for after in self._optimizer_load_state_dict_post_hooks.values():
+                after(self)
+            return
         self._loading = state_dict
         self._optimizer_load_state_dict_pre_hooks = OrderedDict()  # they have run: torch must not run them again
         try:
@@ -105,4 +116,5 @@ class Saved(Groups):
                     self.state[p][key] = value.to(p.device)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "backend": self.backend, "_storage": self._storage}  # no plan, no hooks
+        return {**super().__getstate__(), "backend": self.backend, "offload": self.offload,  # no plan, no hooks
+                "offload_bucket": self.offload_bucket, "_storage": self._storage}

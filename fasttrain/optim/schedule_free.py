@@ -85,7 +85,7 @@ class ScheduleFree(Optimizer):
                 for p in group["params"]:
                     if "z" in self.state.get(p, ()):
                         wide = torch.promote_types(p.dtype, torch.float32)
-                        p.copy_(torch.lerp(p.to(wide), self.state[p]["z"].to(wide), weight))
+                        p.copy_(torch.lerp(p.to(wide), self.state[p]["z"].to(p.device, wide), weight))
                 group["train_mode"] = train
 
 

@@ -174,6 +174,8 @@ def convert(state_dict: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> 
         >>> old.step()
         >>> new.load_state_dict(convert(old.state_dict(), new))
     """
+    if (host := getattr(optimizer, "_on_host", lambda: None)()) is not None:
+        optimizer = host.as_it_is()
     groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
     if [len(group["params"]) for group in groups] != [len(saved["params"]) for saved in saved_groups]:
         raise ValueError("the state dict has groups of "

@@ -1,8 +1,8 @@
 """The parallel floor: how one training step is divided over processes."""
 
-from fasttrain.parallel.agreement import RanksDisagree
+from fasttrain.dist.control import Disagreement
 from fasttrain.parallel.data import DataParallel
 from fasttrain.parallel.reducer import Reducer
 from fasttrain.parallel.zero import Zero
 
-__all__ = ["DataParallel", "RanksDisagree", "Reducer", "Zero"]
+__all__ = ["DataParallel", "Disagreement", "Reducer", "Zero"]

@@ -64,8 +64,8 @@ class Bucket:
             return
         assert grad is not None
         if grad.requires_grad:
-            raise RuntimeError(f"the gradient of {self.names[place]} has a graph of its own (create_graph=True), which a "
-                               "bucket cannot keep: run this backward under no_sync() with the bare module, or take "
+            raise RuntimeError(f"the gradient of {self.names[place]} has a graph of its own (create_graph=True), which "
+                               "a bucket cannot keep: run this backward under no_sync() with the bare module, or take "
                                "torch.autograd.grad")
         try:
             p.grad = self.slots.pack(place, grad, scale)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join, Joinable
 
+from fasttrain.parallel.accumulate import Accumulation
 from fasttrain.parallel.hooks import TorchHook
 from fasttrain.parallel.join import Present, Shadow, ask
 from fasttrain.parallel.reducer import MIB, Reducer
@@ -33,10 +34,10 @@ class DataParallel(nn.Module, Joinable):
         find_unused_parameters: has no effect: parameters that are not used are always found.
         gradient_as_bucket_view: has no effect: gradients always are views of their buckets.
         static_graph: see `Reducer`.
-        wire, order, grad_dtype: see `Reducer`.
+        wire, order, grad_dtype, timeout_s, watch: see `Reducer`.
 
     Example:
-        >>> from fasttrain.parallel import DataParallel      # was: from torch.nn.parallel import DistributedDataParallel
+        >>> from fasttrain.parallel import DataParallel  # was torch.nn.parallel's DistributedDataParallel
         >>> model = DataParallel(torch.nn.Linear(2, 1))                                 # doctest: +SKIP
         >>> model(torch.ones(4, 2)).sum().backward()                                    # doctest: +SKIP
     """
@@ -45,7 +46,8 @@ class DataParallel(nn.Module, Joinable):
                  broadcast_buffers: bool = True, init_sync: bool = True, process_group: Any = None,
                  bucket_cap_mb: float | None = None, find_unused_parameters: bool = False,
                  gradient_as_bucket_view: bool = True, static_graph: bool = False, device_mesh: Any = None,
-                 mesh: Any = None, wire: Any = "same", order: Any = None, grad_dtype: torch.dtype | None = None):
+                 mesh: Any = None, wire: Any = "same", order: Any = None, grad_dtype: torch.dtype | None = None,
+                 timeout_s: float = 120, watch: Any = True):
         super().__init__()
         Joinable.__init__(self)
         given = [one for one in (mesh, device_mesh, process_group) if one is not None]
@@ -57,7 +59,8 @@ class DataParallel(nn.Module, Joinable):
         self.broadcast_buffers, self.find_unused_parameters = broadcast_buffers, find_unused_parameters
         self.gradient_as_bucket_view, self.static_graph, self.dim = True, static_graph, dim
         self.device_ids, self.output_device = device_ids, output_device
-        self._options = {"wire": wire, "order": order, "grad_dtype": grad_dtype, "static_graph": static_graph}
+        self._options = {"wire": wire, "order": order, "grad_dtype": grad_dtype, "static_graph": static_graph,
+                         "timeout_s": timeout_s, "watch": watch}
         if bucket_cap_mb is not None:
             self._options |= {"bucket_bytes": int(bucket_cap_mb * MIB),
                               "first_bucket_bytes": int(min(bucket_cap_mb, 1) * MIB)}
@@ -87,6 +90,7 @@ class DataParallel(nn.Module, Joinable):
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """The module's own, after its buffers were made equal."""
+        self.reducer.check_closed()
         if torch.is_grad_enabled() and self.training:
             joining = self._join_config.enable
             if joining:
@@ -139,6 +143,18 @@ class DataParallel(nn.Module, Joinable):
     def register_comm_hook(self, state: Any, hook: Any) -> None:
         """Let buckets travel by a hook with torch's signature, from the next backward pass on."""
         self.reducer.use(TorchHook(state, hook))
+
+    def accumulate(self, micro_batches: int) -> Accumulation:
+        """A context for each of several micro-batches of one step; see `Accumulation`."""
+        return Accumulation(self.reducer, micro_batches)
+
+    def count(self, items: int) -> None:
+        """See `Reducer.count`."""
+        self.reducer.count(items)
+
+    def step(self, optimizer: Any, max_norm: float | None = None) -> Tensor:
+        """See `Reducer.step`."""
+        return self.reducer.step(optimizer, max_norm)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients, those that lie in shards too (`Zero`)."""

@@ -39,8 +39,9 @@ def ask(wire: Wire, joined: bool, syncing: bool) -> Present:
     ranks = table[:, 0].nonzero().flatten().tolist()
     wanting = int(table[:, 1].sum())
     if 0 < wanting < len(ranks):
-        raise RuntimeError(f"of ranks {ranks}, which have data left, only {table[:, 1].nonzero().flatten().tolist()} run "
-                           "this forward pass outside of no_sync(): do the same on all")
+        some = table[:, 1].nonzero().flatten().tolist()
+        raise RuntimeError(f"of ranks {ranks}, which have data left, only {some} run this forward pass "
+                           "outside of no_sync(): do the same on all")
     return Present(ranks, wanting > 0)
 
 
@@ -54,7 +55,7 @@ class Shadow(JoinHook):
 
     def __init__(self, parallel: Any, divide_by_initial_world_size: bool):
         self.parallel, self.by_all = parallel, divide_by_initial_world_size
-        parallel.divide_by_all = divide_by_initial_world_size
+        parallel.divide_by_all, parallel.reducer.joining = divide_by_initial_world_size, True
 
     def main_hook(self) -> None:
         """One iteration of the others."""
@@ -69,5 +70,5 @@ class Shadow(JoinHook):
         reducer = self.parallel.reducer
         last = ask(reducer.wire, not is_last_joiner, False).ranks[-1]
         self.parallel.broadcast([*self.parallel.module.parameters(), *self.parallel.module.buffers()], last)
-        reducer.joined = False
+        reducer.joining = False
         reducer.method.divisor = reducer.wire.size

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.utils.weak import WeakIdKeyDictionary
+from torch.utils.weak import WeakTensorKeyDictionary
 
-_owners: WeakIdKeyDictionary = WeakIdKeyDictionary()  # weak references to the reducer of a parameter
+_owners = WeakTensorKeyDictionary()  # of weak references to reducers
 
 
 def trained(params: Iterable[Tensor] | Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
@@ -23,7 +23,8 @@ def trained(params: Iterable[Tensor] | Iterable[tuple[str, Tensor]]) -> list[tup
         RuntimeError: there is none.
     """
     named: dict[Tensor, str] = {}
-    for index, one in enumerate(params):
+    given: Iterable[Any] = params
+    for index, one in enumerate(given):
         name, p = (f"parameter {index}", one) if isinstance(one, Tensor) else one
         if not isinstance(p, Tensor):
             raise TypeError(f"{name} is a {type(p).__name__}: give parameters, or (name, parameter) pairs")
@@ -39,8 +40,8 @@ def trained(params: Iterable[Tensor] | Iterable[tuple[str, Tensor]]) -> list[tup
 
 def _check(name: str, p: Tensor, first: Tensor, first_name: str) -> None:
     if isinstance(p, DTensor):
-        raise ValueError(f"{name} is a DTensor: its gradient is divided over a mesh of its own; reduce local parameters, "
-                         "or shard the model over the data axis with torch's fully_shard")
+        raise ValueError(f"{name} is a DTensor: its gradient is divided over a mesh of its own; reduce local "
+                         "parameters, or shard the model over the data axis with torch's fully_shard")
     if p.device != first.device:
         raise ValueError(f"{name} is on {p.device} and {first_name} on {first.device}: a process trains on one device; "
                          "move the model there before it is wrapped")

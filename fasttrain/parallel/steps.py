@@ -57,3 +57,4 @@ def _before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if reducer.sequence == max(seen.sequence[index], 0):
             reducer.finish()
         seen.sequence[index] = reducer.sequence
+        reducer.before_step()

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttrain.dist import exchange
+from fasttrain.dist import accounting, exchange
 from fasttrain.dist.layout import FlatLayout
 from fasttrain.dist.wire import Wire
 from fasttrain.kernels import norm
@@ -67,6 +67,10 @@ class Method:
     def drop(self) -> None:
         """Gradients are not wanted any longer: `zero_grad`."""
 
+    def widths(self, dtype: torch.dtype) -> tuple[float, float]:
+        """Bytes on the wire of an element of a bucket of this dtype: on its way to be added, and back."""
+        return float(dtype.itemsize), float(dtype.itemsize)
+
     def issued(self, index: int, elements: int) -> None:
         """Count a collective into the checksum, of 48 bits."""
         text = f"{self.name} {index} {elements}".encode()
@@ -77,7 +81,7 @@ class Sent:
     """A bucket on its way.
 
     Arguments:
-        work: what must be over, with `wait` and `done`; its result is the `Parts` of this rank if nothing is `measured`.
+        work: what must be over, with `wait` and `done`; its result is this rank's `Parts` if nothing is `measured`.
         measured: the elements of which this rank tells the sum of squares, once they are there.
     """
 
@@ -124,6 +128,10 @@ class Ordered(Method):
         super().__init__()
         self.travels, self.back = travels, back
 
+    def widths(self, dtype: torch.dtype) -> tuple[float, float]:
+        there = self.travels or dtype
+        return accounting.width(there), accounting.width(self.back or there)
+
     def send(self, index: int, bucket: Bucket) -> Sent:
         self.issued(index, len(bucket.data))
         return Sent(exchange.ordered_all_reduce(self.wire, bucket.data, 1.0 / self.divisor, True, self.travels,
@@ -153,6 +161,9 @@ class Int8(Method):
         if wide := [bucket.dtype for bucket in layout.buckets if bucket.dtype == torch.float64]:
             raise TypeError(f"wire='int8' cannot carry {wide[0]}: its codes have 8 bits; take wire='same'")
         self.residuals = [torch.zeros(bucket.elements, device=wire.device) for bucket in layout.buckets]
+
+    def widths(self, dtype: torch.dtype) -> tuple[float, float]:
+        return accounting.width(torch.int8), accounting.width(torch.bfloat16)
 
     def send(self, index: int, bucket: Bucket) -> Sent:
         self.issued(index, len(bucket.data))

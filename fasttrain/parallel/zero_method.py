@@ -42,6 +42,7 @@ class Scatter(Method):
         super().__init__()
         self.cuts, self.travels, self.rotating = list(cuts), travels, rotating
         self.own: list[Tensor] = []
+        self._back: dict[torch.dtype, float] = {}  # bytes of a parameter, by the dtype of its bucket
         self._sums: list[Tensor] | None = None
         self.holding, self.used = False, list[bool]()
 
@@ -55,11 +56,15 @@ class Scatter(Method):
             begin, end = cut[self.wire.rank]
             mine = bucket.data[begin:end]
             self.own.append(torch.zeros_like(mine) if self.rotating else mine)
+            self._back[bucket.plan.dtype] = max(float(p.dtype.itemsize) for p in bucket.params)
         self.params = [p for bucket in buckets for p in bucket.params]
 
     def shard(self, index: int) -> Tensor:
         """This rank's part of a bucket: the mean of the gradients since the last step, added up."""
         return self.own[index] if self._sums is None else self._sums[index]
+
+    def widths(self, dtype: torch.dtype) -> tuple[float, float]:
+        return float((self.travels or dtype).itemsize), self._back[dtype]
 
     # --- What the reducer calls ---------------------------------------------------------------------------------------
 

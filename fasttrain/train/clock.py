@@ -41,6 +41,12 @@ class PhaseClock:
             yield
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - begun
 
+    def move(self, source: str, target: str, seconds: float) -> None:
+        """Count seconds of one phase, measured otherwise, to another. Not on a GPU: the host's are not its."""
+        if not self.on_gpu:
+            self.seconds[source] -= seconds
+            self.seconds[target] = self.seconds.get(target, 0.0) + seconds
+
     def take(self) -> dict[str, float]:
         """Seconds of each phase since the last call. On a GPU this waits for the work recorded so far."""
         if self.events:

@@ -63,6 +63,10 @@ class TrainConfig:
     """Threads in each process."""
     device: Literal["cpu", "cuda"] = "cpu"
     """cuda gives each process one GPU and averages over NCCL; cpu averages over gloo."""
+    wire: Literal["same", "ordered", "bf16", "int8"] = "same"
+    """How gradients travel between processes: as they are, added in the order of ranks, in 16 bits, in 8 bits."""
+    accumulate: int = 1
+    """Backward passes of one step; only the last one communicates."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 runs the model under autocast; parameters and optimizer stay fp32."""
     seed: int = 0
@@ -82,7 +86,7 @@ class TrainConfig:
             BadInput: names the option, what it was, and what to do.
         """
         for name in ("steps", "batch", "sequence", "layers", "width", "heads", "ngrams", "rows", "processes", "threads",
-                     "log_every", "validate_every"):
+                     "accumulate", "log_every", "validate_every"):
             if getattr(self, name) < 1:
                 raise BadInput(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
         for name in ("lr", "weight_decay", "clip", "warmup", "seed"):
@@ -107,6 +111,12 @@ class TrainConfig:
             raise BadInput(
                 f"--processes {self.processes} with --batch {self.batch}: a step must give every process the same "
                 f"number of sequences; use a batch that is a multiple of {self.processes}"
+            )
+        if self.batch // self.processes % self.accumulate:
+            raise BadInput(
+                f"--accumulate {self.accumulate} with --batch {self.batch} on {self.processes} processes: every "
+                f"backward pass must have the same number of sequences; use a batch that is a multiple of "
+                f"{self.processes * self.accumulate}"
             )
         if self.device == "cpu":
             places, kind = usable_processors(), "processor"

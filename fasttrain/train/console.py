@@ -14,6 +14,8 @@ def line(record: dict[str, Any], steps: int) -> str:
     head = f"step {record['step']:>{len(str(steps))}}/{steps}"
     if record["event"] == "validation":
         return f"{head}  validation {record['bits_per_byte']:.4f} bits/byte over {record['bytes']:,} bytes"
+    if record["event"] == "wire":
+        return f"{head}  gradients: {record['bytes']:,.0f} bytes sent a step, {record['formula']:,.0f} by the formula"
     shares = "  ".join(f"{SHORT[phase]} {share:.1%}" for phase, share in record["share"].items())
     return (f"{head}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  {record['tokens_per_s']:,.0f} tokens/s"
             f"  {shares}")
@@ -53,7 +55,7 @@ class Console:
         text = line(record, self.steps)
         if not self.bar:
             print(text, flush=True)
-        elif record["event"] == "validation":
+        elif record["event"] in ("validation", "wire"):
             self.bar.console.print(text, highlight=False)
             self.bar.refresh()
         else:

@@ -11,6 +11,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from fasttrain.dist.failures import PEER_FAILED
+
+STOPPED = (PEER_FAILED, -signal.SIGTERM, 128 + signal.SIGTERM)  # exit codes of those that were told to end
+
 
 class RunFailed(RuntimeError):
     """A process of the run ended before its time. The text says which, and why."""
@@ -76,13 +80,22 @@ def _reason(report: Path, code: int) -> str:
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
         return f"torchrun {how}"
     failures = json.loads(report.read_text())
-    failures.sort(key=lambda f: (f["message"].startswith("WireError"), f["exitcode"] == -signal.SIGTERM, f["rank"]))
+    failures.sort(key=lambda f: (_echo(f), f["rank"]))
     first = failures[0]
+    if first["message"].startswith("PeerFailed: "):  # the rank that it names ran on another machine
+        return first["message"].removeprefix("PeerFailed: ")
     if first["exitcode"] < 0:
         name = signal.Signals(-first["exitcode"]).name
         hint = " (out of memory, or ended by somebody)" if name == "SIGKILL" else ""
         return f"rank {first['rank']} was killed by {name}{hint}"
     return f"rank {first['rank']} failed: {first['message'] or 'exit code ' + str(first['exitcode'])}"
+
+
+def _echo(failure: dict[str, Any]) -> int:
+    """How far from the cause: 0 the cause; 1 who names it; 2 who only lost a connection; 3 who was told to end."""
+    if failure["message"].startswith("PeerFailed: "):
+        return 1
+    return 2 if failure["message"].startswith("WireError") else 3 * (failure["exitcode"] in STOPPED)
 
 
 def main(arguments: list[str]) -> int:

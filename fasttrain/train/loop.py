@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from fasttrain.dist.wire import Wire
-from fasttrain.parallel.naive import NaiveDataParallel
+from fasttrain.optim import Optimizer
+from fasttrain.parallel import DataParallel, Reducer
 from fasttrain.train.clock import PhaseClock
 from fasttrain.train.config import TrainConfig
 from fasttrain.train.model import loss_of
@@ -23,18 +24,23 @@ QUICK_WINDOWS = 64  # of a validation during the run; the one at its end reads e
 Record = dict[str, Any]
 
 
-def train(config: TrainConfig, model: nn.Module, optimizer: torch.optim.Optimizer, parallel: NaiveDataParallel,
-          wire: Wire, text: Text, emit: Callable[[Record], None]) -> None:
+def train(config: TrainConfig, model: DataParallel, optimizer: torch.optim.Optimizer, text: Text,
+          emit: Callable[[Record], None]) -> None:
     """Run `config.steps` steps, and hand every record (a dict of JSON values, the same on each process) to `emit`.
 
     Records: ``{"event": "train", step, loss, lr, tokens_per_s, seconds, share}``, loss in nats per byte, averaged over
-    the steps since the last; ``{"event": "validation", step, bits_per_byte, bytes}``.
+    the steps since the last; ``{"event": "validation", step, bits_per_byte, bytes}``; and once
+    ``{"event": "wire", step, bytes, formula}``: what a rank sent for the gradients of a step, counted and by formula.
 
     Raises:
         FloatingPointError: the loss is not finite, on every process in the same step.
     """
     windows = Windows(text.train, config.sequence, config.seed)
+    reducer = model.reducer
+    wire, sent = reducer.wire, 0
     mine = config.batch // wire.size
+    accumulate = model.accumulate(config.accumulate)
+    reducer.record_timeline()
     peaks = [group["lr"] for group in optimizer.param_groups]
     params = [p for group in optimizer.param_groups for p in group["params"]]
     clock = PhaseClock(wire.device)
@@ -44,18 +50,21 @@ def train(config: TrainConfig, model: nn.Module, optimizer: torch.optim.Optimize
 
     emit(validation(0, model, text.held_out, config, wire, QUICK_WINDOWS))
     for step in range(config.steps):
+        wire.watch.step = step
         with clock("data"):
             batch = to_device(windows.batch(step * config.batch + wire.rank * mine, mine), wire.device)
+        sent -= wire.sent
         with clock("forward_backward"):
-            with autocast(config, wire.device):
-                loss = loss_of(model, batch)
-            loss.backward()
-            losses += loss.detach()
-        with clock("communication"):
-            parallel.average_gradients()
+            for part in batch.chunk(config.accumulate):
+                with accumulate():
+                    with autocast(config, wire.device):
+                        loss = loss_of(model, part) / config.accumulate
+                    loss.backward()
+                losses += loss.detach()
+        sent += wire.sent
+        clock.move("forward_backward", "communication", reducer.exposed)
         with clock("optimizer"):
-            if config.clip:
-                nn.utils.clip_grad_norm_(params, config.clip)
+            clip(optimizer, params, reducer, config.clip)
             share = warmup_cosine(step, config.steps, config.warmup)
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * share
@@ -82,7 +91,16 @@ def train(config: TrainConfig, model: nn.Module, optimizer: torch.optim.Optimize
             before = time.perf_counter()
             emit(validation(done, model, text.held_out, config, wire, QUICK_WINDOWS))
             logged_at += time.perf_counter() - before  # tokens/s are those of training
+    emit({"event": "wire", "step": config.steps, "bytes": sent / config.steps, "formula": reducer.bytes_per_step()})
     emit(validation(config.steps, model, text.held_out, config, wire, None))
+
+
+def clip(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], reducer: Reducer, largest: float) -> None:
+    """Clip the gradients' norm, which the reducer knows; only optimizers of torch have them rewritten. 0: do not."""
+    if largest and isinstance(optimizer, Optimizer):
+        optimizer.clip_grad_norm_(largest, norm=reducer.grad_norm())
+    elif largest:
+        nn.utils.clip_grads_with_norm_(params, largest, reducer.grad_norm())
 
 
 def validation(step: int, model: nn.Module, stream: np.ndarray, config: TrainConfig, wire: Wire,

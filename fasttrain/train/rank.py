@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -17,8 +18,10 @@ from pathlib import Path
 import torch
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
+from fasttrain.dist.failures import FAILED, PEER_FAILED, PeerFailed, end_process
+from fasttrain.dist.watcher import Watcher
 from fasttrain.dist.wire import Wire, WireError
-from fasttrain.parallel.naive import NaiveDataParallel
+from fasttrain.parallel import DataParallel
 from fasttrain.train import recipe, text
 from fasttrain.train.config import TrainConfig
 from fasttrain.train.console import Console
@@ -44,10 +47,12 @@ def run(directory: Path) -> None:
         raise RuntimeError("the text has changed since the run was started; start it again")
 
     wire = Wire(device)
-    model = GPT(config.layers, config.width, config.heads, config.sequence, config.ngrams, config.rows).to(device)
-    parallel = NaiveDataParallel(model, wire)
-    optimizer = recipe.build(config, model)
-    with contextlib.ExitStack() as stack:
+    wire.watch = watcher = Watcher()
+    watcher.catch_sigterm(on_stop=lambda: end_process(128 + signal.SIGTERM))
+    with watcher.guard(), contextlib.ExitStack() as stack:
+        model = GPT(config.layers, config.width, config.heads, config.sequence, config.ngrams, config.rows).to(device)
+        parallel = DataParallel(model, mesh=wire, wire=config.wire, broadcast_buffers=False)
+        optimizer = recipe.build(config, model)
         emit = _nothing
         if wire.rank == 0:
             log = stack.enter_context(open(directory / "log.jsonl", "x", buffering=1))
@@ -57,7 +62,8 @@ def run(directory: Path) -> None:
                 log.write(json.dumps(record) + "\n")
                 console.show(record)
 
-        train(config, model, optimizer, parallel, wire, read, emit)
+        train(config, parallel, optimizer, read, emit)
+    watcher.close()
     wire.close()
 
 
@@ -82,10 +88,10 @@ def main() -> None:
     except Exception as error:
         traceback.print_exc()
         get_error_handler().record_exception(error)
-        sys.stderr.flush()
         if isinstance(error, WireError):
             time.sleep(1)  # torchrun polls: let it see first the peer whose end caused this
-        os._exit(1)  # an ordinary exit would wait for collectives that never end
+        # An ordinary exit would wait for collectives that never end.
+        end_process(PEER_FAILED if isinstance(error, PeerFailed) else FAILED)
 
 
 if __name__ == "__main__":

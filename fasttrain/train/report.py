@@ -52,6 +52,7 @@ class Run:
     header: Record
     train: list[Record]
     validation: list[Record]
+    wire: list[Record]
 
     @property
     def config(self) -> Record:
@@ -79,7 +80,7 @@ def read(directory: Path) -> Run:
         raise BadInput(f"{directory} is not a run: {error.filename}: {error.strerror}") from error
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise BadInput(f"{directory} is not a run of fasttrain train: {error!r}") from error
-    run = Run(directory, header, *([r for r in records if r["event"] == e] for e in ("train", "validation")))
+    run = Run(directory, header, *([r for r in records if r["event"] == e] for e in ("train", "validation", "wire")))
     if not run.train:
         raise BadInput(f"{directory} is a run that ended before its first line of log")
     return run
@@ -118,6 +119,7 @@ def summarise(run: Run, stream: np.ndarray, wall_s: float) -> Record:
         "passes_over_text": tokens / run.header["text"]["train_bytes"],
         "tokens_per_s": median_speed(run),
         "share": mean_shares(run),
+        "wire": {name: run.wire[-1][name] for name in ("bytes", "formula")} if run.wire else None,
         "wall_s": wall_s,
     }
 
@@ -146,6 +148,8 @@ def describe(summary: Record, header: Record) -> str:
         f"{summary['steps']} steps, {summary['tokens']:,} bytes read ({summary['passes_over_text']:.2f} passes), "
         f"{summary['tokens_per_s']:,.0f} tokens/s, {summary['wall_s']:.0f} s in all",
         f"time in steps: {shares}",
+        *([f"gradients: each process sent {wire['bytes']:,.0f} bytes a step, {wire['formula']:,.0f} by the formula"]
+          if (wire := summary["wire"]) and wire["formula"] else []),
     ])
 
 

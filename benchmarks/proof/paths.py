@@ -1,71 +1,33 @@
-"""What nvcc made of the CUDA step: registers and instructions of every kernel of `step.fatbin`, for the documents.
-
-    python -m benchmarks.gpu_table docs/gpu-kernels.md
-"""
+"""Every kernel of `step.fatbin` as nvcc compiled it, and the instructions of one round on its aligned path."""
 
 from __future__ import annotations
 
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-from benchmarks import disassembly
-from fasttrain.kernels import cuda, native
+from benchmarks.proof import disassembly, machine_code
+from benchmarks.proof.traffic import bytes_moved, unread
+from fasttrain.kernels import cuda
 from fasttrain.kernels.trace import trace
 from fasttrain.optim import RULES, STAGES
 from fasttrain.precision.codecs import CODECS, POSITIVE, STOCHASTIC, code_dtype, codec
 from fasttrain.rule import Rule
 
-BYTES = {"F32": 4, "F64": 8, "BF16": 2, "F16": 2}
+BYTES = {"F32": 4, "F64": 8, "BF16": 2, "F16": 2, "INT8": 1}
 TOGETHER = 2  # packs that a thread loads before it computes, as kTogether in csrc/cuda/step.cu
 EACH = 8  # elements of a lane in a tile, and two tiles together, as in csrc/cuda/kept.cuh
 NUMBERS = {cuda.codec_name(base | flags): base | flags for base in range(len(CODECS))
            for flags in (0, POSITIVE, STOCHASTIC, POSITIVE | STOCHASTIC)}
+BY_NAME: dict[str, Rule] = {rule.name: rule for rule in (*RULES, *STAGES)}
 ENDS = re.compile(r"[FD](MUL|ADD|FMA|SETP)|MUFU|STS|LDS|STG|BRA|BSYNC|BSSY|BAR|EXIT")  # a run of loads
+LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", re.MULTILINE)
 ARITHMETIC = re.compile(r"[FD](MUL|ADD|FMA|SETP)|MUFU")
-
-TEXT = """\
-# The CUDA kernels, as compiled
-
-Written by `python -m benchmarks.gpu_table docs/gpu-kernels.md` from the disassembly of `step.fatbin`; a test compares
-it where the compiler is the same. Compiler: nvcc {nvcc}.
-
-Each kernel steps every parameter of one rule and one combination of storages in one launch. A thread takes two packs
-at a time: it issues all their loads, 16 bytes each, before the first of them is used. *Accesses* are the 16-byte loads
-and stores of one such round. *Instructions* are those that one element costs on the aligned path, address arithmetic
-and loop included, without the rare slow paths of division and root (denormals, NaN, overflow). No kernel spills or uses
-local memory. The codes are counted, not run: how fast they are is for the benchmarks to say. Rules of rarely used
-optimizers are compiled in float32 and in float64 only.
-
-| rule | p, g, states | bytes | accesses | {heads} |
-|---|---|---|---|{lines}|
-{rows}
-
-Items that are not plain (codecs in the words of `fasttrain/precision/codecs.py`; P: of a state that is never negative,
-S: rounded at random). A warp takes two tiles of 256 elements at a time, eight to a lane, in the same order: all loads,
-16 bytes each but for codes of one byte, which are 8 bytes to a lane. *Accesses* are those of 16 and those of 8 bytes
-that a lane makes, loads + stores. *Bytes* count units of blocks. Clipping by value is counted in, zeroing of the
-gradient and places in shards that are cut by columns are not.
-
-| rule | p, g, states | bytes | accesses | {heads} |
-|---|---|---|---|{lines}|
-{kept_rows}
-
-Reductions: `squares` is pass A, `stage` a rule with sums or what follows one, `factored` Adafactor; `tree` adds what
-they leave. Sums are made in float64 by warps. And buckets: `move` casts and scales (from, to, residual), `encode` makes
-8-bit codes (from, residual), `sum` adds the chunks of all ranks (from, to). *In flight* are the 16-byte loads that
-follow one another; *shared* the bytes of shared memory of a block.
-
-| kernel | in flight | shared | {registers} |
-|---|---|---|{lines}|
-{sums_rows}
-"""
 
 
 @dataclass(frozen=True)
@@ -94,7 +56,12 @@ class Compiled:
 
     arch: str
     usage: disassembly.Kernel
-    code: list[Instruction]
+    text: str
+
+    @cached_property
+    def code(self) -> list[Instruction]:
+        """The disassembler's lines."""
+        return [Instruction(int(address, 16), code) for address, code in LINE.findall(self.text)]
 
     @cached_property
     def parts(self) -> tuple[str, tuple[str, str, str]]:
@@ -104,7 +71,7 @@ class Compiled:
 
     @cached_property
     def rule(self) -> Rule:
-        return next(rule for rule in RULES if rule.name == self.parts[0])
+        return BY_NAME[self.parts[0]]
 
     @cached_property
     def operands(self) -> list[int]:
@@ -156,8 +123,19 @@ class Compiled:
                 raise ValueError(f"{self.usage.name} for {self.arch}: no way through the loop was found")
 
     @property
-    def per_element(self) -> float:
+    def bytes(self) -> float | None:
+        """That are moved for an element; None where kernels have no such number."""
+        return 2 * sum(self.operands) - self.operands[1]
+
+    @property
+    def per_element(self) -> float | None:
+        """Instructions of a round."""
         return len(self.aligned) / self.elements
+
+    def round_accesses(self) -> tuple[dict[int, int], dict[int, int]]:
+        """Loads and stores of a round by their width."""
+        text = "\n".join(instruction.text for instruction in self.aligned)
+        return disassembly.widths("LDG", text), disassembly.widths("STG", text)
 
     def count(self, pattern: str) -> int:
         """Instructions of the aligned path whose name begins so."""
@@ -201,9 +179,7 @@ class CompiledKept(Compiled):
 
     @property
     def bytes(self) -> float:
-        """That are read and written for an element."""
-        units = sum(2 * 4 / codec(number).block for number in self.codecs if codec(number).block)
-        return sum(size * (loads + stores) for size, loads, stores in self.arrays) + units
+        return bytes_moved(self.codecs)
 
     def accesses(self, wide: bool) -> tuple[int, int]:
         """Loads and stores in a round, of 16 bytes or of 8."""
@@ -218,28 +194,42 @@ class CompiledSums(Compiled):
     """One kernel of a reduction."""
 
     @cached_property
-    def parts(self) -> tuple[str, tuple[str, str, str]]:
-        """Of a stage."""
-        _, rule, p, g, s = self.usage.name.split("_")
-        return rule, (p, g, s)
-
-    @cached_property
-    def rule(self) -> Rule:
-        return next(rule for rule in STAGES if rule.name == self.parts[0])
+    def sizes(self) -> tuple[list[int], list[int]] | None:
+        """Bytes of an element of all that is read and of all that is written; None where that is not by elements."""
+        kind, *kinds = self.usage.name.split("_")
+        if kind == "stage":  # of what the rule reads: ptxas drops the rest
+            dropped = unread(self.rule)
+            written = zip([self.operands[0], *self.operands[2:]], trace(self.rule).changed, strict=True)
+            return ([size for place, size in enumerate(self.operands) if place not in dropped],
+                    [size for size, moved in written if moved])
+        if kind not in ("squares", "move", "encode"):
+            return None
+        first, *others = (BYTES[name] for name in kinds)
+        lost = others[1:] if kind == "move" else others
+        return [first, *lost], {"squares": [], "move": others, "encode": [1, *lost]}[kind]
 
     @property
     def expected_loads(self) -> int:
-        """Of what the rule reads: ptxas drops the rest."""
-        graph = trace(self.rule)
-        read = {id(argument) for node in graph.live for argument in node.arguments}
-        return sum(size * self.elements // 16 for size, operand in zip(self.operands, graph.inputs, strict=True)
-                   if id(operand) in read)
+        return sum(self.sizes[0]) * self.elements // 16 if self.sizes else 0
 
     @property
     def expected_stores(self) -> int:
-        sizes = [self.operands[0], *self.operands[2:]]
-        changed = trace(self.rule).changed
-        return sum(size * self.elements // 16 for size, moved in zip(sizes, changed, strict=True) if moved)
+        return sum(self.sizes[1]) * self.elements // 16 if self.sizes else 0
+
+    @property
+    def bytes(self) -> float | None:
+        units = 4 / codec(NUMBERS["INT8"]).block if self.usage.name.startswith("encode_") else 0
+        return sum(map(sum, self.sizes)) + units if self.sizes else None
+
+    @property
+    def per_element(self) -> float | None:
+        if self.sizes is None:
+            return None
+        return len(self.usage.code.round) / (16 * self.round_accesses()[0][16] / sum(self.sizes[0]))
+
+    def round_accesses(self) -> tuple[dict[int, int], dict[int, int]]:
+        code = self.usage.code
+        return tuple(code.accesses(operation, code.round) for operation in (machine_code.LOAD, machine_code.STORE))
 
     @cached_property
     def in_flight(self) -> int:
@@ -270,74 +260,20 @@ def extract(fatbin: Path, what: str) -> Iterator[tuple[str, bytes]]:
             yield path.name.split(".")[-2], path.read_bytes()
 
 
-def listing(cubin: bytes) -> dict[str, list[Instruction]]:
-    """The code of every kernel of a cubin."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [str(disassembly.cuobjdump()), "-sass", file.name]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    pattern = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", re.MULTILINE)
-    return {part.split()[0]: [Instruction(int(address, 16), code) for address, code in pattern.findall(part)]
-            for part in text.split("Function : ")[1:]}
+def listing(cubin: bytes) -> dict[str, str]:
+    """The disassembler's text of every kernel of a cubin."""
+    return {part.split(maxsplit=1)[0]: part for part in disassembly.listing(cubin).split("Function : ")[1:]}
 
 
 def compiled(fatbin: Path) -> list[Compiled]:
     """Every kernel of a fatbin, for every architecture in it."""
-    found = []
-    for arch, cubin in extract(fatbin, "elf"):
-        code = listing(cubin)
-        for kernel in disassembly.read(cubin):
-            kept = CompiledKept if kernel.name.startswith("kept_") else Compiled
-            kind = CompiledSums if reduces(kernel.name) else kept
-            found.append(kind(arch, kernel, code[kernel.name]))
-    return found
+    cubins = list(extract(fatbin, "elf"))
+    with ThreadPoolExecutor() as pool:  # the disassembler is a process of its own
+        texts = list(pool.map(listing, (cubin for _, cubin in cubins)))
+    return [kind_of(kernel.name)(arch, kernel, text[kernel.name])
+            for (arch, cubin), text in zip(cubins, texts, strict=True) for kernel in disassembly.read(cubin)]
 
 
-def table(found: list[Compiled]) -> str:
-    """The document."""
-    kernels = {(kernel.usage.name, kernel.arch): kernel for kernel in found}
-    archs = sorted({arch for _, arch in kernels}, key=lambda arch: int(arch.removeprefix("sm_")))
-    rows, kept_rows, sums_rows = [], [], []
-    for name in native.module().cuda_kernels():
-        across = [kernels[name, arch] for arch in archs]
-        if isinstance(across[0], CompiledSums):
-            cells = [name, str(across[0].in_flight), str(across[0].usage.shared),
-                     *(str(kernel.usage.registers) for kernel in across)]
-            sums_rows.append("| " + " | ".join(cells) + " |")
-            continue
-        if isinstance(across[0], CompiledKept):
-            kept_rows.append(kept_row(across))
-            continue
-        rule, kinds = across[0].parts
-        if not across[0].rule.state and kinds[2] != kinds[0]:
-            continue  # the same code as with the states kept as the parameter is
-        kept = ", ".join(kind.lower() for kind in (kinds if across[0].rule.state else kinds[:2]))
-        moved = 2 * sum(across[0].operands) - across[0].operands[1]
-        cells = [rule, kept, str(moved), f"{across[0].expected_loads} + {across[0].expected_stores}",
-                 *(f"{kernel.usage.registers}, {kernel.per_element:.1f}" for kernel in across)]
-        rows.append("| " + " | ".join(cells) + " |")
-    heads = " | ".join(f"{arch}: registers, instructions" for arch in archs)
-    return TEXT.format(nvcc=native.build_info()["nvcc"], heads=heads, lines="---|" * (len(archs) - 1) + "---",
-                       rows="\n".join(rows), kept_rows="\n".join(kept_rows),
-                       sums_rows="\n".join(sums_rows), registers=" | ".join(f"{arch}: registers" for arch in archs))
-
-
-def kept_row(across: list[Any]) -> str:
-    """The line of a kernel of items that are not plain."""
-    wide, narrow = across[0].accesses(True), across[0].accesses(False)
-    accesses = f"{wide[0]} + {wide[1]}" + (f", {narrow[0]} + {narrow[1]}" if any(narrow) else "")
-    cells = [across[0].usage.name.split("_")[1], ", ".join(map(spelled, across[0].codecs)),
-             f"{across[0].bytes:.2f}".rstrip("0").rstrip("."), accesses,
-             *(f"{kernel.usage.registers}, {kernel.per_element:.1f}" for kernel in across)]
-    return "| " + " | ".join(cells) + " |"
-
-
-def spelled(number: int) -> str:
-    """A codec with its flags."""
-    flags = " P" * bool(number & POSITIVE) + " S" * bool(number & STOCHASTIC)
-    return codec(number).name + flags
-
-
-if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(table(compiled(cuda.IMAGE)))
+def kind_of(name: str) -> type[Compiled]:
+    """What is known of a kernel, by its name."""
+    return CompiledSums if reduces(name) else CompiledKept if name.startswith("kept_") else Compiled

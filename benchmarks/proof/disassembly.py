@@ -8,8 +8,11 @@ import subprocess
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
+
+from benchmarks.proof import machine_code
 
 
 def cuobjdump() -> str | None:
@@ -29,54 +32,69 @@ class Kernel:
     Attributes:
         name: its symbol.
         registers, stack: per thread; stack in bytes.
-        loads, stores: global accesses by their width in bytes, counted in the code.
-        local: instructions that touch local memory (spills, indexed arrays).
-        instructions: all of them, counted in the code.
-        fused: fused multiply-adds in the code.
-        shared: bytes of shared memory of a block.
+        shared: bytes of shared memory of a block that are known to the compiler.
+        code: its instructions.
     """
 
     name: str
     registers: int
     stack: int
-    loads: dict[int, int]
-    stores: dict[int, int]
-    local: int
-    instructions: int
-    fused: int
     shared: int
+    code: machine_code.Code
+
+    @cached_property
+    def loads(self) -> dict[int, int]:
+        """Global loads by their width in bytes, counted in the code."""
+        return self.code.accesses(machine_code.LOAD)
+
+    @cached_property
+    def stores(self) -> dict[int, int]:
+        """Global stores, likewise."""
+        return self.code.accesses(machine_code.STORE)
+
+    @property
+    def local(self) -> int:
+        """Instructions that touch local memory (spills, indexed arrays)."""
+        return self.code.count(*machine_code.LOCAL)
+
+    @property
+    def instructions(self) -> int:
+        """All of them, counted in the code."""
+        return len(self.code)
+
+    @property
+    def fused(self) -> int:
+        """Fused multiply-adds in the code."""
+        return self.code.count(*machine_code.FUSED)
 
 
 def listing(cubin: bytes) -> str:
     """The instructions of a cubin, as text."""
-    return _shown(cubin, "-sass")[0]
+    return _said(cubin, "-sass")
 
 
-def _shown(cubin: bytes, *options: str) -> list[str]:
+def _said(cubin: bytes, option: str) -> str:
     tool = cuobjdump()
     if tool is None:
         raise RuntimeError("no cuobjdump: install the CUDA toolkit or triton")
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, "kernel.cubin")
         path.write_bytes(cubin)
-        return [subprocess.run([tool, option, str(path)], check=True, capture_output=True, text=True).stdout
-                for option in options]
+        return subprocess.run([tool, option, str(path)], check=True, capture_output=True, text=True).stdout
 
 
 def read(cubin: bytes) -> list[Kernel]:
-    """Disassemble a cubin."""
-    code, usage = _shown(cubin, "-sass", "-res-usage")
-    resources = {name: tuple(map(int, numbers)) for name, *numbers
-                 in re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)}
-    kernels = []
-    for part in code.split("Function : ")[1:]:
-        name = part.split()[0]
-        kernels.append(Kernel(
-            name, *resources[name][:2], loads=widths("LDG", part), stores=widths("STG", part),
-            local=len(re.findall(r"\b(?:LDL|STL)\b", part)),
-            instructions=len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", part, re.MULTILINE)),
-            fused=len(re.findall(r"\b[FD]FMA\b", part)), shared=resources[name][2]))
-    return kernels
+    """What the kernels of a cubin take and do."""
+    found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", _said(cubin, "-res-usage"))
+    code = machine_code.kernels(cubin)
+    return [Kernel(name, int(registers), int(stack), int(shared), code[name])
+            for name, registers, stack, shared in found]
+
+
+def compiler(cubin: bytes) -> str:
+    """The version of the ptxas that made a cubin, which it left there."""
+    found = re.search(rb"Cuda compilation tools, release [\d.]+, (V[\d.]+)", cubin)
+    return found.group(1).decode() if found else "unknown"
 
 
 def widths(access: str, code: str) -> dict[int, int]:

@@ -1,0 +1,162 @@
+"""One backward pass after the other: gradients into buckets, full buckets on their way, and the end of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasttrain.dist.control import Control, Outcome, Pending
+from fasttrain.dist.layout import FlatLayout
+from fasttrain.dist.wire import Wire
+from fasttrain.parallel.buckets import Bucket
+from fasttrain.parallel.timeline import Timeline
+from fasttrain.parallel.wires import Method, Sent, total
+
+AGREED = ("the step", "the number of backward passes in it", "the checksum of its collectives",
+          "whether there is any gradient", "whether optimizer.step() came without a synchronised backward pass")
+engine = torch.autograd.Variable._execution_engine
+
+
+class Passes:
+    """What `fasttrain.parallel.reducer.Reducer` does within backward passes; see there."""
+
+    method: Method
+    idle: bool
+
+    def __init__(self, named: Sequence[tuple[str, Tensor]], wire: Wire, layout: FlatLayout, static_graph: bool):
+        self.names, self.params = [name for name, _ in named], [p for _, p in named]
+        self.wire, self.layout = wire, layout
+        self.sequence = 0
+        self.last: Outcome | None = None
+        self.timeline: Timeline | None = None
+        self.syncing = True          # what the next backward pass does: `no_sync`
+        self.joining = False         # within `join`: ranks without data answer the others
+        self.stop = False            # this rank wishes to stop: travels with the next synchronised step
+        self._late_items = 0         # what all ranks had counted in the last one, until `step` divides by it
+        self._items = 0              # what this rank has counted since the last one (`count`)
+        self._open: bool | None = None  # within a backward pass: whether it is synchronised
+        self._backwards = 0          # since the last synchronised step
+        self._counts, self._counting = [0] * len(named), static_graph
+        self._control = Control(self.wire, len(named), AGREED)
+        self._pending: Pending | None = None
+        self._squares: tuple[Tensor, Tensor] | None = None
+        self._arrivals: list[int] = []
+        self._make_buckets(Bucket)
+
+    def _make_buckets(self, make: Callable[..., Bucket]) -> None:
+        self._index = {p: index for index, p in enumerate(self.params)}
+        self._shapes = [p.shape for p in self.params]
+        self._where: list[tuple[Bucket, int]] = [None] * len(self.params)  # type: ignore[list-item]
+        place = {name: index for index, name in enumerate(self.names)}
+        self.buckets: list[Bucket] = []
+        for plan in self.layout.buckets if not self.idle else ():
+            indices = [place[slot.name] for slot in plan.slots]
+            bucket = make(plan, [self.params[i] for i in indices], [self.names[i] for i in indices])
+            for at, index in enumerate(indices):
+                self._where[index] = bucket, at
+            self.buckets.append(bucket)
+
+    def _arrive(self, index: int) -> None:
+        """A gradient is there, as far as this backward pass goes."""
+        if self._open is None:
+            self._begin()
+        self._arrivals.append(index)
+        if self._counting:
+            self._counts[index] += 1
+            return
+        if self._left and self._left[index] > 1:
+            self._left[index] -= 1
+            return
+        bucket, place = self._where[index]
+        if not self._open:
+            bucket.take(place, 1.0)
+            return
+        bucket.arrive(place, self._factor)
+        if self.timeline is not None:
+            self.timeline.look()
+        if not bucket.waiting:
+            self._send_ready()
+
+    def _begin(self) -> None:
+        """The first gradient of a backward pass."""
+        self._backwards += 1
+        self._arrivals = []
+        self._left = list(self._counts) if any(self._counts) else []
+        self.method.begin()
+        if self.syncing:
+            self._start()
+        self._open = self.syncing
+        engine.queue_callback(self._ended)
+
+    def _start(self) -> None:
+        """A synchronised step begins."""
+        self._read()
+        self._works: list[Sent] = []
+        self._squares = None
+        self._factor = self.method.factor
+        for bucket in self.buckets:
+            bucket.begin()
+        if self.timeline is not None:
+            self.timeline.begin()
+
+    def _send_ready(self) -> None:
+        """Send, in the layout's order, every bucket that is full and whose turn it is."""
+        while (turn := len(self._works)) < len(self.buckets) and not self.buckets[turn].waiting:
+            self._works.append(self.method.send(turn, self.buckets[turn]))
+            if self.timeline is not None:
+                self.timeline.sent(turn, self._works[turn])
+
+    def _ended(self) -> None:
+        """Autograd is done; or only the inner backward pass of a re-entrant checkpoint."""
+        if (node := torch._C._current_autograd_node()) is not None:
+            node.register_hook(lambda *_: engine.queue_callback(self._ended))
+        elif self._open is not None:
+            if self._open:
+                self._counting = False
+                self._finish(late=False)
+            self._open = None
+
+    def _finish(self, late: bool) -> None:
+        if self.timeline is not None:
+            self.timeline.backward_ended()
+        self._check_unchanged()
+        used = [bucket.has(place) for bucket, place in self._where]
+        for bucket in self.buckets[len(self._works) :]:
+            bucket.close(self._factor)
+        self._send_ready()
+        squares, bad = total([work.wait() for work in self._works])
+        same = [self.sequence, *((0, self.method.checksum, 1, 0) if self.joining else
+                                 (self._backwards, self.method.checksum, any(used), late))]
+        self._pending = self._control.send(list(map(int, same)), squares, bad, self._items, self.stop, used)
+        self._counted = self._items > 0
+        self.sequence, self._backwards, self._items = self.sequence + 1, 0, 0
+        self._squares = self._pending.squares, self._pending.nonfinite
+        if self.timeline is not None:
+            self.timeline.ended()
+        if self.wire.device.type == "cpu" or not all(used) or late or self._counted:
+            outcome = self._read()
+            self._late_items = outcome.tokens
+            for (bucket, place), had, ranks in zip(self._where, used, outcome.used, strict=True):
+                if ranks and not had:
+                    bucket.bind(place)
+            used = [ranks > 0 for ranks in outcome.used]
+            if late and any(outcome.used):
+                raise RuntimeError("an optimizer steps gradients that were accumulated under no_sync() and never "
+                                   "reduced, on every rank: run the last backward pass of a step outside of no_sync()")
+        self.method.ended(used)
+
+    def _read(self) -> Any:
+        """What the ranks did: at once on the CPU, a step later on a GPU, which is not waited for."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            self.last = pending.read()
+        return self.last
+
+    def _check_unchanged(self) -> None:
+        for name, p, shape in zip(self.names, self.params, self._shapes, strict=True):
+            if not p.requires_grad or p.shape != shape:
+                how = "resized" if p.requires_grad else "frozen"
+                raise RuntimeError(f"{name} was {how} after it was wrapped: wrap the model again, on every rank")
