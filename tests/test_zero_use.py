@@ -209,13 +209,14 @@ def test_what_is_refused():
 def test_shards_of_one_norm():
     """All gradients one: the norm is the root of their number, however they are cut."""
     for size in (1, 3):
-        assert set(ranks.run(ones, size)) == {math.sqrt(40 * 33 + 40)}
+        assert set(ranks.run(ones, size, nn.Linear(33, 40), 1)) == {math.sqrt(40 * 33 + 40)}
+    assert set(ranks.run(ones, 2, nn.Linear(32, 16, bias=False), 2)) == {math.sqrt(512)}  # shards without padding
 
 
-def ones(wire):
-    model = DataParallel(nn.Linear(33, 40), mesh=wire, bucket_cap_mb=0.002)
-    zero = Zero(model, AdamW, lr=0.0, weight_decay=0.0)
-    model(torch.ones(1, 33)).sum().backward()
+def ones(wire, bare, stage):
+    model = DataParallel(bare, mesh=wire, bucket_cap_mb=0.002)
+    zero = Zero(model, AdamW, stage=stage, lr=0.0, weight_decay=0.0)
+    model(torch.ones(1, bare.in_features)).sum().backward()
     before = model.module.weight.detach().clone()
     norm = zero.clip_grad_norm_(1.0)
     zero.step()

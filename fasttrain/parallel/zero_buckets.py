@@ -109,7 +109,8 @@ class Rotating(Bucket):
 
     def fill(self) -> None:
         """Pack all gradients, and let go of them; what is missing is zero."""
-        torch._foreach_zero_(self.gaps)
+        if self.gaps:
+            torch._foreach_zero_(self.gaps)
         for place, p in enumerate(self.params):
             if p.grad is None:
                 self.slots.views[place].zero_()
