@@ -1,4 +1,4 @@
-"""Two processes, one core each, gloo: a step of ZeRO beside ZeroRedundancyOptimizer over torch's DDP, and fully_shard."""
+"""Two processes, one core each, gloo: a step of ZeRO beside ZeroRedundancyOptimizer over DDP, and fully_shard."""
 
 from __future__ import annotations
 

@@ -34,6 +34,12 @@ def declare(tensor: Tensor, part: Part) -> None:
     _parts[tensor] = part
 
 
+def pass_on(tensor: Tensor, twin: Tensor) -> None:
+    """Let a twin be the part that a tensor is, if it is one."""
+    if (part := declared(tensor)) is not None:
+        declare(twin, part)
+
+
 def declared(tensor: Tensor) -> Part | None:
     """Of what the tensor is a part; None if it is a whole."""
     return _parts.get(tensor) if _parts else None
