@@ -3,6 +3,7 @@
 import math
 import re
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import ranks
@@ -14,6 +15,7 @@ from torch import nn
 from fasttrain import LossScaler
 from fasttrain.optim import AdamW, Lion, Muon, ScheduleFreeAdamW
 from fasttrain.parallel import DataParallel, Reducer, Zero
+from fasttrain.parallel.zero_gather import Gathering
 
 F32, BF16 = torch.float32, torch.bfloat16
 ADAMW = {"lr": 0.1}
@@ -21,7 +23,7 @@ ADAMW = {"lr": 0.1}
 
 def in_a_script(wire, stage):
     """Schedules, clipping, a loss scale; a step that is not finite on one rank is skipped on all."""
-    model, zero, twin, whole = pair(wire, AdamW, F32, stage, ADAMW)
+    model, zero, twin, whole = pair(wire, AdamW, F32, stage, ADAMW, rotating=1)
     scaler, beside = LossScaler(1024.0, growth_interval=2), LossScaler(1024.0, growth_interval=2)
     schedules = [torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5) for optimizer in (zero, whole)]
     for step in range(5):
@@ -222,3 +224,77 @@ def ones(wire, bare, stage):
     zero.step()
     assert_same_bits(model.module.weight.detach(), before)
     return round(norm.item() ** 2) ** 0.5
+
+
+def rare(wire):
+    """A rank that has nothing of what takes random draws counts them too."""
+    optimizers = []
+    for divided in (True, False):
+        torch.manual_seed(0)
+        model = DataParallel(nn.Sequential(nn.Linear(4, 4), nn.Linear(64, 64)).bfloat16(), mesh=wire)
+        groups = [{"params": list(part.parameters()), "master": master}
+                  for part, master in zip(model.module, ("stochastic", "none"), strict=True)]
+        optimizer = Zero(groups, AdamW, lr=0.1) if divided else AdamW(groups, lr=0.1)
+        for _ in range(2):
+            losses = [part(torch.ones(part.in_features).bfloat16()).sum() for part in model.module]
+            torch.stack(losses).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        optimizers.append(optimizer)
+    zero, whole = optimizers
+    assert zero.consolidate(None)["param_groups"] == whole.state_dict()["param_groups"]
+    return sum(piece.where[0] == 0 for piece in zero._pieces)
+
+
+def test_draws_are_counted_on_every_rank():
+    assert 0 in ranks.run(rare, 2)
+
+
+class Under:
+    """A gather under way."""
+
+    def __init__(self, name, seen):
+        self.name, self.seen = name, seen
+
+    def wait(self):
+        self.seen.append(self.name)
+
+
+class Told(nn.Linear):
+    def forward(self, x):
+        SEEN.append(f"forward {self.in_features}")
+        return super().forward(x)
+
+
+SEEN: list[str] = []
+
+
+def test_each_module_waits_for_its_own():
+    """Blocks for theirs when they are called; everything else when the model is."""
+    body = nn.ModuleList(nn.Sequential(Told(width, width + 1)) for width in (1, 2, 3))
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.body, self.last = Told(7, 1), body, Told(4, 1)
+
+        def forward(self, x):
+            x = self.first(x)
+            for block in self.body:
+                x = block(x)
+            return self.last(x)
+
+    model = Model()
+    parts = {"last": model.last, "3": body[2], "2": body[1], "1": body[0], "first": model.first}
+    memories = [SimpleNamespace(params=list(part.parameters())) for part in parts.values()]
+    gathering = Gathering(None, memories, model)
+    for read in (lambda: model(torch.ones(7)), model.state_dict, gathering.wait):
+        SEEN.clear()
+        gathering.works = {index: Under(name, SEEN) for index, name in enumerate(parts)}
+        read()
+        assert not gathering.works
+        if SEEN[0] == "first":
+            assert SEEN == ["first", "last", "forward 7", "1", "forward 1", "2", "forward 2", "3", "forward 3",
+                            "forward 4"]
+        else:
+            assert sorted(SEEN) == sorted(parts)
