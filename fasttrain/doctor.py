@@ -8,6 +8,7 @@ import platform
 from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import fasttrain
@@ -63,6 +64,15 @@ def machine() -> Iterator[str]:
     cuda = ", ".join(built.get("cuda", []))
     yield f"device code: {cuda}" if cuda else f"device code: none ({built.get('cuda_reason', '?')})"
     yield more_device_code()
+    yield f"between processes: {', '.join(collectives()) or 'nothing: this torch has neither gloo nor NCCL'}"
+
+
+def collectives() -> Iterator[str]:
+    """What processes may share gradients by."""
+    if dist.is_available() and dist.is_gloo_available():
+        yield "gloo"
+    if dist.is_available() and dist.is_nccl_available():
+        yield "NCCL (we have never run it between two GPUs)"
 
 
 def more_device_code() -> str:

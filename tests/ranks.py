@@ -122,7 +122,7 @@ def faulty(work: Callable[..., Any], size: int, *arguments: Any, timeout_s: floa
     """
     with tempfile.TemporaryDirectory() as folder:
         processes = [context.Process(target=_faulty, args=(folder, rank, size, work, arguments, timeout_s, grace_s),
-                                      daemon=True) for rank in range(size)]
+                                     daemon=True) for rank in range(size)]
         for process in processes:
             process.start()
         ended: dict[int, Ended] = {}

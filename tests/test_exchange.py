@@ -5,7 +5,9 @@ import ranks
 import torch
 from helpers import assert_same_bits, generator, normal
 
+from benchmarks import bench_exchange, harness, processes
 from fasttrain.dist import exchange
+from fasttrain.dist.control import Control
 from fasttrain.dist.wire import Wire
 from fasttrain.kernels import norm
 from fasttrain.kernels.chunks import encode_int8
@@ -150,3 +152,40 @@ def test_a_bucket_that_cannot_be_cut_is_refused(shape):
         exchange.check_cut(torch.empty(shape), 4)
     with pytest.raises(ValueError, match=r"whole blocks of 256.*multiple of 512"):
         exchange.check_cut(torch.empty(256), 2, 256)
+
+
+def test_the_benchmark_measures_every_rival():
+    rows = []
+    for work, (seconds, sent) in ranks.run(bench_exchange.measure, 2, 1024, 2)[0].items():
+        assert all(len(times) == 2 for times in seconds.values())
+        medians = harness.medians(processes.slowest([seconds, seconds]))
+        rows.append({"work": work, "elements": 1024, "seconds": medians, "bytes_sent": sent,
+                     "ratio": {name: harness.ratio(seconds, "gloo", name) for name in seconds if name != "gloo"}})
+    assert [row["bytes_sent"]["fasttrain"] for row in rows] == [2048, 2048, 4096]
+    assert "all-reduce" in bench_exchange.report(rows)
+
+
+@pytest.mark.gpu
+def test_one_process_on_a_gpu():
+    """Everything that an exchange does on a GPU but for the messages."""
+    device = torch.device("cuda", 0)
+    wire = Wire(device, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        bucket = bucket_of(0).to(device)
+        out = torch.empty_like(bucket)
+        squares, nonfinite = wire.reduce_scatter(out, bucket, "avg", squares=True).wait()
+        assert_same_bits(out, bucket)
+        assert_same_bits(squares, norm.squares([bucket])[0][0])
+        assert not nonfinite
+        wire.all_gather_into(out, bucket).wait()
+        measured = exchange.ordered_all_reduce(wire, out, 0.5, squares=True, wire=BF16).wait()
+        assert_same_bits(out.cpu(), naive_all_reduce([bucket_of(0)], 0.5, BF16, BF16))
+        assert measured[0] > 0
+        residual, wanted = torch.zeros_like(bucket), torch.zeros(LENGTH)
+        exchange.int8_all_reduce(wire, bucket, residual=residual).wait()
+        assert_same_bits(bucket.cpu(), naive_int8([bucket_of(0)], [wanted], 1.0, BF16))
+        assert_same_bits(residual.cpu(), wanted)
+        outcome = Control(wire, 3).send([1, 2], squares, nonfinite, tokens=5, used=[True, False, True]).read()
+        assert outcome == (squares.item(), 0, None, 5, 0, [1, 0, 1])
+    finally:
+        wire.close()

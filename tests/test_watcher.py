@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import signal
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,9 +14,11 @@ import torch
 import torch.distributed as dist
 
 from fasttrain.dist import exchange
-from fasttrain.dist.failures import FAILED, PEER_FAILED, PeerFailed, first_words, is_about_a_connection
+from fasttrain.dist.failures import FAILED, INTERRUPTED, PEER_FAILED, PeerFailed, first_words, is_about_a_connection
 from fasttrain.dist.peers import Heard, Identity, Operation, Said, disagreement
+from fasttrain.dist.watcher import Watcher
 from fasttrain.dist.wire import WireError
+from fasttrain.dist.work import flight_recorder
 
 SIZE, CULPRIT, STEP = 3, 1, 4
 
@@ -119,6 +122,16 @@ def told_to_stop_after_a_failure(wire, watcher):
     time.sleep(60)
 
 
+def is_elsewhere(wire, watcher):
+    """Alive, and in no hurry."""
+    time.sleep(60)
+
+
+def interrupted(wire, watcher):
+    with watcher.guard():
+        raise KeyboardInterrupt
+
+
 SCENES = {
     "raises": (steps, (raises,), {}),
     "lives on": (steps, (lives_on,), {}),
@@ -126,10 +139,12 @@ SCENES = {
     "stopped": (steps, (sends_itself, signal.SIGSTOP), {"timeout_s": 5, "stopped": True}),
     "comes to its end": (steps, (comes_to_its_end,), {}),
     "exits at once": (steps, (exits_at_once,), {}),
+    "is elsewhere": (steps, (is_elsewhere,), {"timeout_s": 3}),
     "torch waits": (torch_waits, (), {}),
     "torch waits for the dead": (torch_waits_for_the_dead, (), {}),
     "disagree": (disagree, (), {}),
     "told to stop": (told_to_stop, (), {}),
+    "interrupted": (interrupted, (), {}),
     "told to stop after a failure": (told_to_stop_after_a_failure, (), {}),
 }
 
@@ -196,8 +211,61 @@ def test_different_collectives_are_the_same_error_everywhere(scenes):
     assert max(ranks.times("TOLD", scenes["disagree"])) - min(ranks.times("FAULT", scenes["disagree"])) < 5
 
 
+def test_a_timeout_says_where_the_others_were_last(scenes):
+    ended = scenes["is elsewhere"]
+    (fault,) = ranks.times("FAULT", ended)
+    waited = (rf"all_reduce failed on rank \d of {SIZE}, 120,000 bytes: no answer in 3\.\d s.*; "
+              rf"rank {CULPRIT} was last at collective {2 * STEP}, all_reduce of 16 bytes, in step {STEP}")
+    assert re.search(waited, ended[0].text), ended[0].text
+    assert re.search(waited, ended[2].text), ended[2].text
+    assert ended[CULPRIT].code == PEER_FAILED
+    assert re.search(rf"rank {CULPRIT} ends: rank [02] failed in step {STEP}: WireError: {waited}", ended[CULPRIT].text)
+    assert max(rank.at for rank in ended) - fault < 3 + 3
+
+
+@pytest.mark.parametrize("settings, words", [
+    ({}, ""),
+    ({"TORCH_FR_BUFFER_SIZE": "0"}, ""),
+    ({"TORCH_NCCL_TRACE_BUFFER_SIZE": "2000"}, "in the files that TORCH_FR_DUMP_TEMP_FILE names"),
+    ({"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_FR_DUMP_TEMP_FILE": "/tmp/fr_"}, "see its dumps in /tmp/fr_<rank>"),
+])
+def test_the_flight_recorder_is_pointed_to_if_it_is_on(monkeypatch, settings, words):
+    for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_FR_DUMP_TEMP_FILE",
+                 "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    assert flight_recorder().endswith(words)
+    assert bool(flight_recorder()) == bool(words)
+
+
 def test_sigterm_is_a_request_while_all_is_well(scenes):
     assert [(rank.code, rank.text) for rank in scenes["told to stop"]] == [(0, "")] * SIZE
+
+
+def test_a_forked_child_has_no_part_in_it(monkeypatch, capsys):
+    """As the worker of a DataLoader, which inherits the hook and the handler, and has no watcher's thread."""
+    sent = []
+    before = sys.excepthook
+    watcher = Watcher(store=dist.HashStore(), rank=0, size=1)
+    try:
+        monkeypatch.setattr(watcher, "_pid", os.getpid() + 1)
+        monkeypatch.setattr("fasttrain.dist.watcher.os.kill", lambda *to: sent.append(to))
+        monkeypatch.setattr("fasttrain.dist.watcher.signal.signal", lambda *to: sent.append(to))
+        sys.excepthook(ValueError, ValueError("of a child"), None)  # returns: ends nothing
+        assert "ValueError: of a child" in capsys.readouterr().err
+        watcher._on_sigterm()
+        assert sent == [(signal.SIGTERM, signal.SIG_DFL), (os.getpid(), signal.SIGTERM)]
+    finally:
+        watcher.close()
+    assert sys.excepthook is before
+    assert watcher.failure() is None
+
+
+def test_control_c_has_its_own_exit_code(scenes):
+    codes = [rank.code for rank in scenes["interrupted"]]
+    assert set(codes) <= {INTERRUPTED, PEER_FAILED}
+    assert INTERRUPTED in codes
 
 
 # --- Its parts --------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from fasttrain.dist.work import WireError
 
 FAILED = 70  # exit code of the rank that failed
 PEER_FAILED = 71  # and of those that ended because it did
+INTERRUPTED = 130  # as shells have it for SIGINT
 
 
 class PeerFailed(WireError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import time
@@ -25,19 +26,22 @@ class Identity(NamedTuple):
     @classmethod
     def own(cls) -> Identity:
         """That of this process. Another container is another machine."""
-        boot = Path("/proc/sys/kernel/random/boot_id")
-        namespace = os.readlink("/proc/self/ns/pid") if boot.exists() else ""
-        machine = f"{boot.read_text().strip()} {namespace}" if boot.exists() else ""
-        return cls(machine, os.getpid(), _stat(os.getpid())[1])
+        return cls(_machine(), os.getpid(), _stat(os.getpid())[1])
 
     def state(self) -> str | None:
         """"running", "stopped" or "gone"; None where it cannot be seen from here."""
-        if not self.machine or self.machine != Identity.own().machine:
+        if not self.machine or self.machine != _machine():
             return None
         state, started = _stat(self.pid)
         if state in ("", "Z", "X") or started != self.started:
             return "gone"
         return "stopped" if state in ("T", "t") else "running"
+
+
+@functools.cache
+def _machine() -> str:
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return f"{boot.read_text().strip()} {os.readlink('/proc/self/ns/pid')}" if boot.exists() else ""
 
 
 def _stat(pid: int) -> tuple[str, str]:

@@ -10,34 +10,38 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import json
 import os
 import signal
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
-from fasttrain.dist.failures import FAILED, PEER_FAILED, PeerFailed, end_process, first_words, is_about_a_connection
-from fasttrain.dist.peers import Heard, Identity, Operation, Said, disagreement
+from fasttrain.dist.board import Board, Failure
+from fasttrain.dist.failures import (
+    FAILED,
+    INTERRUPTED,
+    PEER_FAILED,
+    PeerFailed,
+    end_process,
+    first_words,
+    is_about_a_connection,
+)
+from fasttrain.dist.peers import Operation
 from fasttrain.dist.work import WireError
 
-__all__ = ["FAILED", "PEER_FAILED", "PeerFailed", "Watcher"]
-
-END_S = 1.5  # from a rank's own failure to its end: time for a traceback
+END_S = 1.0  # from a rank's own failure to its end: time for a traceback
 TICK_S, HURRIED_TICK_S = 0.25, 0.05
 PATIENCE_S = 3.0  # of `explain`: longer than it takes to miss a heartbeat
 TELL_S = 1.0  # that a failing rank waits for the store to take its words
-KEPT = 16  # collectives that a rank tells of: enough to find where two ranks parted
 
 
 class Watcher:
-    """The watcher of this process; one is enough for all its wires.
+    """The watcher of this process; one is enough for all its wires. It is no watcher of processes that are forked off.
 
     Args:
         grace_s: from the news of a failure to the end of this process by ``os._exit``, whatever it does meanwhile:
@@ -67,54 +71,55 @@ class Watcher:
         store = dist.distributed_c10d._get_default_store() if store is None else store
         store = store.clone()  # a connection of its own
         store.set_timeout(timedelta(seconds=PATIENCE_S))
-        number = dist.PrefixStore("fasttrain/watchers", store).add(str(self.rank), 1)  # the same on every rank
-        self._store = dist.PrefixStore(f"fasttrain/watcher {number}", store)
-        self.step: int | None = None
+        self.board = Board(store, self.rank, self.size)
         self.stop_requested = False
-        self.heard = Heard()
-        self._operations: deque[Operation] = deque(maxlen=KEPT)
-        self._beats = 0
-        self._others = {rank: None for rank in range(self.size) if rank != self.rank}
-        self._identities: dict[int, Identity] = {}
-        self._news: dict[str, Any] | None = None  # the failure, once it is known
-        self._report: dict[str, Any] | None = None  # one that is to be told
+        self._news: Failure | None = None  # once it is known
+        self._report: Failure | None = None  # one that is to be told
         self._told, self._awake = threading.Event(), threading.Event()
         self._hurried_until, self._asked, self._closing = 0.0, False, False
         self._failed = self._ending = False
         self._lost_store = ""
         self._on_stop: Callable[[], None] | None = None
-        self._store.set(f"who {self.rank}", json.dumps(Identity.own()))
-        self._say()
+        self._pid = os.getpid()
         self._hook, sys.excepthook = sys.excepthook, self._excepthook
         atexit.register(self.close)
         self._thread = threading.Thread(target=self._run, name="fasttrain watcher", daemon=True)
         self._thread.start()
 
+    @property
+    def step(self) -> int | None:
+        return self.board.step
+
+    @step.setter
+    def step(self, step: int | None) -> None:
+        self.board.step = step
+
     # --- This rank ----------------------------------------------------------------------------------------------------
 
     def fail(self, cause: BaseException | str) -> int:
-        """Tell every rank that this one has failed, and end this process a second and a half later by ``os._exit``.
+        """Tell every rank that this one has failed, and end this process a second later by ``os._exit``.
 
         Nothing is torn down: destroying a process group with collectives under way blocks.
 
         Returns:
-            The exit code: 70; 71 if `cause` is only the echo of another rank's failure.
+            The exit code: 70; 71 if `cause` is only the echo of another rank's failure; 130 for Ctrl-C.
         """
         echo = isinstance(cause, PeerFailed)
         if isinstance(cause, RuntimeError) and self._news is None and is_about_a_connection(cause):
             echo = self.explain() is not None  # raised by a collective of torch's own
         if self._news is None and not echo:
-            self._failed, self._report = True, self._blame(self.rank, first_words(cause))
+            self._failed, self._report = True, self.board.blame(self.rank, first_words(cause))
             self._awake.set()
             self._told.wait(TELL_S)
         other = self._news is not None and self._news["rank"] not in (None, self.rank)
-        code = PEER_FAILED if echo or other else FAILED
+        code = PEER_FAILED if echo or other else INTERRUPTED if isinstance(cause, KeyboardInterrupt) else FAILED
         self._end_in(END_S, code)
         return code
 
     @contextlib.contextmanager
     def guard(self) -> Iterator[None]:
-        """An exception that leaves this block is told to the other ranks, and ends this process, caught or not."""
+        """An exception that leaves this block, ``sys.exit`` too, is told to the others and ends this process, caught
+        or not."""
         try:
             yield
         except BaseException as error:
@@ -130,7 +135,7 @@ class Watcher:
             on_stop: called in the watcher's thread; None: `stop_requested` becomes true, for the program to look at.
         """
         self._on_stop = on_stop
-        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "_asked", True))  # takes no lock: it may interrupt any
+        signal.signal(signal.SIGTERM, self._on_sigterm)
 
     def close(self) -> None:
         """Take leave: the end of this process is no failure. Call it when the collectives are over."""
@@ -146,15 +151,10 @@ class Watcher:
     # --- As a work uses it: `fasttrain.dist.work.Watch` ---------------------------------------------------------------
 
     def issued(self, wire: str, number: int, kind: str, nbytes: int) -> None:
-        if number == 1:  # of a new group, whose name an older one may have had
-            self._operations = deque((o for o in self._operations if o.wire != wire), KEPT)
-        self._operations.append(Operation(wire, number, kind, nbytes))
+        self.board.note(Operation(wire, number, kind, nbytes))
 
     def failure(self) -> WireError | None:
-        news = self._news
-        if news is None:
-            return None
-        return WireError(news["cause"]) if news["rank"] is None else PeerFailed(**news)
+        return error_of(self._news)
 
     def hurry(self) -> None:
         now = time.monotonic()
@@ -167,33 +167,21 @@ class Watcher:
         end = time.monotonic() + PATIENCE_S
         while time.monotonic() < end:
             self.hurry()
-            if found := self.failure() or self._left():
+            if found := self.failure() or error_of(self.board.left()):
                 return found
             if self._lost_store:
                 break
             time.sleep(0.02)
         return self.silent(3 * self.beat_s) or (WireError(self._lost_store) if self._lost_store else None)
 
-    def silent(self, quiet_s: float) -> PeerFailed | None:
-        quiet_s = max(quiet_s, 3 * self.beat_s)
-        for rank in self._others:
-            if (quiet := self.heard.quiet(rank)) > quiet_s:
-                stopped = self._state(rank) == "stopped"
-                how = "its process is stopped (SIGSTOP)" if stopped else "its heartbeat stopped"
-                blame = self._blame(rank, f"{how}, no sign of life for {quiet:.1f} s")
-                self._report = self._report or blame
-                self._awake.set()
-                return PeerFailed(**blame)
-        return self._left()
+    def silent(self, quiet_s: float) -> WireError | None:
+        if (found := self.board.quiet(max(quiet_s, 3 * self.beat_s))) is not None:
+            self._report = self._report or found
+            self._awake.set()
+        return error_of(found or self.board.left())
 
     def whereabouts(self) -> str:
-        return f"{self.heard}{f'; {self._lost_store}' if self._lost_store else ''}"
-
-    def _left(self) -> PeerFailed | None:
-        for rank, said in self.heard.said.copy().items():
-            if said.left:
-                return PeerFailed(rank, "its program came to its end while others waited for it", said.step)
-        return None
+        return f"{self.board.heard}{f'; {self._lost_store}' if self._lost_store else ''}"
 
     # --- The thread ---------------------------------------------------------------------------------------------------
 
@@ -205,10 +193,10 @@ class Watcher:
             self._awake.clear()
             try:
                 if time.monotonic() >= beat_at:
-                    self._say()
+                    self.board.say()
                     beat_at = time.monotonic() + self.beat_s
                 if self._asked or time.monotonic() < self._hurried_until:
-                    self._look()
+                    self._report = self.board.look() or self._report
                 self._tell_and_listen()
                 self._lost_store = ""
             except RuntimeError as error:  # torch's name for every failure of a store
@@ -219,46 +207,14 @@ class Watcher:
             elif self._asked:
                 self._stop()
         with contextlib.suppress(RuntimeError):  # a store that has gone before us: nobody is left to hear
-            self._say(left=True)
-
-    def _say(self, left: bool = False) -> None:
-        self._beats += 1
-        said = Said(self._beats, self.step, tuple(self._operations.copy()), left)
-        self._store.set(f"beat {self.rank}", said.to_json())
+            self.board.say(left=True)
 
     def _tell_and_listen(self) -> None:
         if self._news is None and self._report is not None:
-            self._store.compare_set("failure", "", json.dumps(self._report))  # the first one stays
-        if self._news is None and self._store.check(["failure"]):
-            self._news = json.loads(self._store.get("failure"))
+            self.board.tell(self._report)
+        self._news = self._news or self.board.listen()
         if self._report is not None:
             self._told.set()
-
-    def _look(self) -> None:
-        """At every peer: its process, its last words, and whether it issues the same collectives."""
-        gone = [rank for rank in self._others if self._state(rank) == "gone"]  # first: its last words say if it left
-        for rank in self._others:
-            if self._store.check([f"beat {rank}"]):
-                self.heard.hear(rank, Said.from_json(self._store.get(f"beat {rank}")))
-            if rank not in self._identities and self._store.check([f"who {rank}"]):
-                self._identities[rank] = Identity(*json.loads(self._store.get(f"who {rank}")))
-        said = self.heard.said
-        dead = [rank for rank in gone if not said[rank].left]
-        words = disagreement({**{rank: said[rank].operations for rank in said}, self.rank: self._operations.copy()})
-        if dead:
-            pid = self._identities[dead[0]].pid
-            self._report = self._report or self._blame(
-                dead[0], f"process {pid} ended without a word: killed, perhaps for want of memory")
-        elif words is not None:
-            self._report = self._report or {"rank": None, "cause": f"the ranks issue different collectives: {words}",
-                                            "step": self.step}
-
-    def _state(self, rank: int) -> str | None:
-        return self._identities[rank].state() if rank in self._identities else None
-
-    def _blame(self, rank: int, cause: str) -> dict[str, Any]:
-        said = self.heard.said.get(rank)
-        return {"rank": rank, "cause": cause, "step": self.step if rank == self.rank else said.step if said else None}
 
     def _stop(self) -> None:
         self._asked = False
@@ -266,18 +222,25 @@ class Watcher:
             self.stop_requested = True
         else:
             with contextlib.suppress(RuntimeError):
-                self._say(left=True)
+                self.board.say(left=True)
             self._on_stop()
 
     # --- The end ------------------------------------------------------------------------------------------------------
 
-    def _announce(self, news: dict[str, Any]) -> None:
+    def _announce(self, news: Failure) -> None:
         """The end of this process, if not under way, because of another rank's failure."""
         if self._failed:
             return  # by its own account: `fail` ends it
         if self.grace_s is not None:
             mine = news["rank"] == self.rank
             self._end_in(self.grace_s, FAILED if mine or news["rank"] is None else PEER_FAILED, str(self.failure()))
+
+    def _on_sigterm(self, *_: Any) -> None:
+        """Takes no lock: it may have interrupted whoever holds it."""
+        self._asked = True
+        if os.getpid() != self._pid:  # a forked child, which has no watcher: as if it had no handler
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def _end_in(self, seconds: float, code: int, words: str = "") -> None:
         if self._ending:
@@ -294,4 +257,13 @@ class Watcher:
 
     def _excepthook(self, kind: type[BaseException], error: BaseException, trace: Any) -> None:
         self._hook(kind, error, trace)
+        if os.getpid() != self._pid:
+            return
         end_process(self.fail(error))  # an ordinary exit would wait for collectives that never end
+
+
+def error_of(failure: Failure | None) -> WireError | None:
+    """A failure as an exception."""
+    if failure is None:
+        return None
+    return WireError(failure["cause"]) if failure["rank"] is None else PeerFailed(**failure)

@@ -11,6 +11,7 @@ from torch import Tensor
 from fasttrain.dist.control import Control, Outcome, Pending
 from fasttrain.dist.layout import FlatLayout
 from fasttrain.dist.wire import Wire
+from fasttrain.parallel.blame import Blame
 from fasttrain.parallel.buckets import Bucket
 from fasttrain.parallel.timeline import Timeline
 from fasttrain.parallel.wires import Method, Sent, total
@@ -44,6 +45,7 @@ class Passes:
         self._pending: Pending | None = None
         self._squares: tuple[Tensor, Tensor] | None = None
         self._arrivals: list[int] = []
+        self.blaming = Blame()
         self._make_buckets(Bucket)
 
     def _make_buckets(self, make: Callable[..., Bucket]) -> None:
@@ -72,8 +74,10 @@ class Passes:
             return
         bucket, place = self._where[index]
         if not self._open:
-            bucket.take(place, 1.0)
+            bucket.take(place, 1.0, False)
             return
+        if self.blaming.on:
+            self.blaming.look(self.names[index], self.params[index].grad)
         bucket.arrive(place, self._factor)
         if self.timeline is not None:
             self.timeline.look()
@@ -99,6 +103,8 @@ class Passes:
         self._factor = self.method.factor
         for bucket in self.buckets:
             bucket.begin()
+            if self.blaming.on:
+                bucket.mend()
         if self.timeline is not None:
             self.timeline.begin()
 
@@ -136,8 +142,11 @@ class Passes:
         self._squares = self._pending.squares, self._pending.nonfinite
         if self.timeline is not None:
             self.timeline.ended()
-        if self.wire.device.type == "cpu" or not all(used) or late or self._counted:
+        if self.wire.device.type == "cpu" or not all(used) or late or self._counted or self.blaming.on:
+            blaming = self.blaming.on
             outcome = self._read()
+            if blaming:
+                self.blaming.ended(self.wire, outcome.nonfinite)
             self._late_items = outcome.tokens
             for (bucket, place), had, ranks in zip(self._where, used, outcome.used, strict=True):
                 if ranks and not had:
@@ -153,6 +162,8 @@ class Passes:
         if self._pending is not None:
             pending, self._pending = self._pending, None
             self.last = pending.read()
+            if not self.blaming.on:
+                self.blaming.on = self.last.nonfinite > 0
         return self.last
 
     def _check_unchanged(self) -> None:

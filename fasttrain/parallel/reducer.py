@@ -21,7 +21,7 @@ from fasttrain.dist.fingerprint import agree, fingerprint
 from fasttrain.dist.layout import Entry, FlatLayout
 from fasttrain.dist.watcher import Watcher
 from fasttrain.kernels import norm
-from fasttrain.parallel import reduced, steps
+from fasttrain.parallel import blame, reduced, steps
 from fasttrain.parallel.buckets import Bucket
 from fasttrain.parallel.passes import Passes
 from fasttrain.parallel.timeline import Timeline
@@ -194,6 +194,15 @@ class Reducer(Passes):
         """The norm of all reduced gradients, float32 of shape (); see `statistics`."""
         return self.statistics()[0].sqrt().float()
 
+    @property
+    def culprits(self) -> dict[int, list[str]]:
+        """By rank, the parameters whose gradients were not finite there, found in the second bad step in a row."""
+        return self.blaming.culprits
+
+    def nonfinite(self) -> list[str]:
+        """The parameters whose reduced gradients are not finite now, by name: one pass, when you ask."""
+        return blame.nonfinite(self.names, self.params)
+
     def recorded_order(self) -> list[str]:
         """The names in the order in which gradients arrived in the last backward pass: an `order` for later runs."""
         seen = set(self._arrivals)
@@ -225,6 +234,8 @@ class Reducer(Passes):
                                "when the model is wrapped, before the optimizer is made")
         method.prepare(self.wire, self.layout)
         self.method = method
+        for bucket in self.buckets:
+            bucket.stage(method.staging(bucket.data.dtype))
 
     def shard(self, method: Method, make: Callable[..., Bucket] | None = None) -> None:
         """Let every rank get its part of each bucket only, from now on: what `Zero` calls.

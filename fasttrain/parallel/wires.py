@@ -54,8 +54,12 @@ class Method:
         """What gradients are multiplied with as they are packed; 1 where sending makes the mean."""
         return 1.0
 
+    def staging(self, dtype: torch.dtype) -> torch.dtype:
+        """In what a bucket of this dtype is sent: if in another, gradients are packed into `bucket.staged`."""
+        return dtype
+
     def send(self, index: int, bucket: Bucket) -> Sent:
-        """Begin to make `bucket.data` its mean over the ranks."""
+        """Begin to make `bucket.data` the mean over the ranks of `bucket.staged`, or of itself."""
         raise NotImplementedError
 
     def begin(self) -> None:
@@ -66,6 +70,9 @@ class Method:
 
     def drop(self) -> None:
         """Gradients are not wanted any longer: `zero_grad`."""
+
+    def rescale(self, factor: float) -> None:
+        """The loss scale has changed: what is kept from step to step is in units of it."""
 
     def widths(self, dtype: torch.dtype) -> tuple[float, float]:
         """Bytes on the wire of an element of a bucket of this dtype: on its way to be added, and back."""
@@ -128,6 +135,9 @@ class Ordered(Method):
         super().__init__()
         self.travels, self.back = travels, back
 
+    def staging(self, dtype: torch.dtype) -> torch.dtype:
+        return self.travels or dtype
+
     def widths(self, dtype: torch.dtype) -> tuple[float, float]:
         there = self.travels or dtype
         return accounting.width(there), accounting.width(self.back or there)
@@ -135,7 +145,7 @@ class Ordered(Method):
     def send(self, index: int, bucket: Bucket) -> Sent:
         self.issued(index, len(bucket.data))
         return Sent(exchange.ordered_all_reduce(self.wire, bucket.data, 1.0 / self.divisor, True, self.travels,
-                                                self.back))
+                                                self.back, bucket.staged))
 
 
 class Bf16(Ordered):
@@ -161,6 +171,10 @@ class Int8(Method):
         if wide := [bucket.dtype for bucket in layout.buckets if bucket.dtype == torch.float64]:
             raise TypeError(f"wire='int8' cannot carry {wide[0]}: its codes have 8 bits; take wire='same'")
         self.residuals = [torch.zeros(bucket.elements, device=wire.device) for bucket in layout.buckets]
+
+    def rescale(self, factor: float) -> None:
+        for residual in self.residuals:
+            residual.mul_(factor)
 
     def widths(self, dtype: torch.dtype) -> tuple[float, float]:
         return accounting.width(torch.int8), accounting.width(torch.bfloat16)

@@ -80,6 +80,7 @@ class Rotating(Bucket):
         self.slots = Slots(self.data, [p.detach() for p in params], [slot.start for slot in plan.slots])
         ends = [0, *(slot.start + slot.numel for slot in plan.slots)]
         starts = [*(slot.start for slot in plan.slots), plan.elements]
+        self.staged = self._staging = None
         self.gaps = [self.data[end:start] for end, start in zip(ends, starts, strict=True) if end < start]
         self.rescaled = 0
         self.begin()
@@ -88,7 +89,10 @@ class Rotating(Bucket):
         super().begin()
         self.had = bytearray(len(self.params))
 
-    def take(self, place: int, scale: float) -> None:
+    def mend(self) -> None:
+        """Nothing: `fill` zeroes the padding."""
+
+    def take(self, place: int, scale: float, complete: bool) -> None:
         """The gradient stays where it is, in the bucket's dtype."""
         p = self.params[place]
         assert p.grad is not None

@@ -63,6 +63,9 @@ class Scatter(Method):
         """This rank's part of a bucket: the mean of the gradients since the last step, added up."""
         return self.own[index] if self._sums is None else self._sums[index]
 
+    def staging(self, dtype: torch.dtype) -> torch.dtype:
+        return dtype if self.travels is None or self.rotating else self.travels
+
     def widths(self, dtype: torch.dtype) -> tuple[float, float]:
         return float((self.travels or dtype).itemsize), self._back[dtype]
 
@@ -75,7 +78,9 @@ class Scatter(Method):
             if (before := self._users.pop(memory, None)) is not None:
                 before.wait()
             bucket.fill()
-        data = bucket.data if self.travels is None else bucket.data.to(self.travels)
+        data = bucket.data if bucket.staged is None else bucket.staged
+        if self.travels is not None:
+            data = data.to(self.travels)
         landing = Landing(self, index, scatter(self.wire, self.own[index], data, self.cuts[index], self.divisor))
         if isinstance(bucket, Rotating):
             self._users[memory] = landing

@@ -64,22 +64,25 @@ class LossScaler:
         self._to(loss.device)
         return loss * self._scale.to(loss.dtype if loss.dtype == torch.float64 else torch.float32)
 
-    def step(self, optimizers: Any, max_norm: float | None = None) -> Tensor:
+    def step(self, optimizers: Any, max_norm: float | None = None,
+             statistics: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Step, with the gradients divided by the scale; skip, leaving everything as it was, if one is not finite.
 
         Arguments:
             optimizers: one of this package, or several that are stepped or skipped together.
             max_norm: clip the unscaled gradients of all to this norm.
+            statistics: the sum of squares of all gradients and whether any is not finite, where they are known, as
+                `fasttrain.parallel.Reducer.statistics` knows them: no gradient is read for it then.
 
         Returns:
             The norm of the unscaled gradients before clipping, float32 of shape ().
         """
         together = list(optimizers) if isinstance(optimizers, Iterable) else [optimizers]
-        statistics = [optimizer.grad_statistics() for optimizer in together]
-        device = statistics[0][0].device
+        known = [statistics] if statistics else [optimizer.grad_statistics() for optimizer in together]
+        device = known[0][0].device
         self._to(device)
-        square = torch.stack([square.to(device) for square, _ in statistics]).sum()
-        found = torch.stack([found.to(device) for _, found in statistics]).any()
+        square = torch.stack([square.to(device) for square, _ in known]).sum()
+        found = torch.stack([found.to(device) for _, found in known]).any()
         norm = square.sqrt().float() / self._scale
         for optimizer in together:
             optimizer.step_scaled(self._scale, found, norm, max_norm)
