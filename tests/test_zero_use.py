@@ -250,6 +250,39 @@ def test_draws_are_counted_on_every_rank():
     assert 0 in ranks.run(rare, 2)
 
 
+def narrow(wire, stage):
+    """bfloat16 on the wire: half the bytes, added and kept in float32."""
+    model, exact = model_of(wire, F32, "bf16"), model_of(wire, F32)
+    zero, beside = Zero(model, AdamW, stage=stage, lr=0.1), Zero(exact, AdamW, stage=stage, lr=0.1)
+    sent, finer = [], 0
+    for step in range(2):
+        for wrapped in (exact, model):
+            before = wire.bytes["reduce_scatter"]
+            backward(wrapped, step, wire.rank, 2)
+            sent.append(wire.bytes["reduce_scatter"] - before)
+        for piece, twin in zip(zero._pieces, beside._pieces, strict=True):
+            got, wanted = (one.grad_in(optimizer.method.shard(one.bucket)).flatten()
+                           for one, optimizer in ((piece, zero), (twin, beside)))
+            # Each of two addends is rounded by 2^-9 of itself, and none exceeds twice the largest mean.
+            largest = wanted.abs().max() if wanted.numel() else 0.0
+            assert ((got - wanted).abs() <= 2.0**-8 * largest).all(), piece.name
+            finer += not got.bfloat16().float().equal(got)
+        zero.step()
+        beside.step()
+        for (name, p), q in zip(model.module.named_parameters(), exact.module.parameters(), strict=True):
+            assert all(other.equal(p) for other in wire.all_gather(p.detach().contiguous())), name
+            with torch.no_grad():
+                p.copy_(q)
+    assert sent[0] == 2 * sent[1]
+    assert finer  # the mean is not rounded to 16 bits again
+    return True
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_sixteen_bits_on_the_wire(stage):
+    assert all(ranks.run(narrow, 2, stage))
+
+
 class Under:
     """A gather under way."""
 
