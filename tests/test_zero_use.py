@@ -174,7 +174,13 @@ def refused(wire):
             (model_of(wire, wire="int8"), {}, ValueError, "wire='int8'")):
         with pytest.raises(error, match=re.escape(text)):
             Zero(given, AdamW, **options)
+    with pytest.raises(ValueError, match="Invalid learning rate"):
+        Zero(model, torch.optim.AdamW, lr=-1.0)
     before = AdamW(model.module.parameters())
+    backward(model, 0, wire.rank)
+    assert model.reducer.method.name == "ordered"  # nothing was changed so far
+    assert model.module.big.weight.grad is not None
+    model.zero_grad()
     with pytest.raises(ValueError, match="differ") as caught:
         Zero(model, (AdamW, Lion)[wire.rank], lr=0.1)
     assert "optimizer" in str(caught.value)
@@ -188,6 +194,8 @@ def refused(wire):
         zero.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
     with pytest.raises(RuntimeError, match="on which an optimizer relies"):
         model.register_comm_hook(None, lambda state, bucket: None)
+    with pytest.raises(RuntimeError, match="see `culprits`"):
+        model.reducer.nonfinite()
     with pytest.raises(RuntimeError, match="as many batches"):
         model.join()
     with pytest.raises(ValueError, match="the norm 2 is known"):

@@ -201,6 +201,8 @@ class Reducer(Passes):
 
     def nonfinite(self) -> list[str]:
         """The parameters whose reduced gradients are not finite now, by name: one pass, when you ask."""
+        if self.method.final:
+            raise RuntimeError("no rank has the reduced gradients of whole parameters (Zero): see `culprits`")
         return blame.nonfinite(self.names, self.params)
 
     def recorded_order(self) -> list[str]:

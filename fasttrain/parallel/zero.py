@@ -20,7 +20,7 @@ from fasttrain.parallel.reducer import Reducer
 from fasttrain.parallel.zero_buckets import Memory, rotation
 from fasttrain.parallel.zero_gather import Gathering
 from fasttrain.parallel.zero_method import Scatter
-from fasttrain.parallel.zero_pieces import codecs_of, costs, divisible, patterns, pieces
+from fasttrain.parallel.zero_pieces import codecs_of, costs, divisible, patterns, pieces, samples
 from fasttrain.parallel.zero_refused import check_memory, check_wire, others_refused, reducer_of
 from fasttrain.parallel.zero_step import OWN, Stepping
 from fasttrain.precision.codecs import STOCHASTIC
@@ -95,6 +95,8 @@ class Zero(Stepping):
         of_ours = isinstance(optimizer_class, type) and issubclass(optimizer_class, Optimizer)
         # Without memory, to check the options, and to know what the whole would be.
         self._pattern = optimizer_class(patterns(self.param_groups), **options) if of_ours else None
+        if self._pattern is None:
+            optimizer_class(samples(self.param_groups, self.reducer.wire.device), **options)  # raises before any change
         params_of = [group["params"] for group in self.param_groups]
         self.divided = divisible(self._pattern, params_of)
         plans = self.reducer.layout.buckets

@@ -138,3 +138,9 @@ def patterns(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             rest = {key: value for key, value in group.items() if key not in ("params", "param_names")}
             made.append({**rest, "params": params})
     return made
+
+
+def samples(groups: Sequence[dict[str, Any]], device: torch.device) -> list[dict[str, Any]]:
+    """The groups, each with one parameter without elements: what an optimizer's options are tried on."""
+    return [{**{key: value for key, value in group.items() if key not in ("params", "param_names")},
+             "params": [nn.Parameter(torch.empty(0, device=device))]} for group in groups]
