@@ -58,6 +58,7 @@ class Gathering:
 
     def _watch(self, module: nn.Module) -> None:
         module.register_state_dict_pre_hook(lambda *_: self.wait())
+        module.register_load_state_dict_pre_hook(lambda *_: self.wait())  # what is loaded is not overwritten
         place = {p: index for index, memory in enumerate(self.memories) for p in memory.params}
         inside: set[nn.Module] = set()
         for part in module.modules():
