@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fasttrain.optim import kept
 from fasttrain.optim.page import Group, Page
+from fasttrain.optim.part import declared
 from fasttrain.precision.storage import DEFAULTS, describe, is_plain, normalised
 from fasttrain.rule import Rule
 
@@ -107,6 +108,8 @@ class Groups(Page):
 
     def _identity(self, where: tuple[int, int]) -> int:
         """64 bits that stand for a parameter in random draws: of its name if it has one, else of its place."""
+        if (part := declared(self._param(where))) is not None:
+            return part.identity
         names = self.param_groups[where[0]].get("param_names")
         before = sum(len(group["params"]) for group in self.param_groups[: where[0]])
         told = names[where[1]] if names else str(before + where[1])
