@@ -13,25 +13,12 @@ from fasttrain.optim.pinned import PinnedBytes
 from fasttrain.optim.report import StepReport
 
 
-class Around(Groups):
+class Around(clip.Clipped, Groups):
     """The pieces of a training recipe that belong to a step and are no part of its equation."""
 
     last_step: StepReport = StepReport()
     arriving: Arrival | None = None
-    _coefficient: float = 1.0  # what the next step multiplies the gradients with, where the host knows it
     _swapped: bool = False  # the parameters are their EMA
-
-    @property
-    def _clip(self) -> float:
-        """What the next step multiplies the gradients with, on the host: the coefficient of `clip_grad_norm_`."""
-        if self._limit is None:
-            return self._coefficient
-        self._syncs += self._limit[0].device.type != "cpu"
-        return clip.coefficient(self._limit[0].item(), self._limit[1])
-
-    @_clip.setter
-    def _clip(self, coefficient: float) -> None:
-        self._coefficient, self._limit = coefficient, None
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False,
                         norm: Tensor | None = None) -> Tensor:

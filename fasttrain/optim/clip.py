@@ -27,6 +27,26 @@ def coefficient(total: float, largest: float | None) -> float:
     return scale if not scale >= 1.0 else 1.0  # NaN stays NaN
 
 
+class Clipped:
+    """What an optimizer keeps of `clip_grad_norm_` until its next step."""
+
+    _coefficient: float = 1.0  # what the next step multiplies the gradients with, where the host knows it
+    _limit: tuple[Tensor, float] | None = None  # or the norm of the gradients, and what the step clips it to
+    _syncs: int = 0  # waits for a device since the last step
+
+    @property
+    def _clip(self) -> float:
+        """What the next step multiplies the gradients with, on the host: the coefficient of `clip_grad_norm_`."""
+        if self._limit is None:
+            return self._coefficient
+        self._syncs += self._limit[0].device.type != "cpu"
+        return coefficient(self._limit[0].item(), self._limit[1])
+
+    @_clip.setter
+    def _clip(self, coefficient: float) -> None:
+        self._coefficient, self._limit = coefficient, None
+
+
 def coefficient_of_one(p: Tensor, scale: float, largest: float | None) -> float:
     """The coefficient for one parameter's own gradient, which the step multiplies with `scale` as well."""
     if p.grad is None or largest is None:

@@ -31,8 +31,6 @@ class Groups(Page):
     _storage: Mapping[str, Any] = {}
     _capturable: bool = False  # devices drive every step (`fasttrain.optim.drive`)
     _drive: Any = None
-    _limit: tuple[Tensor, float] | None = None  # the norm of the gradients and what the next step clips it to
-    _syncs: int = 0  # waits for a device since the last step
     _plan: Any = None
     _planned_for: tuple[list[Rule], str | None] | None = None  # the rule of each group, and the backend that is forced
     _places: list[tuple[int, int]]  # in the order of the plan
