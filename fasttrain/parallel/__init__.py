@@ -3,5 +3,6 @@
 from fasttrain.dist.control import Disagreement
 from fasttrain.parallel.data import DataParallel
 from fasttrain.parallel.reducer import Reducer
+from fasttrain.parallel.sharded import shard
 
-__all__ = ["DataParallel", "Disagreement", "Reducer"]
+__all__ = ["DataParallel", "Disagreement", "Reducer", "shard"]
