@@ -225,3 +225,20 @@ def refused(wire: Any) -> None:
 
 def test_what_cannot_work_is_told() -> None:
     ranks.run(refused, 2)
+
+
+def fails(wire: Any, watcher: Any) -> None:
+    sharded = shard(Net(), blocks="layers", watch=watcher)
+    for step in range(3):
+        if step == 1 and wire.rank:
+            raise ValueError("the data is broken")
+        loss_of(sharded.module, batch(step, wire.rank, 0, torch.float32)).backward()
+
+
+def test_a_failure_is_told_where_torch_waits() -> None:
+    first, second = ranks.faulty(fails, 2)
+    assert first.code
+    assert second.code
+    assert "rank 1" in first.text
+    assert "the data is broken" in first.text
+    assert first.at - second.at < 5

@@ -49,7 +49,8 @@ def blocks_of(model: nn.Module, blocks: str | Sequence[nn.Module] | None) -> lis
                              if isinstance(part, LISTS) and name and len(part)}
     if blocks is None:
         own: list[Any] = [part for part in lists.values() if isinstance(part, nn.ModuleList)]
-        chosen = list(max(own, key=lambda part: sum(p.numel() for p in part.parameters()))) if own else []
+        own.sort(key=lambda part: sum(p.numel() for p in part.parameters()))
+        chosen = list(own[-1]) if own else []
     elif isinstance(blocks, str):
         if blocks not in lists:
             raise ValueError(f"blocks={blocks!r} names no ModuleList or Sequential within the model: it has "

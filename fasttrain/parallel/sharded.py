@@ -165,10 +165,12 @@ class Sharded:
 
         Arguments:
             gradient, parameter: bytes of an element on the wire.
-            micro_batches: of a step. Each gathers the parameters twice; only the last reduces.
+            micro_batches: of a step. Each gathers the parameters twice; only the last reduces, over copies too.
         """
-        once = accounting.bytes_per_step(3, self.elements, self.wire.size, gradient, parameter)
-        return once + (micro_batches - 1) * accounting.bytes_per_step(3, self.elements, self.wire.size, 0, parameter)
+        shards, copies = self.wire.size, self.everyone.size // self.wire.size
+        once = accounting.bytes_per_step(3, self.elements, shards, gradient, parameter)
+        once += accounting.bytes_per_step(0, self.elements // shards, copies, gradient, 0)
+        return once + (micro_batches - 1) * accounting.bytes_per_step(3, self.elements, shards, 0, parameter)
 
     def register_comm_hook(self, state: Any, hook: Any) -> None:
         """Refused: `fully_shard` has no hooks that could replace its reduction.
