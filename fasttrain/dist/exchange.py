@@ -54,7 +54,8 @@ def reduce_scatter(links: Links, out: Tensor, bucket: Tensor, scale: float = 1.0
 
 
 def ordered_all_reduce(links: Links, bucket: Tensor, scale: float = 1.0, squares: bool = False,
-                       wire: torch.dtype | None = None, back: torch.dtype | None = None) -> Work:
+                       wire: torch.dtype | None = None, back: torch.dtype | None = None,
+                       ready: Tensor | None = None) -> Work:
     """Replace a bucket by its sum over the ranks, times `scale`, the same bits on each.
 
     Arguments:
@@ -64,14 +65,15 @@ def ordered_all_reduce(links: Links, bucket: Tensor, scale: float = 1.0, squares
         wire: the dtype in which numbers travel to be added; None: the bucket's own.
         back: the dtype in which the sums travel back; None: that of `wire`. Every rank rounds to it, the one that made
             a sum too.
+        ready: what this rank adds, in the dtype in which it travels: what the bucket holds does not count then.
     """
     check_cut(bucket, links.size)
-    wire = wire or bucket.dtype
+    wire = wire or (bucket if ready is None else ready).dtype
     back = back or wire
     mine = chunks_of(bucket, links.size)[links.rank]
     taken = []
-    travels, shard = bucket, mine
-    if wire != bucket.dtype:
+    travels, shard = bucket if ready is None else ready, mine
+    if wire != travels.dtype:
         taken.append(travels := links.scratch.take(len(bucket), wire).copy_(bucket))
     if back != bucket.dtype:
         taken.append(shard := links.scratch.take(len(mine), back))

@@ -21,6 +21,7 @@ class Bucket:
 
     Attributes:
         data: all elements, with the padding behind the last, which stays zero.
+        staged: what is sent, if it travels in another dtype: gradients are then packed into it when they are complete.
         waiting: gradients that have not arrived in this backward pass.
         rescaled: elements that were multiplied in place, beyond what `slots.moved` counts.
     """
@@ -29,6 +30,8 @@ class Bucket:
         self.plan, self.params, self.names = plan, params, names
         self.data = torch.zeros(plan.elements, dtype=plan.dtype, device=params[0].device)
         self.slots = Slots(self.data, [p.detach() for p in params], [slot.start for slot in plan.slots])
+        self.staged: Tensor | None = None
+        self._staging: Slots | None = None
         self.rescaled = 0
         ends = [slot.start + slot.numel for slot in plan.slots]
         begins = [*(slot.start for slot in plan.slots[1:]), plan.elements]
@@ -39,6 +42,13 @@ class Bucket:
         """A backward pass begins."""
         self.arrived = bytearray(len(self.params))
         self.waiting = len(self.params)
+
+    def stage(self, dtype: torch.dtype) -> None:
+        """Let gradients travel in this dtype; if that is the bucket's, as they are."""
+        self.staged = self._staging = None
+        if dtype != self.data.dtype:
+            self.staged = torch.zeros(len(self.data), dtype=dtype, device=self.data.device)
+            self._staging = Slots(self.staged, self.slots.views, self.slots.offsets)
 
     def mend(self) -> None:
         """Zero the padding, after a step that was not finite: with 8-bit codes a whole block becomes NaN."""
@@ -57,15 +67,19 @@ class Bucket:
                 "have been sent: the parameter is used in several re-entrant checkpoints. Give static_graph=True if "
                 "every step uses it as often, checkpoint with use_reentrant=False, or run backward under no_sync() and "
                 "call finish()")
-        self.take(place, scale)
+        self.take(place, scale, True)
         self.arrived[place] = 1
         self.waiting -= 1
 
-    def take(self, place: int, scale: float) -> None:
-        """Bring a gradient into its slot, multiplied by `scale`, and let `p.grad` be the slot."""
+    def take(self, place: int, scale: float, complete: bool) -> None:
+        """Bring a gradient into its slot, multiplied by `scale`, and let `p.grad` be the slot.
+
+        One that is complete goes to where it is sent from; its own slot gets the mean.
+        """
         p, view = self.params[place], self.slots.views[place]
         grad = p.grad
-        if grad is view:
+        slots = self._staging if complete and self._staging is not None else self.slots
+        if grad is view and slots is self.slots:
             if scale != 1.0:
                 view.mul_(scale)
                 self.rescaled += view.numel()
@@ -76,10 +90,11 @@ class Bucket:
                                "a bucket cannot keep: run this backward under no_sync() with the bare module, or take "
                                "torch.autograd.grad")
         try:
-            p.grad = self.slots.pack(place, grad, scale)
+            slots.pack(place, grad, scale)
         except (TypeError, ValueError, RuntimeError) as error:
             raise type(error)(f"the gradient of {self.names[place]} does not fit into its bucket: {error}. If the "
                               "parameter was moved, cast or resized, wrap the model again") from error
+        p.grad = view
 
     def close(self, scale: float) -> None:
         """The backward pass is over: what has not arrived counts with what `p.grad` holds, or with zero."""
@@ -87,9 +102,9 @@ class Bucket:
             if self.arrived[place]:
                 continue
             if p.grad is None:
-                self.slots.views[place].zero_()
+                (self._staging or self.slots).views[place].zero_()
             else:
-                self.take(place, scale)
+                self.take(place, scale, True)
         self.waiting = 0
 
     def bind(self, place: int) -> None:
@@ -99,5 +114,6 @@ class Bucket:
     @property
     def touched(self) -> int:
         """Bytes read and written beside the collective, so far."""
-        moved = self.slots.moved
-        return moved["bytes_read"] + moved["bytes_written"] + 2 * self.rescaled * self.data.element_size()
+        moved = [count for slots in (self.slots, self._staging) if slots is not None
+                 for name, count in slots.moved.items() if name.startswith("bytes")]
+        return sum(moved) + 2 * self.rescaled * self.data.element_size()

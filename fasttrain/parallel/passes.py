@@ -74,7 +74,7 @@ class Passes:
             return
         bucket, place = self._where[index]
         if not self._open:
-            bucket.take(place, 1.0)
+            bucket.take(place, 1.0, False)
             return
         if self.blaming.on:
             self.blaming.look(self.names[index], self.params[index].grad)

@@ -227,6 +227,8 @@ class Reducer(Passes):
         """Let buckets travel this way from the next step on; on every rank."""
         method.prepare(self.wire, self.layout)
         self.method = method
+        for bucket in self.buckets:
+            bucket.stage(method.staging(bucket.data.dtype))
 
     def remove(self) -> None:
         """Let go of the parameters; gradients stay as they are."""

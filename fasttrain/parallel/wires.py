@@ -55,8 +55,12 @@ class Method:
         """What gradients are multiplied with as they are packed; 1 where sending makes the mean."""
         return 1.0
 
+    def staging(self, dtype: torch.dtype) -> torch.dtype:
+        """In what a bucket of this dtype is sent: if in another, gradients are packed into `bucket.staged`."""
+        return dtype
+
     def send(self, index: int, bucket: Bucket) -> Sent:
-        """Begin to make `bucket.data` its mean over the ranks."""
+        """Begin to make `bucket.data` the mean over the ranks of `bucket.staged`, or of itself."""
         raise NotImplementedError
 
     def rescale(self, factor: float) -> None:
@@ -127,6 +131,9 @@ class Ordered(Method):
         super().__init__()
         self.travels, self.back = travels, back
 
+    def staging(self, dtype: torch.dtype) -> torch.dtype:
+        return self.travels or dtype
+
     def widths(self, dtype: torch.dtype) -> tuple[float, float]:
         there = self.travels or dtype
         return accounting.width(there), accounting.width(self.back or there)
@@ -134,7 +141,7 @@ class Ordered(Method):
     def send(self, index: int, bucket: Bucket) -> Sent:
         self.issued(index, len(bucket.data))
         return Sent(exchange.ordered_all_reduce(self.wire, bucket.data, 1.0 / self.divisor, True, self.travels,
-                                                self.back))
+                                                self.back, bucket.staged))
 
 
 class Bf16(Ordered):
