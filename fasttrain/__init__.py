@@ -11,4 +11,8 @@ def __getattr__(name: str):
         from fasttrain.precision.loss_scale import LossScaler
 
         return LossScaler
+    if name == "StepGraph":
+        from fasttrain.optim.graph import StepGraph
+
+        return StepGraph
     raise AttributeError(f"module 'fasttrain' has no attribute {name!r}")

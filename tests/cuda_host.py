@@ -43,7 +43,8 @@ class Device(FakePlace):
 def walk(device: Device, kernel: str, blocks: int, table: int, chunks: int, rows: int,
          gradients: int) -> None:
     """The blocks in a random order."""
-    columns = {"squares": 3, "tree": 5, "factored": 10 if "_lines_" in kernel else 14, "move": 3 + kernel.count("_"),
+    columns = {"squares": 3, "tree": 5, "prologue": 6, "keyed": 9, "chunks": 5, "count": 3,
+               "factored": 10 if "_lines_" in kernel else 14, "move": 3 + kernel.count("_"),
                "encode": 6, "sum": 2}.get(kernel.split("_")[0])
     array = np.zeros(1, np.uint8)
     if kernel.startswith("stage_"):

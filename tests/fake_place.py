@@ -28,6 +28,7 @@ class FakePlace:
         uploads: the bytes of every copy to the device.
         behind: copies stay queued until somebody waits, or `catch_up`.
         room: bytes that may still be allocated.
+        graph: a graph is being captured; copies are done at once, and again by `replay`.
     """
 
     STREAM = 0x5EA
@@ -37,6 +38,7 @@ class FakePlace:
         self.uploads, self.queue, self.guards, self.pins = [], [], 0, 0
         self.behind = self.graph = False
         self.waited, self.room = 0, 1 << 40
+        self.copies = []  # of the graph
 
     def ordinal(self):
         return self.device.index or 0
@@ -67,6 +69,10 @@ class FakePlace:
     def copy(self, to, source):
         assert len(to) == len(source) > 0
         self.uploads.append(len(source))
+        if self.graph:
+            to.copy_(source)
+            self.copies.append((to, source))
+            return
         self.queue.append((to, source))
 
     def event(self):
@@ -77,6 +83,11 @@ class FakePlace:
         self.queue.append((event,))
         if not self.behind:
             self.catch_up()
+
+    def replay(self):
+        """The copies that are part of graphs."""
+        for to, source in self.copies:
+            to.copy_(source)
 
     def catch_up(self, event=None):
         """Do what is queued, up to an event."""

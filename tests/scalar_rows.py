@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fasttrain import optim
-from fasttrain.kernels import emit_scalars, native, prologue
+from fasttrain.kernels import native, prologue
+from fasttrain.kernels.program import Addresses, described, program, with_slots
 from fasttrain.kernels.trace import trace
 from fasttrain.kernels.trace_scalars import ScalarGraph
 from fasttrain.rule import Rule
@@ -28,9 +29,16 @@ def on_host(rule: Rule, values: Mapping[str, Any], step: int) -> list[float]:
 
 
 def compiled(graph: ScalarGraph, words: np.ndarray, wide: bool, kept: bool = False) -> tuple[Tensor, Tensor]:
-    """Rows by the C++ of the CUDA kernels."""
-    rows, skip = native.module().cuda_host_prologue(emit_scalars.name_of(graph), words, wide, kept)
-    return torch.from_numpy(rows), torch.from_numpy(skip)
+    """Rows by the text of the CUDA kernel, whose last slot lies before memory that nothing may write."""
+    made, rows, width = program(graph), len(words), prologue.width(graph, kept)
+    out = torch.full((rows, width), 77.0, dtype=torch.float64 if wide else torch.float32)
+    skip = torch.full((rows,), 77, dtype=torch.int32)
+    slots = np.full(rows * made.slots + 1, 77.0)
+    at = Addresses(made.words.ctypes.data, words.ctypes.data, out.data_ptr(), skip.data_ptr())
+    table = with_slots(described(at, rows, words.shape[1] // 3, width, wide, kept), slots.ctypes.data)
+    native.module().cuda_host_walk("prologue", table, np.zeros(1, np.uint8), 3, 5, [2, 0, 1])
+    assert slots[-1] == 77.0
+    return out, skip
 
 
 def interpreted(graph: ScalarGraph, words: np.ndarray, wide: bool, kept: bool = False) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from scalar_rows import ADAMW, GROUP, compiled, interpreted, on_host
 from torch import Tensor
 
 from fasttrain import optim
-from fasttrain.kernels import emit_scalars, native, prologue
+from fasttrain.kernels import prologue
 from fasttrain.kernels.item import Tail
 from fasttrain.kernels.prologue import Row
 from fasttrain.kernels.trace import trace
@@ -93,7 +93,7 @@ def test_a_step_that_is_skipped_says_so(run: Run):
 @pytest.mark.parametrize("optimizer", [*optim.OPTIMIZERS, optim.Adam], ids=lambda one: one.__name__)
 @pytest.mark.parametrize("kept", [False, True], ids=["plain", "kept"])
 def test_rows_of_the_optimizers(optimizer, kept):
-    """What a step on the host makes of a parameter group, of a computation that is compiled ahead of time."""
+    """What a step on the host makes of a parameter group."""
     options = {}
     if kept:
         if optimizer.running or issubclass(optimizer, optim.schedule_free.ScheduleFree):
@@ -104,7 +104,6 @@ def test_rows_of_the_optimizers(optimizer, kept):
     rule = made.rule_of(group)
     values = hyperparameters(rule, group)
     graph = trace_scalars(rule, values)
-    assert emit_scalars.name_of(graph) in native.module().cuda_prologues()
     for step in (1, 2, 10):
         row = Row(values, step=step, scale=-1.0, grad_scale=8.0, clip_value=group.get("clip_value"),
                   ema_decay=group.get("ema_decay"))
@@ -121,13 +120,3 @@ def test_numbers_that_cannot_be_read_are_refused():
             prologue.words(graph, [Row(dict(GROUP, lr=wrong))], CPU)
     with pytest.raises(ValueError, match="row 0 has 7: trace it again"):
         prologue.words(graph, [Row(dict(GROUP, betas=(0.9, 0.99, 0.999)))], CPU)
-
-
-@needs_native
-def test_words_that_do_not_fit_are_refused():
-    graph = trace_scalars(ADAMW, GROUP)
-    words = prologue.words(graph, [Row(GROUP)], CPU)
-    with pytest.raises(ValueError, match="have 45 columns"):
-        compiled(graph, words[:, :-3].copy(), True)
-    with pytest.raises(ValueError, match="no coefficients are called X"):
-        native.module().cuda_host_prologue("X", words, True, True)

@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 import torch
 from helpers import CPU, ROOT, assert_same_bits, needs_native
-from scalar_rows import compiled, interpreted, on_host
+from scalar_rows import ADAMW, GROUP, compiled, interpreted, on_host
+from structures import choices
 
-from fasttrain.kernels import emit_scalars, native, prologue
+from fasttrain.kernels import emit_scalars, prologue
+from fasttrain.kernels.program import OPERATIONS, program
 from fasttrain.kernels.prologue import FIXED, Row
-from fasttrain.kernels.trace_scalars import trace_scalars
+from fasttrain.kernels.trace_scalars import ScalarGraph, trace_scalars
 from fasttrain.optim import RULES, STAGES
 from fasttrain.optim.equation import reads_step
-from fasttrain.optim.structures import choices, coefficient_graphs
 from fasttrain.rule import Rule
 
 ALL = (*RULES, *STAGES)
@@ -146,21 +147,25 @@ def test_triton_rounds_once():
     assert_same_bits(interpreted(graph, words, False)[0], interpreted(graph, words, True)[0].float())
 
 
-# --- What is checked in and compiled ----------------------------------------------------------------------------------
+# --- Programs ---------------------------------------------------------------------------------------------------------
 
-def test_the_header_is_the_coefficients():
-    written = (ROOT / "csrc/cuda/coefficients.cuh").read_text()
-    assert written == emit_scalars.header(coefficient_graphs(ALL)), "it is stale: `make rules`, check it in, and build"
+def test_programs_use_few_slots():
+    """Of every rule: an operation's numbers are those that something still reads."""
+    assert max(program(trace_scalars(rule, chosen)).slots for rule, chosen in CASES) <= 32
 
 
-@needs_native
-def test_the_compiled_module_holds_them():
-    wanted = [emit_scalars.name_of(graph) for graph in coefficient_graphs(ALL)]
-    assert native.module().cuda_prologues() == wanted, "the compiled module is older than the rules: build again"
-    assert len(set(wanted)) == len(wanted)
+def test_a_program_that_is_too_long_is_refused():
+    graph = trace_scalars(ADAMW, GROUP)
+    wide = ScalarGraph("rule Own")
+    wide.outputs = {str(i): wide.scalar(float(i)) for i in range(program(graph).slots + (1 << 14))}
+    with pytest.raises(ValueError, match=r"rule Own: 0 numbers, \d+ coefficients and 1 at a time"):
+        program(wide)
 
 
 def test_names_of_places_are_those_of_the_source():
     source = (ROOT / "csrc/cuda/prologue.cuh").read_text()
     camel = ["k" + "".join(part.capitalize() for part in name.split("_")) for name in FIXED]
     assert f"enum Fixed {{ {', '.join(camel)}, kFixed }};" in source
+    inside = source.split("enum Operation : u32 {")[1].split("}")[0]
+    camel = ["k" + "".join(part.capitalize() for part in name.split("_")) for name in OPERATIONS]
+    assert [name.strip() for name in inside.split(",")] == camel

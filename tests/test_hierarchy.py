@@ -14,7 +14,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from fasttrain.dist import accounting
 from fasttrain.dist.fingerprint import DisagreementError
-from fasttrain.parallel import DataParallel, Reducer
+from fasttrain.optim import SGD
+from fasttrain.parallel import DataParallel, Reducer, Zero
 from fasttrain.parallel.hierarchy import Hierarchical
 from fasttrain.parallel.naive import NaiveDataParallel
 
@@ -125,6 +126,8 @@ def around(wire: Any) -> None:
                              ("does not consist of", dict(wire=Hierarchical([[0, 1]])))):
         with pytest.raises(ValueError, match=words):
             Reducer(params, watch=False, **arguments)
+    with pytest.raises(ValueError, match="a mesh of one dimension"):
+        Zero(model, SGD, lr=0.1)
     with pytest.raises(ValueError, match="is no grid"):
         Hierarchical([[0, 1], [2]])
     with pytest.raises(DisagreementError, match="grid"):

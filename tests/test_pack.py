@@ -5,6 +5,7 @@ import math
 import invariance
 import pytest
 import torch
+from fake_place import FakePlace
 from helpers import (
     CPU,
     GUARD,
@@ -294,3 +295,15 @@ def test_no_denormal_number_is_flushed() -> None:
         torch.set_flush_denormal(False)
     if slots.backend == "cpu":
         assert torch.equal(bucket, small.double() * 2)
+
+
+def test_no_memory_in_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said, with a remedy, before anything is written."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    place = FakePlace()
+    place.room = 8
+    monkeypatch.setattr("fasttrain.kernels.triton.place_of", lambda device: place)
+    bucket = torch.zeros(9)
+    with pytest.raises(torch.OutOfMemoryError, match=r"no memory left for the table of a bucket.*empty_cache"):
+        pack([torch.ones(9)], bucket, [0], backend="triton")
+    assert not bucket.any()

@@ -8,35 +8,34 @@ from pathlib import Path
 
 import pytest
 from helpers import ROOT
+from structures import choices
 from test_coefficients import ALL
 
 from benchmarks.proof import disassembly
-from fasttrain.kernels import emit_scalars, prologue
-from fasttrain.optim.structures import coefficient_graphs
+from fasttrain.kernels import emit_cuda, prologue
+from fasttrain.kernels.trace_scalars import trace_scalars
 
 FLAGS = ("-std=c++17", "-O3", "-fmad=false", "-prec-div=true", "-prec-sqrt=true", "-ftz=false")  # as in CMakeLists.txt
 ARCHS = (80, 90, 100)
-MOST_REGISTERS = 96
 QUICK = (("AdamW", 80), ("NAdam", 100), ("LAMBApply", 90))
 pytestmark = pytest.mark.skipif(disassembly.cuobjdump() is None, reason="no cuobjdump")
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
-@pytest.mark.parametrize("arch", [pytest.param(arch, marks=[] if arch == 90 else [pytest.mark.slow])
-                                  for arch in ARCHS])
-def test_cuda_kernels_neither_spill_nor_index_local_memory(arch: int, tmp_path: Path) -> None:
-    cubin = tmp_path / "prologue.cubin"
+@pytest.mark.parametrize("name, arch", [("prologue", 80), ("prologue", 100), ("keyed", 90), ("chunks_left", 90),
+                                        ("count", 90)])
+def test_cuda_kernels_neither_spill_nor_index_local_memory(name: str, arch: int, tmp_path: Path) -> None:
+    source, cubin = tmp_path / "own.cu", tmp_path / "own.cubin"
+    source.write_text(emit_cuda.listed(name))
     done = subprocess.run(["nvcc", *FLAGS, f"-I{ROOT / 'csrc'}", "-cubin", f"-arch=sm_{arch}", "-o", str(cubin),
-                           str(ROOT / "csrc/cuda/prologue.cu")], capture_output=True, text=True)
+                           str(source)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    kernels = disassembly.read(cubin.read_bytes())
-    names = map(emit_scalars.name_of, coefficient_graphs(ALL))
-    assert {kernel.name for kernel in kernels} == {f"prologue_{name}_{kind}" for name in names
-                                                   for kind in ("F32", "F64")}
-    assert not [kernel for kernel in kernels if kernel.local or kernel.stack or kernel.registers > MOST_REGISTERS]
+    kernel, = disassembly.read(cubin.read_bytes())
+    assert (kernel.name, kernel.local, kernel.stack) == (name, 0, 0)
+    assert kernel.registers <= 80
 
 
-GRAPHS = [(graph, rule.name) for rule in ALL for graph in coefficient_graphs([rule])[-1:]]
+GRAPHS = [(trace_scalars(rule, list(choices(rule))[-1]), rule.name) for rule in ALL]
 
 
 @pytest.mark.parametrize("graph, arch", [

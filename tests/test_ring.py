@@ -73,7 +73,7 @@ def test_upload(place, monkeypatch):
 def test_tables_of_triton(place, monkeypatch):
     """Its uploads to a GPU go through the ring, and keep their shape and type."""
     monkeypatch.setattr(ring, "rings", {})
-    monkeypatch.setattr(triton, "Place", lambda device: place)
+    monkeypatch.setattr(triton, "place_of", lambda device: place)
     for data in (np.arange(6.0).reshape(2, 3), np.arange(4, dtype=np.int64), np.empty((0, 3), np.float32)):
         made = triton.upload(data, torch.device("cuda"))
         assert torch.equal(made, torch.from_numpy(data))

@@ -244,7 +244,7 @@ class CompiledSums(Compiled):
 
 
 def reduces(name: str) -> bool:
-    """Whether a kernel is one of a reduction or of buckets."""
+    """Whether a kernel is one of a reduction, of buckets, or of a captured step beside its steps."""
     return not name.startswith(("step_", "kept_"))
 
 

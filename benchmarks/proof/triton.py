@@ -6,8 +6,10 @@ and on every architecture, each kind of bucket once; of the rest see `benchmarks
 
 from __future__ import annotations
 
+import ast
 import os
 import re
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -103,9 +105,23 @@ def make(ahead: Ahead) -> Made:
 
 
 def make_all(wanted: Iterable[Ahead]) -> list[Made]:
-    """Compile several at a time: Triton's passes and ptxas hold no lock of Python's."""
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        return list(pool.map(make, wanted))
+    """Compile several at a time: Triton's passes and ptxas hold no lock of Python's.
+
+    But one source is parsed at a time: Python 3.11 counts the depth of a syntax tree in one place for all threads, and
+    raises SystemError where two are made at once.
+    """
+    parse, lock = ast.parse, threading.Lock()
+
+    def alone(*arguments: Any, **options: Any) -> ast.AST:
+        with lock:
+            return parse(*arguments, **options)
+
+    ast.parse = alone  # type: ignore[assignment]
+    try:
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+            return list(pool.map(make, wanted))
+    finally:
+        ast.parse = parse
 
 
 @cache

@@ -10,7 +10,6 @@
 
 #include "cuda/driver.h"
 #include "cuda/host_walk.h"
-#include "cuda/prologue_walk.h"
 
 namespace fasttrain {
 namespace {
@@ -61,7 +60,6 @@ std::pair<i64, i64> host_walk(const std::string& name, const py::array& table, c
 }  // namespace
 
 void bind_cuda(py::module_& m) {
-  bind_prologue(m);
   m.def("cuda_kernels", &kernels, "Names of the kernels that step.fatbin holds.");
   m.def("cuda_host_walk", &host_walk, "Run a kernel's own text on the host.", py::arg("name"), py::arg("table"),
         py::arg("rows"), py::arg("blocks"), py::arg("threads"), py::arg("order"), py::arg("gradients") = py::none());

@@ -89,7 +89,11 @@ const HostKernel host_kernels[] = {FASTTRAIN_COMMON_RULES(FT_ALL_HOST_KERNELS) F
                                    FASTTRAIN_FACTORED(FT_HOST_FACTORED)
                                    FASTTRAIN_MOVES(FT_HOST_MOVE) FASTTRAIN_FEEDBACKS(FT_HOST_FEEDBACK)
                                    FASTTRAIN_ENCODES(FT_HOST_ENCODE, FT_HOST_ENCODE_LOST) FASTTRAIN_SUMS(FT_HOST_SUM)
-                                   {"tree", false, Tree::columns, 0, walk_tree}};
+                                   {"tree", false, Tree::columns, 0, walk_tree},
+                                   {"prologue", false, Prologue::columns, 0, walk_table<Prologue, char>},
+                                   {"keyed", false, Keyed::columns, 0, walk_table<Keyed, char>},
+                                   {"chunks_left", false, Mask::columns, 0, walk_table<Mask, char>},
+                                   {"count", false, Count::columns, 0, walk_table<Count, char>}};
 const int host_kernel_count = static_cast<int>(sizeof(host_kernels) / sizeof(host_kernels[0]));
 
 }  // namespace fasttrain

@@ -165,3 +165,4 @@ FASTTRAIN_OTHER_RULES(FT_PLAIN_KERNELS)
 #include "cuda/sum.cuh"
 #include "cuda/stages.cuh"
 #include "cuda/tree.cuh"
+#include "cuda/driven.cuh"

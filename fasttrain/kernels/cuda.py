@@ -15,21 +15,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fasttrain.kernels import emit_cuda, kept_table, native, table
+from fasttrain.kernels import emit_cuda, launches, native, table
 from fasttrain.kernels.cuda_code import Code
 from fasttrain.kernels.emit_cuda import NAMES, codec_name
 from fasttrain.kernels.item import Item, dense
+from fasttrain.kernels.launches import Launches
+from fasttrain.kernels.launches import live as live
 from fasttrain.kernels.place import Place as Place
-from fasttrain.kernels.resident import Column, Resident, making
 from fasttrain.kernels.resident import Parcel as Parcel
 from fasttrain.kernels.resident import Tables as Tables
 from fasttrain.rule import Rule
@@ -153,15 +152,6 @@ def step(items: Sequence[Item]) -> None:
     step_elsewhere(others)
 
 
-@dataclass(frozen=True)
-class Launches:
-    """The launches over items whose gradients alone may lie elsewhere at the next step."""
-
-    on_device: Resident
-    chunks: tuple[int, ...]  # of each
-    gradients: tuple[Column, ...]  # of each
-
-
 tables: Tables[Launches] = Tables()
 
 
@@ -177,56 +167,23 @@ def opened(device: torch.device) -> tuple[Any, Any, int]:
 def ready(device: torch.device, groups: Sequence[tuple[Any, list[Item]]]) -> Callable[[], None]:
     """What starts one kernel for each (name, items), all on one device and on torch's current stream there."""
     place, loaded, processors = opened(device)
+
+    def chunk_of(items: Sequence[Item]) -> int:
+        return chunk_size(sum(item.tensors[0].numel() for item in items), processors)
+
     with place.guard():
         stream = place.stream()
-        rows, fixed, moving = [], [], []
-        for _, items in groups:
-            kind: Any = table if items[0].plain else kept_table
-            own, row_of = kind.rows(items)
-            described = kind.describe(items, row_of)
-            rows.append(own)
-            moving.append(described[:, 1].copy())
-            described[:, 1] = 0
-            fixed.append(described)
-        key = (device, stream, *((name, one.tobytes()) for (name, _), one in zip(groups, fixed, strict=True)))
-        launches = tables.get(key)
-        with making("the tables of a step", device):
-            if launches is None:
-                launches = prepare(place, loaded, processors, groups, fixed, rows, moving)
-            else:
-                launches.on_device.update(place, live(rows, launches.gradients, moving))
-        tables.keep(key, launches, launches.on_device.memory.nbytes)
-    return partial(start, place, loaded, stream, [name for name, _ in groups], launches)
+        made = launches.ready(tables, place, device, stream, groups, chunk_of, lambda name: loaded.usage(name, THREADS))
+    return partial(start, place, loaded, stream, [name for name, _ in groups], made)
 
 
-def start(place: Place, loaded: Any, stream: int, names: Sequence[str], launches: Launches) -> None:
-    addresses = launches.on_device
+def start(place: Place, loaded: Any, stream: int, names: Sequence[str], made: Launches) -> None:
+    addresses = made.on_device
     with place.guard():
-        for index, (name, chunks) in enumerate(zip(names, launches.chunks, strict=True)):
+        for index, (name, chunks) in enumerate(zip(names, made.chunks, strict=True)):
             if chunks:
                 loaded.launch(kernel=name, blocks=chunks, threads=THREADS, stream=stream, table=addresses.fixed[index],
                               chunks=chunks, rows=addresses.live[index], gradients=addresses.live[len(names) + index])
-
-
-def prepare(place: Place, loaded: Any, processors: int, groups: Sequence[tuple[Any, list[Item]]],
-            fixed: Sequence[np.ndarray], rows: Sequence[np.ndarray], moving: Sequence[np.ndarray]) -> Launches:
-    """The tables on the device, and the code of their kernels: all that a launch might lack memory for."""
-    built, columns = [], []
-    for (name, items), described in zip(groups, fixed, strict=True):
-        kind: Any = table if items[0].plain else kept_table
-        elements = np.array([item.tensors[0].numel() for item in items], np.int64)
-        chunk = chunk_size(int(elements.sum()), processors)
-        built.append(kind.build(items, chunk, described))
-        columns.append(Column(np.repeat(np.arange(len(items)), -(-elements // chunk)), built[-1][:, 1].copy()))
-        if len(built[-1]):
-            loaded.usage(name, THREADS)
-    on_device = Resident(place, live(rows, columns, moving), built)
-    return Launches(on_device, tuple(map(len, built)), tuple(columns))
-
-
-def live(rows: Sequence[np.ndarray], columns: Sequence[Column], moving: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """What changes from step to step: rows of coefficients, and the addresses of the chunks' gradients."""
-    return [*rows, *(column.addresses(own) for column, own in zip(columns, moving, strict=True))]
 
 
 def chunk_size(elements: int, processors: int) -> int:

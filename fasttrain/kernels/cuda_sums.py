@@ -27,6 +27,7 @@ from fasttrain.kernels import cuda, dispatch, norm, stages, table
 from fasttrain.kernels.emit_cpp import digest
 from fasttrain.kernels.item import STORAGES, Item, dense
 from fasttrain.kernels.resident import Column, Resident, making
+from fasttrain.kernels.ring import ring_of
 from fasttrain.rule import Rule
 
 SUMS = 16  # bytes of the two sums of a block, as `Sums` in csrc/cuda/warp.cuh
@@ -59,13 +60,13 @@ def squares(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     with place.guard():
         stream = place.stream()
         key = ("squares", device, stream, described[:, 1:].tobytes())
-        ready = kept.get(key)
+        ready = known(place, key)
         with making("the workspace of a norm", device):
             if ready is None:
                 ready = prepare_squares(place, described, dtypes, processors)
             else:
                 ready.on_device.update(place, [column.addresses(described[:, 0]) for column in ready.columns])
-            keep(key, ready)
+            keep(place, key, ready)
             out = place.empty((count + 1) * SUMS + SUMS)
         for index, dtype in enumerate(dtypes):
             start(loaded, f"squares_{cuda.NAMES[dtype]}", stream, ready, index, out.data_ptr(), WARPS,
@@ -83,8 +84,8 @@ def total(sums: Tensor) -> Tensor:
         stream = place.stream()
         key = ("total", sums.device, stream, count)
         with making("the workspace of a norm", sums.device):
-            ready = kept.get(key) or prepare_total(place, count)
-            keep(key, ready)
+            ready = known(place, key) or prepare_total(place, count)
+            keep(place, key, ready)
             out = place.empty((count + 1) * SUMS)
         pairs = out.view(torch.float64).view(count + 1, 2)
         pairs[:count, 0] = sums
@@ -99,7 +100,7 @@ def prepare_total(place: cuda.Place, count: int) -> Prepared:
     rows[:, 0] = 0  # what is added lies in the memory of the result
     rows[:, 2] += workspace.data_ptr()
     rows[:, 3] = count
-    return upload(place, [rows], workspace)
+    return upload(place, [rows], workspace, apart=True)
 
 
 def plain(tensor: Tensor) -> Tensor:
@@ -133,7 +134,7 @@ def prepare_squares(place: cuda.Place, described: np.ndarray, dtypes: Sequence[t
         parts.append(np.stack([np.zeros_like(begin), np.minimum(elements[item] - begin, chunk),
                                workspace.data_ptr() + (first[item] + begin // (2 * norm.BLOCK)) * SUMS], axis=1))
     return upload(place, [*parts, lists, total], workspace, columns,
-                  [column.addresses(described[:, 0]) for column in columns])
+                  [column.addresses(described[:, 0]) for column in columns], apart=True)
 
 
 def tree_rows(first: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, int]:
@@ -157,14 +158,22 @@ def blocks_of_chunk(elements: int, processors: int) -> int:
 
 
 def upload(place: cuda.Place, parts: Sequence[np.ndarray], workspace: Tensor, columns: Sequence[Column] = (),
-           live: Sequence[np.ndarray] = ()) -> Prepared:
+           live: Sequence[np.ndarray] = (), apart: bool = False) -> Prepared:
     """Tables, and what is live beside them, in device memory."""
-    return Prepared(Resident(place, live, [part.astype(np.int64) for part in parts]), tuple(map(len, parts)), workspace,
-                    tuple(columns))
+    return Prepared(Resident(place, live, [part.astype(np.int64) for part in parts], apart), tuple(map(len, parts)),
+                    workspace, tuple(columns))
 
 
-def keep(key: tuple[Any, ...], ready: Prepared) -> None:
-    kept.keep(key, ready, ready.on_device.memory.nbytes + ready.workspace.nbytes)
+def known(place: cuda.Place, key: tuple[Any, ...]) -> Prepared | None:
+    """What is kept; in a capture nothing, since replays write their tables again."""
+    return None if place.capturing() else kept.get(key)
+
+
+def keep(place: cuda.Place, key: tuple[Any, ...], ready: Prepared) -> None:
+    """Keep it, with the pinned memory that the same takes in a capture."""
+    if not place.capturing():
+        ring_of(place).spare(ready.on_device.memory.nbytes)
+        kept.keep(key, ready, ready.on_device.memory.nbytes + ready.workspace.nbytes)
 
 
 def start(loaded: Any, kernel: str, stream: int, ready: Prepared, index: int, rows: int, each: int = 1,
@@ -244,7 +253,7 @@ def launch_stages(items: Sequence[Item]) -> Tensor:
                 ready = prepare_stages(place, list(groups.values()), described, order, processors, rows, moving)
             else:
                 ready.on_device.update(place, cuda.live(rows, ready.columns, moving))
-            keep(key, ready)
+            kept.keep(key, ready, ready.on_device.memory.nbytes + ready.workspace.nbytes)
             out = place.empty(len(items) * SUMS)
         addresses = ready.on_device.live
         for index, name in enumerate(names):

@@ -97,8 +97,8 @@ def listed(name: str) -> str:
             made = f"FT_{MACROS[kind, len(kept)]}_KERNEL({', '.join(kept)})"
         case "factored", [_, dtype]:
             made = f"FT_FACTORED_OF(FT_FACTORED_KERNEL, {dtype})"
-        case "tree", []:
-            made = "FT_TREE_KERNEL(tree)"
+        case "tree" | "prologue" | "keyed" | "chunks" | "count", _:
+            made = f"FT_{name.upper()}_KERNEL({name})"
         case _:
             raise KeyError(f"no source is known for the kernel {name}: add its kind to {__name__}")
     return f"{FRONT}\n{made}\n"

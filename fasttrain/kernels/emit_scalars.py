@@ -1,30 +1,15 @@
-"""Print a traced `coefficients` as C++ that g++, nvcc and NVRTC read alike, and as Triton."""
+"""Print a traced `coefficients` as Triton. CUDA runs it as a program (`fasttrain.kernels.program`)."""
 
 from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 from fasttrain.kernels.emit_cpp import INFIX
+from fasttrain.kernels.program import program
 from fasttrain.kernels.trace_scalars import Scalar, ScalarGraph
 
-HEADER = """\
-// GENERATED from fasttrain.optim by `make rules`. Do not edit: change `coefficients` and generate again.
-//
-// One struct for each rule and choice of its options: the coefficients of one row, in the order of the rule, from the
-// numbers that the comment names. Every operation is one IEEE operation in double precision.
-#pragma once
-#include "cuda/scalars.cuh"
-
-namespace fasttrain {
-inline namespace FT_ISA {
-"""
-FOOTER = """\
-}  // namespace FT_ISA
-}  // namespace fasttrain
-
-#define FASTTRAIN_COEFFICIENTS(X)"""
 CALLS = {"sqrt": "square_root", "abs": "absolute", "log": "logarithm", "power": "power",
          "integer_power": "integer_power"}
 
@@ -69,63 +54,15 @@ class Printer:
             yield name, node, text
 
 
-# --- C++ --------------------------------------------------------------------------------------------------------------
-
-def _cpp(node: Scalar, parts: list[str]) -> str:
-    if node.op == "constant":
-        if not math.isfinite(node.value):
-            return "not_a_number()" if math.isnan(node.value) else f"({'-' * (node.value < 0)}infinity())"
-        return repr(node.value) if math.copysign(1.0, node.value) > 0 else f"({node.value!r})"
-    if node.op in CALLS:
-        return f"{CALLS[node.op]}({', '.join(parts)})"
-    if node.op == "where":
-        return f"({parts[0]} ? {parts[1]} : {parts[2]})"
-    if node.op in ("neg", "not"):
-        return f"({'-' if node.op == 'neg' else '!'}{parts[0]})"
-    return f"({parts[0]} {INFIX[node.op]} {parts[1]})"
-
-
-def _inner(graph: ScalarGraph) -> Iterator[str]:
-    yield f"  static constexpr int inputs = {len(graph.inputs)}, coefficients = {len(graph.outputs)};"
-    yield "  template <class T, class Numbers>"
-    used = used_inputs(graph)
-    yield (f"  HOST_DEVICE static void row({'' if used else '[[maybe_unused]] '}const Numbers& numbers, "
-           f"{'' if graph.outputs else '[[maybe_unused]] '}T* k) {{")
-    for place, name in used:
-        yield f"    const double {name} = numbers[{place}];"
-    text = Printer(graph, _cpp)
-    for name, node, value in text.named(graph):
-        yield f"    const {'bool' if node.condition else 'double'} {name} = {value};"
-    for place, node in enumerate(graph.outputs.values()):
-        yield f"    k[{place}] = static_cast<T>({text(node)});"
-    yield "  }"
-
-
 def digest(graph: ScalarGraph) -> int:
     """32 bits that tell one computation of coefficients from another."""
-    return zlib.crc32("\n".join(_inner(graph)).encode())
+    return zlib.crc32(program(graph).words.tobytes())
 
 
 def name_of(graph: ScalarGraph) -> str:
-    """What the struct is called: the rule's name, and the digest."""
+    """What a computation is called: the rule's name, and the digest."""
     return f"{graph.name.removeprefix('rule ')}_{digest(graph):08X}"
 
-
-def struct(graph: ScalarGraph) -> str:
-    """The C++ of one graph."""
-    chosen = [f"{name}={kind[1]!r}" for name, kind in graph.structure if kind[0] == "is"]
-    comment = f"// {graph.name}: {', '.join(graph.names)}{''.join(f'; {one}' for one in chosen)}"
-    return "\n".join([comment, f"struct {name_of(graph)} {{", *_inner(graph), "};"]) + "\n"
-
-
-def header(graphs: Iterable[ScalarGraph]) -> str:
-    """The whole text of `csrc/cuda/coefficients.cuh`."""
-    graphs = list(graphs)
-    body = "\n".join(struct(graph) for graph in graphs)
-    return f"{HEADER}\n{body}\n{FOOTER}" + "".join(f" \\\n  X({name_of(graph)})" for graph in graphs) + "\n"
-
-
-# --- Triton -----------------------------------------------------------------------------------------------------------
 
 def _triton(node: Scalar, parts: list[str]) -> str:
     if node.op == "constant":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+from fasttrain.kernels.table import ALIGNED
 from fasttrain.kernels.trace import Graph, Symbol, statements, trace
 from fasttrain.rule import Rule
 
@@ -15,7 +16,8 @@ INFIX = {"add": "+", "sub": "-", "mul": "*", "lt": "<", "le": "<=", "gt": ">", "
 def kernel(rule: Rule) -> str:
     """The source of two functions: `element`, the arithmetic of a block, and `step`, its walk over one chunk.
 
-    The table is that of `fasttrain.kernels.table`; the storages of p, g and the states are compile-time constants.
+    The table is that of `fasttrain.kernels.table`, but for the addresses of gradients, which are an array beside it;
+    the storages of p, g and the states are compile-time constants. `skip` has a flag for each row, or is None.
     """
     return "\n".join(element(rule)) + "\n\n\n" + "\n".join(_step(rule, trace(rule))) + "\n"
 
@@ -47,23 +49,32 @@ def _step(rule: Rule, graph: Graph) -> Iterable[str]:
     storages = [f"{name}_storage: tl.constexpr" for name in inputs]
     columns = len(inputs) + 3
     yield "@jit"
-    yield "def step(table, rows, width,"
+    yield "def step(table, rows, width, gradients, skip,"
     yield f"         {', '.join(storages)},"
     yield "         wide: tl.constexpr, block: tl.constexpr, interpreted: tl.constexpr):"
     yield f"    chunk = table + tl.program_id(0).to(tl.int64) * {columns}"
-    for column, name in enumerate(inputs):
-        yield f"    at_{name} = tl.load(chunk + {column})"
+    yield from addresses(inputs)
     yield f"    count = tl.load(chunk + {columns - 3})"
-    yield f"    row = rows + tl.load(chunk + {columns - 2}) * width"
+    yield f"    number = tl.load(chunk + {columns - 2})"
+    yield "    if skip is not None:  # of which nothing is left to do"
+    yield "        count = tl.where(tl.load(skip + number) != 0, 0, count)"
+    yield "    row = rows + number * width"
     yield "    scale = tl.load(row)"
     for column, name in enumerate(coefficients):
         yield f"    {name} = tl.load(row + {column + 1})"
     yield "    offsets = tl.arange(0, block)"
     yield "    keep = offsets < count"
-    yield f"    if (tl.load(chunk + {columns - 1}) == 1) & (count == block):"
+    yield f"    if (tl.load(chunk + {columns - 1}) == 1) & (at_g % {ALIGNED} == 0) & (count == block):"
     yield from _body(rule, inputs, coefficients, whole=True)
     yield "    else:"
     yield from _body(rule, inputs, coefficients, whole=False)
+
+
+def addresses(inputs: Iterable[str]) -> Iterable[str]:
+    """The lines that read where a chunk's operands begin."""
+    for column, name in enumerate(inputs):
+        where = "gradients + tl.program_id(0)" if name == "g" else f"chunk + {column}"
+        yield f"    at_{name} = tl.load({where})"
 
 
 def _body(rule: Rule, inputs: list[str], coefficients: list[str], whole: bool) -> Iterable[str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from fasttrain.kernels import kept_table
-from fasttrain.kernels.emit_triton import coefficient_names, element
+from fasttrain.kernels.emit_triton import addresses, coefficient_names, element
+from fasttrain.kernels.table import ALIGNED
 from fasttrain.kernels.trace import trace
 from fasttrain.rule import Rule
 
@@ -27,17 +28,20 @@ def _step(rule: Rule, codecs: Sequence[int]) -> Iterable[str]:
     coefficients = coefficient_names(trace(rule))
     after = 1 + len(coefficients)
     yield "@jit"
-    yield "def step(table, rows, width, wide: tl.constexpr, block: tl.constexpr, clip: tl.constexpr,"
+    yield "def step(table, rows, width, gradients, skip, wide: tl.constexpr, block: tl.constexpr, clip: tl.constexpr,"
     yield "         interpreted: tl.constexpr):"
     yield f"    chunk = table + tl.program_id(0).to(tl.int64) * {kept_table.columns(codecs)}"
     column = len(codecs)
-    for operand, name in enumerate(names):
-        yield f"    at_{name} = tl.load(chunk + {operand})"
+    yield from addresses(names)
     for operand in kept_table.extra_operands(codecs):
         yield f"    beside_{names[operand]} = tl.load(chunk + {column})"
         column += 1
     yield f"    count = tl.load(chunk + {column})"
-    yield f"    row = rows + tl.load(chunk + {column + 1}) * width"
+    yield f"    number = tl.load(chunk + {column + 1})"
+    yield "    elements = count"
+    yield "    if skip is not None:  # of which only the gradient is zeroed"
+    yield "        count = tl.where(tl.load(skip + number) != 0, 0, count)"
+    yield "    row = rows + number * width"
     yield f"    flags = tl.load(chunk + {column + 2})"
     yield "    scale = tl.load(row)"
     for index, name in enumerate(coefficients):
@@ -48,7 +52,7 @@ def _step(rule: Rule, codecs: Sequence[int]) -> Iterable[str]:
     if random:
         places = ", ".join(f"tl.load(chunk + {column + 3 + i})" for i in range(4))
         yield f"    index = full_index(offsets, {places})"
-    yield "    if ((flags & 1) == 1) & (count == block):"
+    yield f"    if ((flags & 1) == 1) & (at_g % {ALIGNED} == 0) & (count == block):"
     yield from _body(rule, names, codecs, coefficients, whole=True)
     yield "    else:"
     yield from _body(rule, names, codecs, coefficients, whole=False)
@@ -81,4 +85,4 @@ def _body(rule: Rule, names: list[str], codecs: Sequence[int], coefficients: lis
         yield f"{indent}put({where(operand)}, {name}, {bits}, {codecs[operand]}, block, {whole}, interpreted)"
     yield f"{indent}if (flags & 2) != 0:"
     yield f"{indent}    zeros = tl.full((block,), 0.0, tl.float64 if wide else tl.float32)"
-    yield f"{indent}    store(at_g, offsets, inside, zeros, {codecs[1]}, {whole}, interpreted)"
+    yield f"{indent}    store(at_g, offsets, offsets < elements, zeros, {codecs[1]}, {whole}, interpreted)"

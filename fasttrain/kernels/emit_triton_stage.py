@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fasttrain.kernels.emit_triton import coefficient_names, element
+from fasttrain.kernels.emit_triton import addresses, coefficient_names, element
+from fasttrain.kernels.table import ALIGNED
 from fasttrain.kernels.trace import trace
 from fasttrain.rule import Rule
 
@@ -22,16 +23,18 @@ def _step(rule: Rule, together: int) -> Iterable[str]:
     inputs, coefficients = ["p", "g", *rule.state], coefficient_names(trace(rule))
     columns, sums = len(inputs) + 3, rule.sums or ()
     yield "@jit"
-    yield "def step(table, rows, width, partials,"
+    yield "def step(table, rows, width, gradients, skip, partials,"
     yield f"         {', '.join(f'{name}_storage: tl.constexpr' for name in inputs)},"
     yield "         wide: tl.constexpr, blocks: tl.constexpr, size: tl.constexpr, levels: tl.constexpr,"
     yield "         interpreted: tl.constexpr):"
     yield "    program = tl.program_id(0).to(tl.int64)"
     yield f"    chunk = table + program * {columns}"
-    for column, name in enumerate(inputs):
-        yield f"    at_{name} = tl.load(chunk + {column})"
+    yield from addresses(inputs)
     yield f"    count = tl.load(chunk + {columns - 3})"
-    yield f"    row = rows + tl.load(chunk + {columns - 2}) * width"
+    yield f"    number = tl.load(chunk + {columns - 2})"
+    yield "    if skip is not None:  # of which nothing is left to do"
+    yield "        count = tl.where(tl.load(skip + number) != 0, 0, count)"
+    yield "    row = rows + number * width"
     yield "    scale = tl.load(row)"
     for column, name in enumerate(coefficients):
         yield f"    {name} = tl.load(row + {column + 1})"
@@ -39,7 +42,7 @@ def _step(rule: Rule, together: int) -> Iterable[str]:
     yield "    nothing = tl.full((), 0.0, tl.float64)"
     for name in sums:
         yield f"    lanes_{name} = tl.full((blocks, 16), 0.0, tl.float64)"
-    yield f"    if (tl.load(chunk + {columns - 1}) == 1) & (count == blocks * 4096):"
+    yield f"    if (tl.load(chunk + {columns - 1}) == 1) & (at_g % {ALIGNED} == 0) & (count == blocks * 4096):"
     yield f"        for line in range(0, 256, {together}):"
     yield from _rows(rule, inputs, coefficients, together, whole=True)
     yield "    else:"

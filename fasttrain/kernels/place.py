@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,3 +53,48 @@ class Place:
     def record(self, event: Any) -> None:
         """The event happens when all that is queued so far is done."""
         event.record(torch.cuda.current_stream(self.device))
+
+
+class Happened:
+    """An event of a place where everything is done when it is queued."""
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        """Nothing is waited for."""
+
+
+class Near(Place):
+    """Memory that is no NVIDIA GPU's, for what runs there: the host's, say, for Triton's interpreter. Copies are done
+    when they are queued.
+    """
+
+    def ordinal(self) -> int:
+        return self.device.index or 0
+
+    def guard(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def stream(self) -> int:
+        return 0
+
+    def capturing(self) -> bool:
+        return False
+
+    def pinned(self, size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8)
+
+    def copy(self, to: Tensor, source: Tensor) -> None:
+        to.copy_(source)
+
+    def event(self) -> Any:
+        return Happened()
+
+    def record(self, event: Any) -> None:
+        """It has happened."""
+
+
+def place_of(device: torch.device) -> Place:
+    """Torch's side of any device."""
+    return Place(device) if device.type == "cuda" else Near(device)

@@ -13,7 +13,8 @@ word  meaning
 
 so one block of words holds every hyperparameter, and one small copy refreshes it. The numbers of a row are those of
 `FIXED`, the step count, and the hyperparameters in the order of `fasttrain.kernels.trace_scalars`. CUDA's kernel is
-`csrc/cuda/prologue.cu`, Triton's is printed by `fasttrain.kernels.emit_scalars`; one launch makes all rows of a rule.
+`csrc/cuda/prologue.cuh`, which runs a program for each row (`fasttrain.kernels.program`), all rows in one launch;
+Triton's is printed by `fasttrain.kernels.emit_scalars`, and one launch makes all rows of a rule.
 """
 
 from __future__ import annotations
@@ -56,6 +57,8 @@ class Row:
         norm, max_norm: of all gradients, and what they are clipped to; None: not clipped.
         square, max_each: the sum of squares of one parameter's gradient, and what its norm is clipped to.
         clip_value, ema_decay: as in `fasttrain.precision.storage`, for items that are not plain.
+        seed, draws: of random draws: the seed, and the count on the device, int64, which steps increment; None: of
+            items of which nothing is rounded at random. They are no numbers of the row.
     """
 
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
@@ -70,6 +73,8 @@ class Row:
     max_each: Number | None = None
     clip_value: Number | None = None
     ema_decay: Number | None = None
+    seed: int = 0
+    draws: Tensor | None = None
 
     def numbers(self) -> list[tuple[Number | None, float]]:
         """(what lies on the device, what is added to it) for each number, in order."""

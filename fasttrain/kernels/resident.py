@@ -12,10 +12,11 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fasttrain.kernels.place import Place
 from fasttrain.kernels.ring import ring_of
@@ -70,27 +71,66 @@ class Resident:
 
     Torch frees the memory for later work of the stream that it was made on, so it is used on that stream only.
 
+    Arguments:
+        apart: in a capture the copy becomes part of the graph (`Ring.record`); nothing may be sent there later.
+
     Attributes:
         live, fixed: the address of each array.
     """
 
-    def __init__(self, place: Place, live: Sequence[np.ndarray], fixed: Sequence[np.ndarray]) -> None:
+    def __init__(self, place: Place, live: Sequence[np.ndarray], fixed: Sequence[np.ndarray],
+                 apart: bool = False) -> None:
         data, begins = packed([*live, *fixed])
         self.seen = packed(live)[0]
         self.memory = place.empty(len(data))
-        if len(data):
+        if len(data) and apart and place.capturing():
+            ring_of(place).record(data, self.memory)
+        elif len(data):
             ring_of(place).send(data, self.memory)
         addresses = [self.memory.data_ptr() + begin for begin in begins]
         self.live, self.fixed = addresses[: len(live)], addresses[len(live) :]
+        self.sizes = [part.nbytes for part in (*live, *fixed)]
+
+    def view(self, part: Literal["live", "fixed"], index: int, dtype: torch.dtype) -> Tensor:
+        """One of the arrays, flat."""
+        address = (self.live if part == "live" else self.fixed)[index]
+        size = self.sizes[index if part == "live" else len(self.live) + index]
+        begin = address - self.memory.data_ptr()
+        return self.memory[begin : begin + size].view(dtype)
 
     def update(self, place: Place, live: Sequence[np.ndarray]) -> None:
         """Send what is not as before."""
-        data = packed(live)[0]
-        changed = np.flatnonzero(data.view(np.int64) != self.seen.view(np.int64))
-        if len(changed):
-            first, last = int(changed[0]) * WORD, (int(changed[-1]) + 1) * WORD
+        data, first, last = self._changed(live)
+        if last:
             ring_of(place).send(data[first:last], self.memory[first:last])
             self.seen = data
+
+    def record(self, place: Place, live: Sequence[np.ndarray], pinned: Tensor | None) -> bool:
+        """In a capture: make the copy of what is not as before a part of the graph. Whether there is one.
+
+        Arguments:
+            pinned: memory of the host, as long as the live arrays, which nobody writes from then on. None: it is part
+                of a graph already.
+
+        Raises:
+            RuntimeError: something changed, and there is no such memory.
+        """
+        data, first, last = self._changed(live)
+        if not last:
+            return False
+        if pinned is None:
+            raise RuntimeError("the addresses of gradients are part of a CUDA graph, whose replays copy them, and "
+                               "others are given: capture the step again")
+        pinned.numpy()[first:last] = data[first:last]
+        place.copy(self.memory[first:last], pinned[first:last])
+        self.seen = data
+        return True
+
+    def _changed(self, live: Sequence[np.ndarray]) -> tuple[np.ndarray, int, int]:
+        """The live bytes, and from where to where they are not as before; to 0 if they are."""
+        data = packed(live)[0]
+        changed = np.flatnonzero(data.view(np.int64) != self.seen.view(np.int64))
+        return (data, int(changed[0]) * WORD, (int(changed[-1]) + 1) * WORD) if len(changed) else (data, 0, 0)
 
 
 Entry = TypeVar("Entry")

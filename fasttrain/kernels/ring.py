@@ -50,6 +50,8 @@ class Ring:
         self.place = place
         self.slots = [Slot(place.event()) for _ in range(FEWEST)]
         self.next = 0
+        self.spares: dict[int, Tensor] = {}  # pinned, by size, for copies in captures
+        self.recorded: list[Tensor] = []  # what copies in graphs read
         self.lock = threading.Lock()
 
     def send(self, data: np.ndarray, to: Tensor) -> None:
@@ -70,6 +72,22 @@ class Ring:
             slot.used = True
         sent.copies += 1
         sent.bytes += len(data)
+
+    def spare(self, size: int) -> None:
+        """Have pinned memory for a copy of so many bytes in a capture, where none should be made."""
+        with self.lock:
+            if size not in self.spares:
+                self.spares[size] = self.place.pinned(size)
+
+    def record(self, data: np.ndarray, to: Tensor) -> None:
+        """Make a copy of bytes a part of the CUDA graph that is being captured. Its replays read the memory that they
+        are copied from, so that it is kept for good, and nobody writes it again.
+        """
+        with self.lock:
+            memory = self.spares.pop(len(data)) if len(data) in self.spares else self.place.pinned(len(data))
+            self.recorded.append(memory)
+        memory.numpy()[:] = data
+        self.place.copy(to, memory)
 
     def _free(self, size: int) -> Slot:
         slot = self.slots[self.next]

@@ -70,7 +70,7 @@ def _cuda(items: Sequence[Item]) -> torch.Tensor:
 
 
 def _triton(items: Sequence[Item]) -> torch.Tensor:
-    return dispatch.part("triton_sums").measure(items)
+    return dispatch.part("triton_stages").measure(items)
 
 
 def _reference(items: Sequence[Item]) -> torch.Tensor:

@@ -5,20 +5,22 @@ from __future__ import annotations
 import importlib.util
 import linecache
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import cache, partial
 from types import FunctionType
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fasttrain.kernels import (
     emit_triton,
     emit_triton_kept,
     emit_triton_stage,
-    kept_table,
+    launches,
+    place,
     resident,
     ring,
     table,
@@ -30,7 +32,9 @@ from fasttrain.kernels import (
 )
 from fasttrain.kernels.emit_cpp import digest
 from fasttrain.kernels.item import STORAGES, Item, dense
-from fasttrain.kernels.place import Place
+from fasttrain.kernels.launches import Launches
+from fasttrain.kernels.resident import Tables
+from fasttrain.kernels.table import Kind
 from fasttrain.rule import Rule
 
 # Elements of a chunk in fp32 and in fp64: two 16-byte loads of each fp32 operand are in flight per thread. Left alone,
@@ -110,47 +114,54 @@ def printed(rule: Rule, source: str, space: dict[str, Any], kind: str) -> Any:
 def step(items: Sequence[Item]) -> None:
     """Step every item: one launch for each (rule, storages, device)."""
     with dense(items) as walkable:
-        for kind, group in table.grouped(walkable).items():
-            if kind.codecs:
-                launch_kept(kind.rule, kind.codecs, kind.device, group)
-            else:
-                launch(kind.rule, tuple(STORAGES[dtype] for dtype in kind.dtypes), kind.device, group)
+        groups = table.grouped(walkable)
+        starts = [ready(device, [(kind, group) for kind, group in groups.items() if kind.device == device])
+                  for device in {kind.device: None for kind in groups}]
+        for begin in starts:  # when nothing more takes memory
+            begin()
+        count_up(walkable)
         torch.autograd.graph.increment_version([tensor for item in walkable for tensor in item.written])
 
 
-def launch(rule: Rule, kept: tuple[int, ...], device: torch.device, items: Sequence[Item]) -> None:
-    """One launch over the chunks of all items, which are plain."""
-    block = block_of(items, device)
-    rows, _ = table.rows(items)
-    start(compile_rule(rule, device.type == "cpu"), device, OPTIONS, table.build(items, block), rows, kept, block=block,
-          wide=items[0].dtype == torch.float64)
-    count_up(items)
+tables: Tables[Launches] = Tables()
+place_of: Any = place.place_of  # torch's side of a device; tests put another in its place
 
 
-def launch_kept(rule: Rule, codecs: tuple[int, ...], device: torch.device, items: Sequence[Item]) -> None:
-    """One launch over the chunks of all items, which are not plain."""
-    block = block_of(items, device)
-    rows, row_of = kept_table.rows(items)
-    chunks = kept_table.build(items, block, kept_table.describe(items, row_of))
-    start(compile_rule(rule, device.type == "cpu", codecs), device, KEPT_OPTIONS, chunks, rows, block=block,
-          wide=items[0].dtype == torch.float64, clip=any(item.tail.clip != math.inf for item in items))
-    count_up(items)
+def ready(device: torch.device, groups: Sequence[tuple[Kind, list[Item]]]) -> Callable[[], None]:
+    """What starts one launch for each group, all on one device and on torch's current stream there."""
+    here = place_of(device)
+    with here.guard():
+        made = launches.ready(tables, here, device, here.stream(), groups, partial(block_of, device), lambda kind: None)
+    return partial(start, groups, made)
 
 
-def block_of(items: Sequence[Item], device: torch.device) -> int:
+def start(groups: Sequence[tuple[Kind, list[Item]]], made: Launches) -> None:
+    """One program for each chunk."""
+    for index, ((kind, items), chunks, width) in enumerate(zip(groups, made.chunks, made.widths, strict=True)):
+        if chunks:
+            dtype = torch.float64 if items[0].dtype == torch.float64 else torch.float32
+            rows = made.on_device.view("live", index, dtype)
+            begin(kind, items, chunks, made.on_device.view("fixed", index, torch.int64), rows, width,
+                  made.on_device.view("live", len(groups) + index, torch.int64), None,
+                  clip=any(item.tail.clip != math.inf for item in items if not item.plain))
+
+
+def begin(kind: Kind, items: Sequence[Item], chunks: int, table_of: Tensor, rows: Tensor, width: int,
+          gradients: Tensor, skip: Tensor | None, clip: bool) -> None:
+    """Start the kernel of such items, over a table of chunks on the device."""
+    interpreted, wide = kind.device.type == "cpu", items[0].dtype == torch.float64
+    kernel = compile_rule(kind.rule, interpreted, kind.codecs)
+    stated = {"clip": clip} if kind.codecs else {}
+    options = {} if interpreted else KEPT_OPTIONS if kind.codecs else OPTIONS
+    storages = () if kind.codecs else tuple(STORAGES[dtype] for dtype in kind.dtypes)
+    with guard(kind.device):
+        kernel[(chunks,)](table_of, rows, width, gradients, skip, *storages, **stated, wide=wide,
+                          block=block_of(kind.device, items), interpreted=interpreted, **options)
+
+
+def block_of(device: torch.device, items: Sequence[Item]) -> int:
     """Elements of a chunk."""
     return BLOCK_INTERPRETED if device.type == "cpu" else BLOCK[items[0].dtype == torch.float64]
-
-
-def start(kernel: Any, device: torch.device, options: dict[str, Any], chunks: np.ndarray, rows: np.ndarray,
-          kept: tuple[int, ...] = (), **constants: Any) -> None:
-    """One program for each chunk."""
-    interpreted = device.type == "cpu"
-    if len(chunks):
-        options = {} if interpreted else options
-        with guard(device):
-            arrays = (upload(array, device) for array in (chunks, rows))
-            kernel[(len(chunks),)](*arrays, rows.shape[1], *kept, **constants, interpreted=interpreted, **options)
 
 
 def guard(device: torch.device) -> AbstractContextManager[Any]:
@@ -158,13 +169,13 @@ def guard(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """A copy on the device, ordered on the current stream; the host does not wait."""
+def upload(array: np.ndarray, device: torch.device, what: str = "the tables of a step") -> torch.Tensor:
+    """A copy on the device, ordered on the current stream; the host does not wait. `what`: for the error where there is
+    no memory for it.
+    """
     tensor = torch.from_numpy(array)
-    if device.type != "cuda":
-        return tensor.to(device)
-    with resident.making("the tables of a step", device):
-        return ring.upload(Place(device), array).view(tensor.dtype).view(tensor.shape)
+    with resident.making(what, device):
+        return ring.upload(place_of(device), array).view(tensor.dtype).view(tensor.shape)
 
 
 def count_up(items: Sequence[Item]) -> None:
@@ -195,8 +206,8 @@ def compile_kept_ahead(rule: Rule, codecs: tuple[int, ...], clip: bool, arch: in
 def _compile_ahead(function: Any, arch: int, options: dict[str, Any], values: dict[str, Any]) -> Any:
     wide = values["wide"]
     values = {**values, "block": BLOCK[wide], "interpreted": False}
-    return compile_for(function, arch, options, {"table": "*i64", "rows": "*fp64" if wide else "*fp32", "width": "i32"},
-                       values)
+    return compile_for(function, arch, options, {"table": "*i64", "rows": "*fp64" if wide else "*fp32", "width": "i32",
+                                                "gradients": "*i64"}, {**values, "skip": None})
 
 
 def compile_for(function: Any, arch: int, options: dict[str, Any], types: dict[str, str],

@@ -26,7 +26,7 @@ from torch import Tensor
 from fasttrain.kernels import table, triton_codecs, triton_tiles
 from fasttrain.kernels.item import STORAGES, Item, in_turns
 from fasttrain.kernels.triton import compile_for, count_up, guard, upload, wrapped
-from fasttrain.kernels.triton_sums import add_up
+from fasttrain.kernels.triton_sums import add_up, checked
 
 ROWS, WIDTH = 64, 256  # of a tile; `move_lines` takes as many lines as a tile has rows
 COLUMNS = {"square_tile": 64, "measure_tile": 32, "apply_tile": 32}  # so many at once, as registers allow
@@ -204,15 +204,19 @@ class Launches:
             self._launch("move_lines", self.moves, lambda kind: (numbers, parts, lines, row_means[starts[kind]:]))
             segments = [np.stack([starts[kind] + begin + np.arange(matrices) * groups, np.full(matrices, groups)], 1)
                         for kind, begin, matrices, groups in self.mean_of]
-            means = add_up(row_means, np.concatenate(segments), self.device)
+            means = add_up(row_means, self._segments(np.concatenate(segments)), self.device)
         begins = {id(self.tiles): self.tiles.begins(), id(self.chunks): self.chunks.begins(len(self.tiles))}
         self._launch("measure_tile", self.tiles,
                      lambda kind: (numbers, lines, means, partials[begins[id(self.tiles)][kind]:]))
         self._launch("measure_whole", self.chunks, lambda kind: (numbers, partials[begins[id(self.chunks)][kind]:]))
-        sums = add_up(partials, np.array([[begins[id(tables)][kind] + begin, programs]
-                                          for tables, kind, begin, programs in self.sum_of], np.int64), self.device)
+        sums = add_up(partials, self._segments(np.array([[begins[id(tables)][kind] + begin, programs]
+                                                         for tables, kind, begin, programs in self.sum_of], np.int64)),
+                      self.device)
         self._launch("apply_tile", self.tiles, lambda kind: (numbers, lines, means, sums, self.parameters))
         self._launch("apply_whole", self.chunks, lambda kind: (numbers, sums, self.parameters))
+
+    def _segments(self, segments: np.ndarray) -> Tensor:
+        return upload(checked(segments), self.device)
 
     def _space(self, *size: int) -> Tensor:
         return torch.empty(size, dtype=torch.float64, device=self.device)

@@ -53,17 +53,17 @@ def add_squares(lanes, bad, x, wide: tl.constexpr, interpreted: tl.constexpr):
     return lanes, bad
 
 
-def square(table, partials, storage: tl.constexpr, blocks: tl.constexpr, size: tl.constexpr, levels: tl.constexpr,
-           together: tl.constexpr, interpreted: tl.constexpr):
+def square(table, addresses, partials, storage: tl.constexpr, blocks: tl.constexpr, size: tl.constexpr,
+           levels: tl.constexpr, together: tl.constexpr, interpreted: tl.constexpr):
     """A kernel: of one chunk, the sum of squares, and in how many lanes an element is not finite."""
     program = tl.program_id(0).to(tl.int64)
-    at = tl.load(table + program * 4)
+    at = tl.load(addresses + program)
     count = tl.load(table + program * 4 + 1)
     wide: tl.constexpr = storage == 1
     first = tile_of(blocks)
     lanes = tl.full((blocks, 16), 0.0, tl.float64)
     bad = tl.full((blocks, 16), 0, tl.int1)
-    if (tl.load(table + program * 4 + 3) == 1) & (count == blocks * 4096):
+    if (at % 16 == 0) & (count == blocks * 4096):
         for row in range(0, 256, together):
             for more in tl.static_range(together):
                 x = load(at, first + (row + more) * 16, first, storage, wide, True, interpreted)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fasttrain.kernels import triton_bits, triton_blocks, triton_codecs, triton_kept
+from fasttrain.kernels import resident, triton_bits, triton_blocks, triton_codecs, triton_kept
 from fasttrain.kernels.item import STORAGES
 from fasttrain.kernels.pack import scale_bits
 from fasttrain.kernels.triton import compile_for, guard, upload, wrapped
@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # bound when the functions are wrapped
 
     from fasttrain.kernels.triton_kept import fetch, put, rounded
 
+BUCKET = "the table of a bucket"
 INT8 = NUMBER["int8"]
 BLOCK, BLOCK_INTERPRETED = 1024, 1 << 16  # elements of a program: whole blocks of codes
 OPTIONS = {"num_warps": 4, "maxnreg": 96, "enable_fp_fusion": False}  # without a limit Triton 3.7's ptxas spills
@@ -180,8 +181,8 @@ def _launch_moves(kind: tuple[int, int, int], group: Sequence[tuple[Tensor, Tens
     table[:, 5] = scale_bits(scale, wide)
     table[:, 6] = (table[:, [0, 1, 3]] % 16 == 0).all(axis=1)
     if len(table):
-        _start("move_chunk", device, len(table), upload(table, device), source=kind[0], target=kind[1], lost=kind[2],
-               wide=wide, block=block)
+        _start("move_chunk", device, len(table), upload(table, device, BUCKET), source=kind[0], target=kind[1],
+               lost=kind[2], wide=wide, block=block)
 
 
 def sum_chunks(chunks: Sequence[Tensor], units: Sequence[Tensor] | None, out: Tensor, scale: float,
@@ -194,10 +195,11 @@ def sum_chunks(chunks: Sequence[Tensor], units: Sequence[Tensor] | None, out: Te
     aligned = all(place % 16 == 0 for place in places)
     table = [places[0], len(out), scale_bits(scale, wide), int(aligned), len(chunks), *places[1:],
              *(unit.data_ptr() for unit in units or ())]
-    sums = torch.zeros(programs if squares else 0, dtype=torch.float64, device=device)
-    flags = torch.zeros(programs if squares else 0, dtype=torch.int32, device=device)
+    with resident.making("the workspace of a sum", device):
+        sums = torch.zeros(programs if squares else 0, dtype=torch.float64, device=device)
+        flags = torch.zeros(programs if squares else 0, dtype=torch.int32, device=device)
     if programs:
-        _start("sum_chunk", device, programs, upload(np.array(table, np.int64), device), sums, flags,
+        _start("sum_chunk", device, programs, upload(np.array(table, np.int64), device, BUCKET), sums, flags,
                source=STORAGES[chunks[0].dtype] if units is None else INT8, target=STORAGES[out.dtype],
                ranks=len(chunks), wide=wide, squares=squares, block=block)
     return (sums.sum(), flags.any()) if squares else None

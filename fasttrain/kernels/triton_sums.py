@@ -1,11 +1,13 @@
-"""Norms and stages with sums in Triton, two launches each: a partial sum of each chunk, then the tree over them.
+"""Norms in Triton, two launches each: a partial sum of each chunk, then the tree over them, as of stages with sums
+(`fasttrain.kernels.triton_stages`).
 
 The sums have the bits of `fasttrain.kernels.norm`, whatever the grid, and stay on the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -13,16 +15,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fasttrain.kernels import table, triton_codecs, triton_lanes
-from fasttrain.kernels.item import STORAGES, Item, dense
-from fasttrain.kernels.triton import compile_for, compile_stage, count_up, guard, launch, upload, wrapped
+from fasttrain.kernels import resident, table, triton, triton_codecs, triton_lanes
+from fasttrain.kernels.item import STORAGES, Item
+from fasttrain.kernels.place import Place
+from fasttrain.kernels.resident import Column, Resident, Tables
+from fasttrain.kernels.ring import ring_of
+from fasttrain.kernels.triton import compile_for, guard, wrapped
 from fasttrain.kernels.triton_lanes import LANES, SUM_BLOCK
 from fasttrain.rule import Rule
 
 BLOCKS_INTERPRETED = 16
 BRANCH = 512  # partial sums that are added at once; with 1,024, or on more warps, ptxas spills
 OPTIONS = {"num_warps": 1, "maxnreg": 168, "enable_fp_fusion": False}  # of a norm's walk
-STAGE_OPTIONS = {**OPTIONS, "maxnreg": 255}  # LAMB takes up to 221
 ADDING = {"num_warps": 2, "enable_fp_fusion": False}
 NOTHING = Rule("", (), lambda step: {}, lambda p, g, k: p)  # of items that are tensors to be walked
 
@@ -51,11 +55,6 @@ def together_in_norm(storage: int) -> int:
     return 16 if storage == 0 else 8
 
 
-def together_in_stage(storages: Sequence[int]) -> int:
-    """The same, of every operand: 16 elements in float32, and 8 in float64, where registers are scarce."""
-    return 4 if all(storage == 0 for storage in storages) else 2
-
-
 def shape(blocks: int) -> dict[str, int]:
     """The constants of a walk over chunks of so many blocks."""
     return {"blocks": blocks, "size": blocks * LANES, "levels": (blocks * LANES).bit_length() - 1}
@@ -63,79 +62,95 @@ def shape(blocks: int) -> dict[str, int]:
 
 # --- Launches ---------------------------------------------------------------------------------------------------------
 
+@dataclass(frozen=True)
+class Prepared:
+    """Tables on the device: of each walk, and the segments of the sums. Live are rows, if there are any, and addresses.
+
+    Attributes:
+        parts: of each walk: what it is told, its blocks, its chunks, and the first of its partial sums.
+        columns: of the addresses that move.
+    """
+
+    on_device: Resident
+    parts: tuple[tuple[Any, int, int, int], ...]
+    columns: tuple[Column, ...]
+    partials: int
+
+    @property
+    def segments(self) -> Tensor:
+        return self.on_device.view("fixed", len(self.parts), torch.int64).view(-1, 2)
+
+
+kept: Tables[Prepared] = Tables()
+
+
+def prepared(device: torch.device, about: tuple[Any, ...], moving: Callable[[Prepared], list[np.ndarray]],
+             prepare: Callable[[Place], Prepared]) -> Prepared:
+    """What is kept for such launches, with what moves, or made; in a capture it is made for the graph alone."""
+    place = triton.place_of(device)
+    with place.guard(), resident.making("the workspace of a norm", device):
+        key, captured = (device, place.stream(), *about), place.capturing()
+        made = None if captured else kept.get(key)
+        if made is None:
+            made = prepare(place)
+        else:
+            made.on_device.update(place, moving(made))
+        if not captured:
+            ring_of(place).spare(made.on_device.memory.nbytes)
+            kept.keep(key, made, made.on_device.memory.nbytes)
+    return made
+
+
 def squares(flat: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """As `norm.squares`, of contiguous tensors: a launch for each dtype, and one for all. The host does not wait."""
     device, interpreted = flat[0].device, flat[0].device.type == "cpu"
-    kinds: dict[torch.dtype, list[int]] = {}
-    for index, tensor in enumerate(flat):
-        kinds.setdefault(tensor.dtype, []).append(index)
-    tables, segments, begin = [], np.zeros((len(flat), 2), np.int64), 0
-    for dtype, members in kinds.items():
-        items = [Item("", NOTHING, (flat[index],), (), None) for index in members]
-        blocks = blocks_of((STORAGES[dtype],), interpreted)
-        described = table.describe(items, [0] * len(items))
-        tables.append((dtype, blocks, table.build(items, blocks * SUM_BLOCK, described), begin))
-        segments[members] = segments_of(described[:, 1], blocks * SUM_BLOCK, begin)
-        begin += len(tables[-1][2])
+    described = np.array([[tensor.data_ptr(), tensor.numel(), STORAGES[tensor.dtype]] for tensor in flat], np.int64)
+    made = prepared(device, ("squares", described[:, 1:].tobytes()), lambda made: addresses(made, described[:, 0]),
+                    lambda place: prepare_squares(place, flat, described))
     with guard(device):
-        partials = torch.empty(max(begin, 1), 2, dtype=torch.float64, device=device)
-        for dtype, blocks, chunks, first in tables:
-            if len(chunks):
-                storage = STORAGES[dtype]
-                kernels(interpreted)["square"][(len(chunks),)](
-                    upload(chunks, device), partials[first:], storage=storage, **shape(blocks),
-                    together=together_in_norm(storage), interpreted=interpreted, **({} if interpreted else OPTIONS))
-        sums, bad = add_up(partials, segments, device)
+        partials = torch.empty(max(made.partials, 1), 2, dtype=torch.float64, device=device)
+        for index, (storage, blocks, chunks, first) in enumerate(made.parts):
+            if chunks:
+                kernels(interpreted)["square"][(chunks,)](
+                    made.on_device.view("fixed", index, torch.int64), made.on_device.view("live", index, torch.int64),
+                    partials[first:], storage=storage, **shape(blocks), together=together_in_norm(storage),
+                    interpreted=interpreted, **({} if interpreted else OPTIONS))
+        sums, bad = add_up(partials, made.segments, device)
     return sums, (bad != 0).any()
+
+
+def addresses(made: Prepared, pointers: np.ndarray) -> list[np.ndarray]:
+    """The columns of addresses that move."""
+    return [column.addresses(pointers) for column in made.columns]
+
+
+def prepare_squares(place: Place, flat: Sequence[Tensor], described: np.ndarray) -> Prepared:
+    tables, parts, columns, begin = [], [], [], 0
+    segments = np.zeros((len(flat), 2), np.int64)
+    for storage in dict.fromkeys(described[:, 2].tolist()):
+        members = np.flatnonzero(described[:, 2] == storage)
+        items = [Item("", NOTHING, (flat[index],), (), None) for index in members.tolist()]
+        blocks = blocks_of((storage,), flat[0].device.type == "cpu")
+        own = table.describe(items, [0] * len(items))
+        own[:, 0] = 0
+        tables.append(table.build(items, blocks * SUM_BLOCK, own))
+        chunks = -(-own[:, 1] // (blocks * SUM_BLOCK))
+        columns.append(Column(np.repeat(members, chunks), tables[-1][:, 0].copy()))
+        segments[members] = segments_of(own[:, 1], blocks * SUM_BLOCK, begin)
+        parts.append((storage, blocks, len(tables[-1]), begin))
+        begin += len(tables[-1])
+    moving = [column.addresses(described[:, 0]) for column in columns]
+    return Prepared(Resident(place, moving, [*tables, checked(segments)], apart=True), tuple(parts), tuple(columns),
+                    begin)
 
 
 def total(sums: Tensor) -> Tensor:
     """As `norm.total`: one launch."""
+    segments = np.array([[0, len(sums)]], np.int64)
+    made = prepared(sums.device, ("total", len(sums)), lambda made: [],
+                    lambda place: Prepared(Resident(place, [], [checked(segments)], apart=True), (), (), 0))
     with guard(sums.device):
-        return add_up(sums.contiguous().view(-1, 1), np.array([[0, len(sums)]], np.int64), sums.device)[0, 0]
-
-
-def measure(items: Sequence[Item]) -> Tensor:
-    """Step the items of one device, whose rules have as many sums; their sums, (items, sums), on the device.
-
-    One launch for each (rule, storages), and one for all sums.
-    """
-    device, width = items[0].tensors[0].device, len(items[0].rule.sums or ())
-    with dense(items) as walkable:
-        if width:
-            sums = _walk(walkable, device, width)
-        else:
-            sums = torch.empty(0, len(items), dtype=torch.float64)
-            for kind, group in table.grouped(walkable).items():
-                launch(kind.rule, tuple(STORAGES[dtype] for dtype in kind.dtypes), kind.device, group)
-        torch.autograd.graph.increment_version([tensor for item in walkable for tensor in item.written])
-    return sums.T
-
-
-def _walk(items: Sequence[Item], device: torch.device, width: int) -> Tensor:
-    interpreted = device.type == "cpu"
-    place = {id(item): index for index, item in enumerate(items)}
-    plans, segments, begin = [], np.zeros((len(items), 2), np.int64), 0
-    for kind, group in table.grouped(items).items():
-        storages = tuple(STORAGES[dtype] for dtype in kind.dtypes)
-        blocks = blocks_of(storages, interpreted)
-        rows, row_of = table.rows(group)
-        described = table.describe(group, row_of)
-        chunks = table.build(group, blocks * SUM_BLOCK, described)
-        plans.append((kind.rule, storages, blocks, rows, chunks, begin, group))
-        segments[[place[id(item)] for item in group]] = segments_of(described[:, len(storages)], blocks * SUM_BLOCK,
-                                                                    begin)
-        begin += len(chunks)
-    with guard(device):
-        partials = torch.empty(max(begin, 1), width, dtype=torch.float64, device=device)
-        for rule, storages, blocks, rows, chunks, first, group in plans:
-            if len(chunks):
-                compile_stage(rule, interpreted, together_in_stage(storages))[(len(chunks),)](
-                    upload(chunks, device), upload(rows, device), rows.shape[1], partials[first:], *storages,
-                    wide=group[0].dtype == torch.float64, **shape(blocks), interpreted=interpreted,
-                    **({} if interpreted else STAGE_OPTIONS))
-            count_up(group)
-        return add_up(partials, segments, device)
+        return add_up(sums.contiguous().view(-1, 1), made.segments, sums.device)[0, 0]
 
 
 # --- Ahead of time ----------------------------------------------------------------------------------------------------
@@ -147,17 +162,8 @@ def compile_ahead(name: str, storage: int, arch: int) -> Any:
         return compile_for(function, arch, ADDING, {"partials": "*fp64", "segments": "*i64", "sums": "*fp64"},
                            {"width": 2, "size": BRANCH, "levels": BRANCH.bit_length() - 1})
     values = {"storage": storage, "together": together_in_norm(storage), "interpreted": False}
-    return compile_for(function, arch, OPTIONS, {"table": "*i64", "partials": "*fp64"},
+    return compile_for(function, arch, OPTIONS, {"table": "*i64", "addresses": "*i64", "partials": "*fp64"},
                        values | shape(blocks_of((storage,))))
-
-
-def compile_stage_ahead(rule: Rule, storages: tuple[int, ...], arch: int) -> Any:
-    """Compile a stage with sums; the storages are of p, g and the states."""
-    function, wide = compile_stage(rule, False, together_in_stage(storages)), storages[0] == 1
-    stated = [name for name in function.arg_names if name.endswith("_storage")]
-    types = {"table": "*i64", "rows": "*fp64" if wide else "*fp32", "width": "i32", "partials": "*fp64"}
-    return compile_for(function, arch, STAGE_OPTIONS, types, {**dict(zip(stated, storages, strict=True)), "wide": wide,
-                                                        "interpreted": False} | shape(blocks_of(storages)))
 
 
 # --- The tree ---------------------------------------------------------------------------------------------------------
@@ -172,8 +178,8 @@ def segments_of(elements: np.ndarray, chunk: int, begin: int) -> np.ndarray:
     return np.stack([begin + np.cumsum(chunks) - chunks, chunks], axis=1)
 
 
-def add_up(partials: Tensor, segments: np.ndarray, device: torch.device) -> Tensor:
-    """The trees over segments of rows of partial sums: one launch; (width, segments).
+def checked(segments: np.ndarray) -> np.ndarray:
+    """The segments, if sums can be made of them.
 
     Raises:
         ValueError: a segment has more than BRANCH^2 rows, which takes a tensor of 2^33 elements.
@@ -181,9 +187,14 @@ def add_up(partials: Tensor, segments: np.ndarray, device: torch.device) -> Tens
     if segments[:, 1].max(initial=0) > BRANCH * BRANCH:
         raise ValueError(f"a tensor has {segments[:, 1].max()} chunks, and sums are made of {BRANCH * BRANCH} at most: "
                          "split it")
+    return segments
+
+
+def add_up(partials: Tensor, segments: Tensor, device: torch.device, out: Tensor | None = None) -> Tensor:
+    """The trees over segments of rows of partial sums: one launch; (width, segments), in `out` if it is given."""
     interpreted, width = device.type == "cpu", partials.shape[1]
-    sums = torch.empty(width, len(segments), dtype=torch.float64, device=device)
+    sums = torch.empty(width, len(segments), dtype=torch.float64, device=device) if out is None else out
     kernels(interpreted)["add_up"][(len(segments), width)](
-        partials, upload(segments, device), sums, width=width, size=BRANCH, levels=BRANCH.bit_length() - 1,
+        partials, segments, sums, width=width, size=BRANCH, levels=BRANCH.bit_length() - 1,
         **({} if interpreted else ADDING))
     return sums

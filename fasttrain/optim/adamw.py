@@ -72,7 +72,8 @@ class Adam(Optimizer, torch.optim.Adam):
         weight_decay: :math:`\lambda`, added to the gradient (with `decoupled_weight_decay`, as in `AdamW`).
         amsgrad: divide by the root of the largest second moment so far.
         maximize: ascend instead of descend.
-        foreach, fused, capturable: accepted for torch's sake; every step here is fused.
+        capturable: GPUs drive every step, which CUDA graphs can then hold (docs/graphs.md); `step` is on the GPU.
+        foreach, fused: accepted for torch's sake; every step here is fused.
         differentiable: run the reference backend and record it for autograd.
         backend: a name from `fasttrain.kernels.dispatch`, or None to choose.
 

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 
 from torch import Tensor
 
-from fasttrain.optim import clip, ema, pinned
+from fasttrain.optim import clip, drive, ema, pinned
 from fasttrain.optim.arrival import Arrival
 from fasttrain.optim.groups import Groups
 from fasttrain.optim.pinned import PinnedBytes
@@ -18,9 +18,20 @@ class Around(Groups):
 
     last_step: StepReport = StepReport()
     arriving: Arrival | None = None
-    _clip: float = 1.0  # what the next step multiplies the gradients with: the coefficient of `clip_grad_norm_`
-    _syncs: int = 0  # waits for a device since the last step
+    _coefficient: float = 1.0  # what the next step multiplies the gradients with, where the host knows it
     _swapped: bool = False  # the parameters are their EMA
+
+    @property
+    def _clip(self) -> float:
+        """What the next step multiplies the gradients with, on the host: the coefficient of `clip_grad_norm_`."""
+        if self._limit is None:
+            return self._coefficient
+        self._syncs += self._limit[0].device.type != "cpu"
+        return clip.coefficient(self._limit[0].item(), self._limit[1])
+
+    @_clip.setter
+    def _clip(self, coefficient: float) -> None:
+        self._coefficient, self._limit = coefficient, None
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False,
                         norm: Tensor | None = None) -> Tensor:
@@ -61,7 +72,7 @@ class Around(Groups):
         What `fasttrain.LossScaler.step` calls; all three are tensors of one element.
         """
         if max_norm is not None:
-            self._clip = clip.coefficient(norm.item(), max_norm)
+            self._limit = norm, max_norm
         self.grad_scale, self.found_inf = scale, found
         try:
             self.step()
@@ -135,20 +146,31 @@ class Around(Groups):
         """
         return ema.weights(self)
 
+    def refresh(self) -> None:
+        """Send every hyperparameter of every group to the device, for captured steps: a copy that nothing waits for.
+
+        A replay of a CUDA graph runs no Python. `fasttrain.StepGraph` calls this before each replay, so that learning
+        rates, weight decay and schedules take effect; whoever replays a graph of their own calls it themselves.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured, or the options of a group select another equation by now.
+        """
+        drive.refresh(self)
+
     def _scale(self, report: StepReport) -> float | None:
         """What the gradients are multiplied with; None if the step is to be skipped."""
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        report.host_syncs, self._syncs = self._syncs, 0
         for tensor in (found_inf, grad_scale):
             report.host_syncs += isinstance(tensor, Tensor) and tensor.device.type != "cpu"
-        if found_inf is not None and found_inf.item() != 0:
-            report.skipped = True
+        report.skipped = found_inf is not None and found_inf.item() != 0
+        own = 1.0 if report.skipped else self._clip
+        report.host_syncs, self._syncs = report.host_syncs + self._syncs, 0
+        if report.skipped:
             return None
-        return self._clip if grad_scale is None else self._clip / grad_scale.item()
+        return own if grad_scale is None else own / grad_scale.item()
 
     def _finish(self, report: StepReport) -> None:
         """What a step does after the kernels."""
-        self._clip = 1.0
         for index, group in enumerate(self.param_groups):
             if not report.skipped:
                 if group.get("ema_decay") is not None:
@@ -159,6 +181,11 @@ class Around(Groups):
                 for p in group["params"]:
                     if p.grad is not None:
                         p.grad.detach().zero_()  # also of views: gradients in buckets
+        self._close(report)
+
+    def _close(self, report: StepReport) -> None:
+        """Forget what was told for one step."""
+        self._clip, self._syncs = 1.0, 0
         self._arrived.clear()
         report.close()
         self.last_step = report

@@ -20,6 +20,13 @@ def element(p, g, ax, k):
 RULE = Rule("ASGD", ("ax",), coefficients, element, retain={"ax": "old"}, exact=("ax",))
 
 
+def rates(step, lr, lambd, alpha, t0):
+    return dict(eta=lr / (1 + lambd * lr * step) ** alpha, mu=1 / max(1, step - t0))
+
+
+ADVANCING = Rule("ASGDAdvancing", (), rates, lambda p, g, k: k.eta * p + k.mu * g)
+
+
 class ASGD(MadeByTorch, torch.optim.ASGD):
     r"""Descent with a decaying rate, and the average of its way: `torch.optim.ASGD`, its arguments, states and numbers.
 
@@ -37,7 +44,7 @@ class ASGD(MadeByTorch, torch.optim.ASGD):
         t0: the step at which averaging starts, :math:`t_0`; until then :math:`\mu = 1`.
         weight_decay: :math:`\lambda`, added to the gradient.
         maximize: ascend instead of descend.
-        capturable: accepted for torch's sake; it keeps `step` on the parameter's device.
+        capturable: GPUs drive every step, which CUDA graphs can then hold (docs/graphs.md); `step` is on the GPU.
         foreach: accepted for torch's sake; every step here is fused.
         differentiable: run the reference backend and record it for autograd.
         backend: a name from `fasttrain.kernels.dispatch`, or None to choose.
@@ -62,6 +69,7 @@ class ASGD(MadeByTorch, torch.optim.ASGD):
 
     rules = (RULE,)
     running = ("eta", "mu")
+    advancing = ADVANCING
 
     def __init__(self, params, lr=1e-2, lambd=1e-4, alpha=0.75, t0=1e6, weight_decay=0, foreach=None,
                  maximize=False, differentiable=False, capturable=False, **options):
@@ -70,6 +78,5 @@ class ASGD(MadeByTorch, torch.optim.ASGD):
             self, params, lr, lambd, alpha, t0, weight_decay, foreach, maximize, differentiable, capturable)
 
     def advance(self, state, group, step):
-        lr, lambd = group["lr"], group["lambd"]
         now = {name: state[name].to(torch.float64, copy=True) for name in self.running}
-        return now, dict(eta=lr / (1 + lambd * lr * step) ** group["alpha"], mu=1 / max(1, step - group["t0"]))
+        return now, rates(step, group["lr"], group["lambd"], group["alpha"], group["t0"])

@@ -44,6 +44,11 @@ def parameters(optimizers: Iterable[Any]) -> list[Tensor]:
     return params
 
 
+def in_shards(optimizer: Any) -> bool:
+    """Whether ranks have shards of the gradients, which no parameter shows (`fasttrain.parallel.Zero`)."""
+    return getattr(optimizer, "in_shards", False)
+
+
 def placed(params: Iterable[Tensor]) -> list[Tensor]:
     """Those that may be DTensors, or have one for a gradient."""
     return [p for p in params if type(p) not in PLAIN or type(p.grad) not in PLAIN]
@@ -55,7 +60,8 @@ def statistics(optimizers: Iterable[Any]) -> tuple[Tensor, Tensor]:
 
     Gradients that are shards (DTensor) are added over the processes, copies are counted once.
     """
-    params = parameters(optimizers)
+    optimizers = list(optimizers)
+    params = parameters(optimizer for optimizer in optimizers if not in_shards(optimizer))
     cut = [p for p in placed(params) if shares(p)]  # with those that have no gradient here: others may have one
     apart = {id(p) for p in cut}
     by_device: dict[torch.device, list[Tensor]] = {}
@@ -65,6 +71,10 @@ def statistics(optimizers: Iterable[Any]) -> tuple[Tensor, Tensor]:
             grad = local(grad) if type(grad) not in PLAIN else grad
             by_device.setdefault(grad.device, []).append(grad.coalesce().values() if grad.is_sparse else grad)
     sums, found = [], []
+    for optimizer in filter(in_shards, optimizers):
+        squares, bad = optimizer.grad_statistics()
+        sums.append(squares)
+        found.append(bad)
     for grads in by_device.values():
         squares, bad = norm.squares(grads)
         sums.append(norm.total(squares))
@@ -85,6 +95,9 @@ def grad_norm(optimizers: Iterable[Any], norm_type: float = 2.0) -> Tensor:
     Returns:
         float32, shape (), on the device of the first gradient.
     """
+    optimizers = list(optimizers)
+    if norm_type != 2.0 and any(map(in_shards, optimizers)):
+        raise ValueError(f"norm_type={norm_type}: of gradients in shards the norm 2 is known, and no other")
     if norm_type == 2.0:
         return statistics(optimizers)[0].sqrt().float()
     params = [p for p in parameters(optimizers) if p.grad is not None]
@@ -106,7 +119,7 @@ def clip_grad_norm(optimizers: Iterable[Any], max_norm: float, norm_type: float 
         optimizers: of this package; their parameters count as one vector.
         max_norm: the largest norm that is let through.
         norm_type: of the norm; 2 is one pass of ours, others go through torch.
-        error_if_nonfinite: raise if the norm is infinite or NaN; this waits for the device.
+        error_if_nonfinite: raise if the norm is infinite or NaN; this waits for the device, which nothing else does.
         norm: that of all gradients, where it is known, as to `fasttrain.parallel.Reducer.grad_norm`: none is read.
 
     Returns:
@@ -128,6 +141,5 @@ def clip_grad_norm(optimizers: Iterable[Any], max_norm: float, norm_type: float 
     if error_if_nonfinite and not math.isfinite(total.item()):
         raise RuntimeError(f"the norm of the gradients is {total.item()}: nothing was clipped")
     for optimizer in optimizers:
-        optimizer._clip = coefficient(total.item(), max_norm)
-        optimizer._syncs += total.device.type != "cpu"
+        optimizer._limit = total.clone(), max_norm  # a copy: what is returned may be written
     return total

@@ -18,17 +18,22 @@ from fasttrain.precision.storage import ema_codec
 
 
 @torch.no_grad()
-def follow_resting(optimizer: Any, index: int) -> None:
+def follow_resting(optimizer: Any, index: int, found: Tensor | None = None) -> None:
     """Move the EMA of parameters of a group that were not stepped: they rest, and their average approaches them.
 
-    It is rounded as a step would do it, with the draws that this step would have taken.
+    It is rounded as a step would do it, with the draws that this step would have taken. Where `found`, a tensor of one
+    element, is not zero, they stay.
     """
     group = optimizer.param_groups[index]
+    decay = group["ema_decay"]
+    keep, add = (decay.double(), 1.0 - decay.double()) if isinstance(decay, Tensor) else (decay, 1.0 - decay)
     for i, p in enumerate(group["params"]):
         if p.grad is None and id(p) not in optimizer._arrived and EMA in optimizer.state.get(p, ()):
             average, now = local(optimizer.state[p][EMA]), local(p)
             kind = torch.promote_types(average.dtype, torch.float32)  # each operation rounds once, wherever it is run
-            value = average.to(kind).mul(group["ema_decay"]).add_(now.to(kind).mul(1.0 - group["ema_decay"]))
+            value = average.to(kind).mul(keep).add_(now.to(kind).mul(add))
+            if found is not None:
+                value = torch.where(found.to(value.device) != 0, average.to(kind), value)
             number = ema_codec(p.dtype, group)
             bits = _bits(optimizer, (index, i), average) if number & STOCHASTIC else None
             encode(number, value, average, None, bits)

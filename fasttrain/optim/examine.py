@@ -59,8 +59,9 @@ def scan(optimizer: Groups, rules: list[Rule]) -> list[int]:
     return optimizer._plan.scan(optimizer.state, lists)
 
 
-def examine(optimizer: Groups, where: tuple[int, int], rule: Rule, report: StepReport) -> Examined:
-    """Check one parameter and make its states."""
+def examine(optimizer: Groups, where: tuple[int, int], rule: Rule, report: StepReport,
+            steps_of: Callable[[Tensor, StepReport], float] | None = None) -> Examined:
+    """Check one parameter and make its states. `steps_of` reads a step count, if not `counted`."""
     group, whole, name = optimizer.param_groups[where[0]], optimizer._param(where), optimizer._name(where)
     check_placed(name, whole)
     settle(whole)
@@ -74,7 +75,7 @@ def examine(optimizer: Groups, where: tuple[int, int], rule: Rule, report: StepR
     if optimizer.counts_steps:
         check_counter(name, state.get("step"))
         counter = plain(state["step"])
-    step = counter.item() + 1 if counter is not None else 1 if fresh else 2
+    step = (steps_of or counted)(counter, report) + 1 if counter is not None else 1 if fresh else 2
     if is_plain(group):
         item = Item(name, rule, reals(name, p, grad, rule.state, state), (), counter)
         report.allocations += len(state) - known
@@ -94,6 +95,12 @@ def examine(optimizer: Groups, where: tuple[int, int], rule: Rule, report: StepR
     item = Item(name, rule, mains, (), counter, layout.codecs, extras, bool(group.get("zero_gradients")),
                 place=place(name, whole) if layout.stochastic else (0, 0, 0))
     return Examined(where, group, item, step, fresh, layout)
+
+
+def counted(counter: Tensor, report: StepReport) -> float:
+    """A step count as a number; where a device has it, the host waits for that."""
+    report.host_syncs += counter.device.type != "cpu"
+    return counter.item()
 
 
 def written_outside(optimizer: Groups, where: tuple[int, int], p: Tensor) -> bool:

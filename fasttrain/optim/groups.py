@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fasttrain.optim import kept
 from fasttrain.optim.page import Group, Page
+from fasttrain.optim.part import declared
 from fasttrain.precision.storage import DEFAULTS, describe, is_plain, normalised
 from fasttrain.rule import Rule
 
@@ -28,6 +29,10 @@ class Groups(Page):
     offload_bucket: int = BUCKET
     _host: Any = None  # the host's side of an offloaded optimizer
     _storage: Mapping[str, Any] = {}
+    _capturable: bool = False  # devices drive every step (`fasttrain.optim.drive`)
+    _drive: Any = None
+    _limit: tuple[Tensor, float] | None = None  # the norm of the gradients and what the next step clips it to
+    _syncs: int = 0  # waits for a device since the last step
     _plan: Any = None
     _planned_for: tuple[list[Rule], str | None] | None = None  # the rule of each group, and the backend that is forced
     _places: list[tuple[int, int]]  # in the order of the plan
@@ -35,6 +40,7 @@ class Groups(Page):
     def _take(self, options: dict[str, Any]) -> None:
         """Keep the options that every optimizer has. Before torch's constructor, which adds the parameter groups."""
         self.backend = options.pop("backend", None)
+        self._capturable = bool(options.pop("capturable", False))
         self.offload, self.offload_bucket = options.pop("offload", False), options.pop("offload_bucket", BUCKET)
         if not isinstance(self.offload, bool):
             raise TypeError(f"offload={self.offload!r} must be True or False")
@@ -102,6 +108,8 @@ class Groups(Page):
 
     def _identity(self, where: tuple[int, int]) -> int:
         """64 bits that stand for a parameter in random draws: of its name if it has one, else of its place."""
+        if (part := declared(self._param(where))) is not None:
+            return part.identity
         names = self.param_groups[where[0]].get("param_names")
         before = sum(len(group["params"]) for group in self.param_groups[: where[0]])
         told = names[where[1]] if names else str(before + where[1])

@@ -1,4 +1,4 @@
-"""Write `csrc/rules.h`, the C++ of every rule, and beside it `stage_rules.h` and `cuda/coefficients.cuh`.
+"""Write `csrc/rules.h`, the C++ of every rule, and beside it `stage_rules.h`.
 
 ``python -m fasttrain.optim.header csrc/rules.h``
 """
@@ -8,10 +8,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from fasttrain.kernels import emit_scalars
 from fasttrain.kernels.emit_cpp import header, stages_header
 from fasttrain.optim import COMMON_RULES, ELEMENTWISE_RULES, RULES, STAGES
-from fasttrain.optim.structures import coefficient_graphs
 
 
 def main(arguments: list[str]) -> None:
@@ -20,9 +18,6 @@ def main(arguments: list[str]) -> None:
     path = Path(arguments[0])
     path.write_text(header(ELEMENTWISE_RULES, COMMON_RULES, RULES[len(ELEMENTWISE_RULES) :]))
     path.with_name("stage_rules.h").write_text(stages_header(STAGES))
-    scalars = path.parent / "cuda" / "coefficients.cuh"
-    scalars.parent.mkdir(exist_ok=True)
-    scalars.write_text(emit_scalars.header(coefficient_graphs((*RULES, *STAGES))))
 
 
 if __name__ == "__main__":

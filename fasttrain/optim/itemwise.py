@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fasttrain.kernels.item import Item
 from fasttrain.optim.checks import check_counter, check_gradient, plain, reals
-from fasttrain.optim.examine import Examined
+from fasttrain.optim.examine import Examined, counted
 from fasttrain.optim.local import check_placed, dtensor_type, is_dtensor, local, settle, shares
 from fasttrain.optim.optimizer import Optimizer
 from fasttrain.optim.page import Group
@@ -41,6 +41,9 @@ class Itemwise(Optimizer):
     def _refuse(self, p: Tensor) -> None:
         """Raise if the optimizer cannot take a parameter."""
 
+    def not_driven(self) -> str | None:
+        return f"{type(self).__name__} has stages between which the host counts"
+
     def takes_storage(self, group: Group) -> bool:
         return False
 
@@ -55,7 +58,8 @@ class Itemwise(Optimizer):
             if self.arriving is None else [one.where for one in examined]
         return [where for where in places if shares(self._param(where))]
 
-    def _examine(self, where: tuple[int, int], rule: Rule, report: StepReport) -> Examined:
+    def _examine(self, where: tuple[int, int], rule: Rule, report: StepReport,
+                 steps_of: Callable[[Tensor, StepReport], float] | None = None) -> Examined:
         p, group = self._param(where), self.param_groups[where[0]]
         distributed = is_dtensor(p) or is_dtensor(p.grad)
         own, grad = p, p.grad
@@ -71,15 +75,16 @@ class Itemwise(Optimizer):
         if known is not None and known[0] == signature and known[1] is own and state is not None and \
                 all((local(state.get(key)) if distributed else state.get(key)) is kept for key, kept in known[2]):
             _, _, _, name, param, states, counter = known
-            step = counter.item() + 1 if counter is not None else 2
+            step = (steps_of or counted)(counter, report) + 1 if counter is not None else 2
             return Examined(where, group, Item(name, rule, (param, grad, *states), (), counter), step, False, None)
         known_states = len(self.state.get(p, ()))
-        one = self._examine_in_full(where, rule, memo, signature)
+        one = self._examine_in_full(where, rule, memo, signature,
+                                    lambda counter: (steps_of or counted)(counter, report))
         report.allocations += len(self.state[p]) - known_states
         return one
 
     def _examine_in_full(self, where: tuple[int, int], rule: Rule, memo: dict[Tensor, tuple[Any, ...]],
-                         signature: tuple[Any, ...]) -> Examined:
+                         signature: tuple[Any, ...], steps_of: Callable[[Tensor], float]) -> Examined:
         group, p, name = self.param_groups[where[0]], self._param(where), self._name(where)
         own, grad = local(p), local(p.grad)
         memo.pop(p, None)
@@ -97,7 +102,7 @@ class Itemwise(Optimizer):
         if type(grad) is Tensor and not (p.is_complex() or signature[-1]):
             kept = [(key, state[key]) for key in (*keys, *(("step",) if counter is not None else ()))]
             memo[p] = signature, own, kept, name, tensors[0], states, counter
-        step = counter.item() + 1 if counter is not None else 1 if fresh else 2
+        step = steps_of(counter) + 1 if counter is not None else 1 if fresh else 2
         return Examined(where, group, Item(name, rule, (*tensors, *states), (), counter), step, fresh, None)
 
     def _describe(self, index: int, one: Examined) -> bool:

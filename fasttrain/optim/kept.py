@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fasttrain.optim.checks import check_memory, plain
 from fasttrain.optim.local import cuts_blocks
+from fasttrain.optim.part import size_of
 from fasttrain.precision.codecs import PLAIN, STOCHASTIC, array_shapes, code_dtype, codec, decode, encode
 from fasttrain.precision.storage import EXTRA_KEYS, describe, ema_codec, is_plain, param_codec, state_codec
 from fasttrain.rule import Rule
@@ -67,7 +68,7 @@ def layout(name: str, p: Tensor, grad_dtype: torch.dtype, group: Mapping[str, An
         raise TypeError(f"{name} is {p.dtype} with a gradient of {grad_dtype}; a group with {describe(group)} takes "
                         "real floating-point parameters: put it into a group of its own")
     own = param_codec(name, p.dtype, group)
-    states = [state_codec(name, state, p.dtype, p.numel(), group, rule, scalars) for state in rule.state]
+    states = [state_codec(name, state, p.dtype, size_of(p), group, rule, scalars) for state in rule.state]
     widened: tuple[str, ...] = ()
     if any(codec(number).block for number in states) and cuts_blocks(p, BLOCKS):
         widened = tuple(key for key, number in zip(rule.state, states, strict=True) if codec(number).block)

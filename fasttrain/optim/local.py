@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fasttrain.kernels import norm
+from fasttrain.optim.part import declared
 
 
 def dtensor_type() -> Any:
@@ -269,6 +270,8 @@ def place(name: str, tensor: Any) -> tuple[int, int, int]:
     Raises:
         ValueError: they do not lie in runs of one length at one distance.
     """
+    if (part := declared(tensor)) is not None:
+        return part.first, 0, 0
     if not shares(tensor) or local(tensor).numel() == 0:
         return 0, 0, 0
     whole, index = tensor.shape, positions(tensor)

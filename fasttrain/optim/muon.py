@@ -6,7 +6,7 @@ a shape, the workspaces are orthogonalised batch by batch, and the result is app
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,9 +16,10 @@ from torch import Tensor
 from fasttrain.kernels import dispatch
 from fasttrain.kernels.item import Item, in_turns
 from fasttrain.optim.adamw import DECOUPLED
-from fasttrain.optim.examine import Examined
 from fasttrain.optim.itemwise import Itemwise
 from fasttrain.optim.local import gathered, is_dtensor, part_of
+from fasttrain.optim.muon_driven import MuonDriven
+from fasttrain.optim.muon_shapes import adjustment, matrices
 from fasttrain.optim.newton_schulz import orthogonalize
 from fasttrain.optim.optimizer import Optimizer
 from fasttrain.optim.page import Group
@@ -57,31 +58,19 @@ NESTEROV = Rule("MuonNesterov", ("momentum_buffer",), momentum_coefficients, nes
 APPLY = Rule("MuonApply", (), apply_coefficients, apply)
 
 
-def adjustment(adjust_lr_fn: str | None, rows: int, columns: int) -> float:
-    """What the learning rate is multiplied with: Jordan's ("original", None) or Moonlight's ("match_rms_adamw").
-
-    >>> adjustment(None, 400, 100), adjustment("match_rms_adamw", 400, 100)
-    (2.0, 4.0)
-    """
-    if adjust_lr_fn == "match_rms_adamw":
-        return 0.2 * math.sqrt(max(rows, columns))
-    return math.sqrt(max(1, rows / columns))
-
-
-def matrices(p: Tensor, group: dict) -> tuple[int, int, int]:
-    """A parameter as (how many, rows, columns): its heads, its leading dimensions, or all of it flattened.
-
-    >>> import torch
-    >>> matrices(torch.empty(8, 3, 5, 5), dict(flatten=True, heads=1))
-    (1, 8, 75)
-    >>> matrices(torch.empty(4, 6, 5), dict(flatten=False, heads=1)), matrices(torch.empty(8, 6), dict(heads=4))
-    ((4, 6, 5), (4, 2, 6))
-    """
-    if p.dim() == 2:
-        return group["heads"], p.shape[0] // group["heads"], p.shape[1]
-    if group["flatten"]:
-        return 1, p.shape[0], math.prod(p.shape[1:])
-    return math.prod(p.shape[:-2]), p.shape[-2], p.shape[-1]
+def in_batches(chosen: Sequence[tuple[Item, Group, Tensor]]) -> list[tuple[tuple[Any, ...], list[int]]]:
+    """What the matrices of a batch have in common, and the places of its items."""
+    batches: dict[Any, list[list[int]]] = {}
+    for place, (item, group, p) in enumerate(chosen):
+        if p.numel():
+            key = (matrices(p, group)[1:], item.dtype, p.device, tuple(map(float, group["ns_coefficients"])),
+                   group["ns_steps"], group["eps"])
+            together = batches.setdefault(key, [[]])
+            most = BATCH if p.device.type == "cpu" else BATCH_ON_GPU
+            if together[-1] and sum(chosen[other][2].numel() for other in together[-1]) + p.numel() > most:
+                together.append([])
+            together[-1].append(place)
+    return [(key, places) for key, together in batches.items() for places in together]
 
 
 class Muon(Itemwise, torch.optim.Muon):
@@ -214,42 +203,42 @@ class Muon(Itemwise, torch.optim.Muon):
         if p.is_complex():
             raise RuntimeError("Muon does not support complex parameters")
 
-    def _examine(self, where, rule, report):
+    def _examine(self, where, rule, report, steps_of=None):
         if rule is DECOUPLED or self._param(where).dim() < 2:
-            return Optimizer._examine(self, where, DECOUPLED, report)
+            return Optimizer._examine(self, where, DECOUPLED, report, steps_of)
         return super()._examine(where, rule, report)
+
+    def not_driven(self):
+        matrices = [p for group in self.param_groups if group["use_muon"] for p in group["params"]]
+        return "Muon gathers matrices that are cut into shards" if any(map(is_dtensor, matrices)) else None
+
+    def _driven(self, items, places, rows, row_of, backend):
+        plain, rest = ([place for place, item in enumerate(items) if (item.rule is DECOUPLED) == adam]
+                       for adam in (True, False))
+        groups = [self.param_groups[group] for group, _ in places]
+        matrices = [(items[place], groups[place], items[place].tensors[0]) for place in rest]
+        batches = [([rest[one] for one in own], key[0], key[3:]) for key, own in in_batches(matrices)]
+        return MuonDriven(self, APPLY, items, groups, rows, row_of, plain, batches,
+                          lambda group, *shape: adjustment(group["adjust_lr_fn"], *shape), backend)
 
     def _describe(self, index, one):
         group = self.param_groups[self._places[index][0]]
         return not group["use_muon"] and Optimizer._describe(self, index, one)
 
-    def _row(self, rule, group, step, scale):
+    def _hyperparameters(self, rule, group):
         if rule is DECOUPLED:
             lr, decay = group["adamw_lr"], group["adamw_weight_decay"]
             group = {**group, "betas": group["adamw_betas"], "eps": group["adamw_eps"],
                      "lr": group["lr"] if lr is None else lr,
                      "weight_decay": group["weight_decay"] if decay is None else decay}
-        return super()._row(rule, group, step, scale)
+        return super()._hyperparameters(rule, group)
 
     def _runs(self, examined, scale, report):
         """AdamW's items, and one run for each batch of matrices of one shape and the same options."""
-        batches: dict[Any, list[list[tuple[Item, Group, Tensor]]]] = {}
-        plain: list[Examined] = []
-        for one in examined:
-            item, group = one.item, one.group
-            p = self._param(one.where)
-            if item.rule is DECOUPLED:
-                plain.append(one)
-            elif p.numel():
-                key = (matrices(p, group)[1:], item.dtype, p.device, tuple(map(float, group["ns_coefficients"])),
-                       group["ns_steps"], group["eps"])
-                together = batches.setdefault(key, [[]])
-                most = BATCH if p.device.type == "cpu" else BATCH_ON_GPU
-                if together[-1] and sum(q.numel() for *_, q in together[-1]) + p.numel() > most:
-                    together.append([])
-                together[-1].append((item, group, p))
+        plain = [one for one in examined if one.item.rule is DECOUPLED]
+        rest = [(one.item, one.group, self._param(one.where)) for one in examined if one.item.rule is not DECOUPLED]
         return [*super()._runs(plain, scale, report),
-                *(self._batch(key, batch, scale) for key, together in batches.items() for batch in together)]
+                *(self._batch(key, [rest[place] for place in places], scale) for key, places in in_batches(rest))]
 
     def _batch(self, key, batch, scale):
         (rows, columns), dtype, device, coefficients, steps, eps = key

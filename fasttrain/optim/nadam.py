@@ -32,6 +32,10 @@ RULE = Rule("NAdam", ("exp_avg", "exp_avg_sq"), coefficients, element, positive=
             retain={"exp_avg": "b1", "exp_avg_sq": "b2"})
 
 
+ADVANCING = Rule("NAdamAdvancing", (), lambda step, betas, momentum_decay:
+                 {"factor": momentum_at(step, betas[0], momentum_decay)}, lambda p, g, k: p * k.factor)
+
+
 class NAdam(MadeByTorch, torch.optim.NAdam):
     r"""Adam with Nesterov's momentum: `torch.optim.NAdam`, its arguments, its states and its numbers.
 
@@ -51,7 +55,7 @@ class NAdam(MadeByTorch, torch.optim.NAdam):
         momentum_decay: :math:`\psi`.
         decoupled_weight_decay: let the parameter shrink by :math:`1 - \eta\lambda` instead.
         maximize: ascend instead of descend.
-        capturable: accepted for torch's sake; it keeps `step` on the parameter's device.
+        capturable: GPUs drive every step, which CUDA graphs can then hold (docs/graphs.md); `step` is on the GPU.
         foreach: accepted for torch's sake; every step here is fused.
         differentiable: run the reference backend and record it for autograd.
         backend: a name from `fasttrain.kernels.dispatch`, or None to choose.
@@ -76,6 +80,8 @@ class NAdam(MadeByTorch, torch.optim.NAdam):
 
     rules = (RULE,)
     running = ("mu_product",)
+    advancing = ADVANCING
+    advances_first = True
 
     def __init__(self, params, lr=2e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0, momentum_decay=4e-3,
                  decoupled_weight_decay=False, *, foreach=None, maximize=False, capturable=False, differentiable=False,
@@ -89,3 +95,7 @@ class NAdam(MadeByTorch, torch.optim.NAdam):
         old = state["mu_product"]
         product = (old * momentum_at(step, group["betas"][0], group["momentum_decay"])).to(old.dtype)
         return {"mu_product": product.double()}, {"mu_product": product}
+
+    def advanced(self, before, by):
+        product = before["mu_product"]
+        return {"mu_product": product * by["factor"].to(product.dtype)}

@@ -29,6 +29,7 @@ from fasttrain.optim import pinned
 from fasttrain.optim.checks import check_gradient, reals
 from fasttrain.optim.flight import Bucket, Flights, Member
 from fasttrain.optim.local import is_dtensor
+from fasttrain.optim.part import pass_on
 from fasttrain.optim.report import StepReport
 from fasttrain.optim.twin import check, give, inner, links, parameters, places, refuse, share
 
@@ -59,6 +60,7 @@ class Host:
         self.homes: dict[int, dict[str, Tensor]] = {}
         for number, copy, homes in made:
             self.twins[number], self.homes[number] = copy["p"], homes
+            pass_on(self.params[number], copy["p"])
         self.number = {id(p): number for number, p in enumerate(self.params)}
         self.inner = inner(optimizer, self.twins)
         self.lock = threading.RLock()  # gradients of several devices arrive on threads of their own

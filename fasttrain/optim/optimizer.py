@@ -19,14 +19,17 @@ what goes on around a step (`around`); and here the step.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fasttrain.optim import offload
+from fasttrain.kernels import driven
+from fasttrain.kernels.item import Item
+from fasttrain.kernels.prologue import Row
+from fasttrain.optim import drive, driven_step, offload
 from fasttrain.optim.around import Around
 from fasttrain.optim.equation import EQUATION
 from fasttrain.optim.examine import Examined, advance, describe, examine, scan, undone
@@ -45,9 +48,10 @@ class Optimizer(Around, Saved):
     Arguments:
         params: parameters, named parameters, or parameter groups, as in `torch.optim.Optimizer`.
         defaults: hyperparameters of groups that do not give their own. Those that `coefficients` names must be there.
-        options: `backend`, a name from `fasttrain.kernels.dispatch` or None to choose; `storage`, the name of a preset
-            of `fasttrain.precision.storage`; that module's options, for groups that do not give their own; `offload`
-            and `offload_bucket` (docs/offload.md). A page hands on what it does not know itself.
+        options: `backend`, a name from `fasttrain.kernels.dispatch` or None to choose; `capturable`, True to have GPUs
+            drive every step (docs/graphs.md); `storage`, the name of a preset of `fasttrain.precision.storage`; that
+            module's options, for groups that do not give their own; `offload` and `offload_bucket` (docs/offload.md). A
+            page hands on what it does not know itself.
 
     State: the page's states, of the parameter's dtype and shape; and `step`, a float32 count, if `counts_steps`: it is
     set where `coefficients` reads its `step`. (A page that sets it to False gets step 1 once and 2 ever after.)
@@ -106,12 +110,14 @@ class Optimizer(Around, Saved):
 
     @torch._disable_dynamo  # a compiled training step calls it as it is
     def _step(self) -> None:
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("a step of fasttrain cannot be captured in a CUDA graph yet: capture forward and "
-                               "backward, and step outside of the graph")
         if self._swapped:
             raise RuntimeError("the parameters are their EMA (ema_weights): step after the `with` block")
         report = StepReport()
+        found = drive.places(self)
+        if found and driven_step.step(self, found, drive.rules_of(self), report):
+            return
+        if self._drive is not None and found != []:
+            drive.leave(self)
         scale = self._scale(report)
         host = self._on_host()
         if scale is None:  # torch's GradScaler found something: skip the whole step
@@ -162,6 +168,8 @@ class Optimizer(Around, Saved):
 
     def _step_only(self, p: Tensor) -> None:
         """Step one parameter whose gradient has arrived."""
+        if drive.capturing():
+            raise drive.refused(drive.NotDriven("parameters are stepped as their gradients arrive (step_on_arrival)"))
         host = self._host if self._host is not None and id(p) in self._host.number else self._on_host()
         if host is not None:
             with torch.no_grad():
@@ -188,8 +196,14 @@ class Optimizer(Around, Saved):
 
     # --- The phases, where a page that is no one rule over elements has its own ---------------------------------------
 
-    def _examine(self, where: tuple[int, int], rule: Rule, report: StepReport) -> Examined:
-        return examine(self, where, rule, report)
+    def _examine(self, where: tuple[int, int], rule: Rule, report: StepReport,
+                 steps_of: Callable[[Tensor, StepReport], float] | None = None) -> Examined:
+        return examine(self, where, rule, report, steps_of)
+
+    def _driven(self, items: Sequence[Item], places: Sequence[tuple[int, int]], rows: Sequence[Row],
+                row_of: Sequence[int], backend: str) -> driven.Driven:
+        """What steps items that a device drives; `places` are their parameters'."""
+        return driven.driven(items, rows, row_of, backend)
 
     def _describe(self, index: int, one: Examined) -> bool:
         return describe(self, index, one)

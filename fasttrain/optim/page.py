@@ -26,6 +26,9 @@ class Page(torch.optim.Optimizer):
     rules: tuple[Rule, ...] = ()
     counts_steps = False  # whether the optimizer's state has torch's `step`
     running: tuple[str, ...] = ()  # states of one number for each parameter, which `advance` replaces
+    running_of_groups: tuple[str, ...] = ()  # numbers of a parameter group, which `stepped` replaces
+    advancing: Rule | None = None  # what a device advances either with (`advanced`): its coefficients, beside a step's
+    advances_first: bool = False  # before `coefficients` of the step reads them
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         """Make the rule of a page that gives an equation. Steps are counted where its `coefficients` read them."""
@@ -65,6 +68,24 @@ class Page(torch.optim.Optimizer):
         """
         raise NotImplementedError
 
+    def not_driven(self) -> str | None:
+        """Why a device cannot drive a step of this optimizer, or None if it can (`fasttrain.optim.drive`)."""
+        if self.advancing is not None:
+            return None
+        if self.running:
+            return f"{type(self).__name__} advances {', '.join(self.running)} on the host (it has no `advancing`)"
+        own = [name for name in ("stepped", "_row") if getattr(type(self), name) is not getattr(Page, name)]
+        return f"{type(self).__name__} has a method {own[0]}(), which runs on the host" if own else None
+
+    def advanced(self, before: Mapping[str, Tensor], by: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Running numbers after a step that a device drives, of the types that they had before.
+
+        Arguments:
+            before: for each of them one number of every line (a group, or a group and step count).
+            by: the coefficients of `advancing`, float64, one number of every line.
+        """
+        return {name: by[name].to(old.dtype) for name, old in before.items()}
+
     def takes_storage(self, group: Group) -> bool:
         """Whether storage options apply to a group: they do where one elementwise rule steps it."""
         return True
@@ -89,9 +110,13 @@ class Page(torch.optim.Optimizer):
             retained = rule.scalars(LATE, {key: number(known[key]) for key in rule.hyperparameters})
         return kept.layout(name, p, grad_dtype, group, rule, retained)
 
+    def _hyperparameters(self, rule: Rule, group: Group) -> dict[str, Any]:
+        """What the `coefficients` of a rule take, as the group has it."""
+        return {name: group[name] for name in rule.hyperparameters}
+
     def _row(self, rule: Rule, group: Group, step: float, scale: float) -> list[float]:
         """The gradient's scale, the coefficients of one group and step count, and the tail where there is one."""
-        numbers = {name: number(group[name]) for name in rule.hyperparameters}
+        numbers = {name: number(value) for name, value in self._hyperparameters(rule, group).items()}
         row = [-scale if group.get("maximize") else scale, *trace(rule).row(int(step), numbers)]
         if is_plain(group):
             return row

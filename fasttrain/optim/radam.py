@@ -52,7 +52,7 @@ class RAdam(MadeByTorch, torch.optim.RAdam):
         weight_decay: :math:`\lambda`, added to the gradient first.
         decoupled_weight_decay: let the parameter shrink by :math:`1 - \eta\lambda` instead.
         maximize: ascend instead of descend.
-        capturable: accepted for torch's sake; it keeps `step` on the parameter's device.
+        capturable: GPUs drive every step, which CUDA graphs can then hold (docs/graphs.md); `step` is on the GPU.
         foreach: accepted for torch's sake; every step here is fused.
         differentiable: run the reference backend and record it for autograd.
         backend: a name from `fasttrain.kernels.dispatch`, or None to choose.

@@ -22,7 +22,8 @@ class StepReport:
         host_syncs: how often the host waited for a device.
         copies, bytes_sent: copies to GPUs, and their bytes: rows of coefficients and what changed in the tables of
             addresses (docs/optimizers.md). None where neither coefficients nor addresses changed.
-        skipped: whether a gradient scaler had found something not finite.
+        skipped: whether a gradient scaler had found something not finite. False where only the device knows.
+        driven: whether the device drove the step (docs/graphs.md): it decided whether to skip it.
     """
 
     parameters: int = 0
@@ -34,6 +35,7 @@ class StepReport:
     copies: int = 0
     bytes_sent: int = 0
     skipped: bool = False
+    driven: bool = False
     _before: tuple[int, int, int] = field(default_factory=sent.now, repr=False, compare=False)
 
     def close(self) -> None:

@@ -70,7 +70,7 @@ class RMSprop(MadeByTorch, torch.optim.RMSprop):
         centered: divide by the root of the variance. Where it is lost in rounding (a gradient that has not changed for
             very long) the root is of a negative number, and the parameter becomes NaN, as in torch.
         maximize: ascend instead of descend.
-        capturable: accepted for torch's sake; it keeps `step` on the parameter's device.
+        capturable: GPUs drive every step, which CUDA graphs can then hold (docs/graphs.md); `step` is on the GPU.
         foreach: accepted for torch's sake; every step here is fused.
         differentiable: run the reference backend and record it for autograd.
         backend: a name from `fasttrain.kernels.dispatch`, or None to choose.

@@ -26,7 +26,7 @@ from fasttrain.rule import Rule
 
 def key_of(group: Group) -> int:
     """The key of this step's random draws in a group."""
-    return draws.step_key(group.get("seed", 0), group["draws"]) if "draws" in group else 0
+    return draws.step_key(group.get("seed", 0), int(group["draws"])) if "draws" in group else 0
 
 
 def walk_of_plan(optimizer: Groups, rules: list[Rule], scale: float) -> Callable[[StepReport], None] | None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fasttrain.optim import kept, statedict
+from fasttrain.optim import drive, kept, statedict
 from fasttrain.optim.groups import Groups
 from fasttrain.optim.page import Group
 
@@ -63,6 +63,21 @@ class Saved(Groups):
                     self._remainders[id(p)] = made
                 self._versions[id(p)] = p._version
 
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's; counts of draws that the device has are read, and so is which parameters were never stepped."""
+        saved: dict[str, Any] = super().state_dict()
+        for group in saved["param_groups"]:
+            for name in ("draws", *self.running_of_groups):
+                if isinstance(group.get(name), Tensor):
+                    group[name] = int(group[name]) if name in ("draws", "k") else float(group[name])
+        skipped = {id(p) for p in drive.unstepped(self)}
+        params = [p for group in self.param_groups for p in group["params"]]
+        numbers = [number for group in saved["param_groups"] for number in group["params"]]
+        for number, p in zip(numbers, params, strict=True):
+            if id(p) in skipped:
+                del saved["state"][number]
+        return saved
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, of this class or of torch's optimizer of the same name; every state keeps its own dtype.
 
@@ -101,6 +116,7 @@ class Saved(Groups):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._plan, self._versions, self._remainders, self._arrived, self._clip = None, {}, {}, set(), 1.0
+        self._drive = drive.after(self._drive)
         for group in self.param_groups:
             group.setdefault("maximize", False)
         if self._loading is not None:
@@ -116,5 +132,9 @@ class Saved(Groups):
                     self.state[p][key] = value.to(p.device)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "backend": self.backend, "offload": self.offload,  # no plan, no hooks
-                "offload_bucket": self.offload_bucket, "_storage": self._storage}
+        kept = {"backend": self.backend, "offload": self.offload, "offload_bucket": self.offload_bucket,
+                "_storage": self._storage, "_capturable": self._capturable}
+        state = super().__getstate__()
+        if skipped := {id(p) for p in drive.unstepped(self)}:
+            state["state"] = defaultdict(dict, {p: own for p, own in self.state.items() if id(p) not in skipped})
+        return {**state, **kept}  # no plan, no hooks

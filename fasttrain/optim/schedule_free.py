@@ -10,7 +10,7 @@ import torch
 
 from fasttrain.optim.checks import check_hyperparameters, number
 from fasttrain.optim.optimizer import Optimizer
-from fasttrain.rule import Step, sqrt
+from fasttrain.rule import Rule, Step, sqrt
 
 RUNNING = ("k", "weight_sum", "lr_max")  # of a group: steps made, sum of the average's weights, largest rate
 SCHEDULE = (*RUNNING, "lr", "warmup_steps", "r", "weight_lr_power")
@@ -30,8 +30,19 @@ def rates(lr, share, beta):
     return dict(stay=1 - share, share=share, rate=lr * (1 - beta * (1 - share)), lr=lr, one=1.0)
 
 
+def advancing(name, correction):
+    """What a device advances the running numbers with; `correction` is a function of k and the group's betas."""
+    def coefficients(step, k, weight_sum, lr_max, lr, warmup_steps, r, weight_lr_power, betas):
+        after = schedule(k, weight_sum, lr_max, lr, warmup_steps, r, weight_lr_power, correction(k, betas))[2]
+        return dict(zip(RUNNING, after, strict=True))
+
+    return Rule(name, (), coefficients, lambda p, g, k: p * k.k + p * k.weight_sum + g * k.lr_max)
+
+
 class ScheduleFree(Optimizer):
     """What both have in common: the running numbers of a group, and the two points that a parameter can be."""
+
+    running_of_groups = RUNNING
 
     def __init__(self, params, defaults, **options):
         beta = self.mix(defaults)
@@ -62,6 +73,9 @@ class ScheduleFree(Optimizer):
                 raise RuntimeError(f"parameter group {index} is in evaluation mode: its parameters are averages, where "
                                    "no gradient is taken. Call optimizer.train() before the forward pass")
         super()._step()
+
+    def _hyperparameters(self, rule, group):
+        return super()._hyperparameters(rule, {"betas": (), **group})
 
     def stepped(self):
         for group in self.param_groups:
@@ -134,6 +148,7 @@ class ScheduleFreeSGD(ScheduleFree):
     """
 
     state = ("z",)  # type: ignore[assignment]
+    advancing = advancing("ScheduleFreeSGDAdvancing", lambda k, betas: 1.0)
     retain = {"z": "one"}  # noqa: RUF012
     exact = ("z",)
 
@@ -204,6 +219,7 @@ class ScheduleFreeAdamW(ScheduleFree):
     """
 
     state = ("z", "exp_avg_sq")  # type: ignore[assignment]
+    advancing = advancing("ScheduleFreeAdamWAdvancing", lambda k, betas: (1 - betas[1] ** Step(k + 1)) ** 0.5)
     positive = ("exp_avg_sq",)
     retain = {"z": "one", "exp_avg_sq": "b2"}  # noqa: RUF012
     exact = ("z",)
@@ -234,4 +250,4 @@ class ScheduleFreeAdamW(ScheduleFree):
 
     @staticmethod
     def correction(group):
-        return (1 - number(group["betas"][1]) ** Step(group["k"] + 1)) ** 0.5
+        return (1 - number(group["betas"][1]) ** Step(number(group["k"]) + 1)) ** 0.5

@@ -6,7 +6,7 @@ rule whose coefficients are computed from those sums. Two walks, whatever the nu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 
 from fasttrain.kernels import dispatch, stages
 from fasttrain.kernels.item import Item, in_turns
+from fasttrain.kernels.prologue import Row
 from fasttrain.kernels.trace import trace
 from fasttrain.optim.checks import number
 from fasttrain.optim.examine import Examined
@@ -23,6 +24,7 @@ from fasttrain.optim.itemwise import Itemwise
 from fasttrain.optim.local import is_dtensor, shares, totals_of_parts
 from fasttrain.optim.page import Group
 from fasttrain.optim.report import StepReport
+from fasttrain.optim.two_stage_driven import TwoStageDriven
 from fasttrain.rule import Rule, Step
 
 ByBackend = dict[tuple[str, int], list[Examined]]  # and the number of sums
@@ -63,6 +65,14 @@ class TwoStage(Itemwise):
     def second_tensors(self, item: Item) -> tuple[torch.Tensor, ...]:
         """What the second stage takes for p, g and its states; the gradient is scaled again only if it is g."""
         return item.tensors
+
+    def not_driven(self) -> str | None:
+        cut = any(shares(p) for group in self.param_groups for p in group["params"])
+        return f"{type(self).__name__} adds sums of shards between its stages on the host" if cut else None
+
+    def _driven(self, items: Sequence[Item], places: Sequence[tuple[int, int]], rows: Sequence[Row],
+                row_of: Sequence[int], backend: str) -> TwoStageDriven:
+        return TwoStageDriven(self, items, [self.param_groups[group] for group, _ in places], rows, row_of, backend)
 
     def _runs(self, examined: list[Examined], scale: float, report: StepReport) -> list[Callable[[], None]]:
         own: ByBackend = {}

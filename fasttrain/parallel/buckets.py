@@ -107,6 +107,10 @@ class Bucket:
                 self.take(place, scale, True)
         self.waiting = 0
 
+    def has(self, place: int) -> bool:
+        """Whether this rank has a gradient of a parameter in this step."""
+        return self.params[place].grad is not None
+
     def bind(self, place: int) -> None:
         """A parameter that has no gradient here gets the one that other ranks had."""
         self.params[place].grad = self.slots.views[place]

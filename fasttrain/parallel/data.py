@@ -120,6 +120,9 @@ class DataParallel(nn.Module, Joinable):
             enable: without it the context does nothing.
             throw_on_early_termination: raise on all ranks as soon as one has no more data.
         """
+        if self.reducer.method.final:
+            raise RuntimeError("a rank without data would have to follow the steps of Zero too, which join() does not "
+                               "know of: give every rank as many batches")
         return Join([self], enable, throw_on_early_termination,
                     divide_by_initial_world_size=divide_by_initial_world_size)
 
@@ -152,6 +155,11 @@ class DataParallel(nn.Module, Joinable):
     def step(self, optimizer: Any, max_norm: float | None = None) -> Tensor:
         """See `Reducer.step`."""
         return self.reducer.step(optimizer, max_norm)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients, those that lie in shards too (`Zero`)."""
+        self.reducer.method.drop()
+        super().zero_grad(set_to_none)
 
     def finish(self) -> Any:
         """See `Reducer.finish`."""

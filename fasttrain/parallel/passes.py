@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -46,9 +46,9 @@ class Passes:
         self._squares: tuple[Tensor, Tensor] | None = None
         self._arrivals: list[int] = []
         self.blaming = Blame()
-        self._make_buckets()
+        self._make_buckets(Bucket)
 
-    def _make_buckets(self) -> None:
+    def _make_buckets(self, make: Callable[..., Bucket]) -> None:
         self._index = {p: index for index, p in enumerate(self.params)}
         self._shapes = [p.shape for p in self.params]
         self._where: list[tuple[Bucket, int]] = [None] * len(self.params)  # type: ignore[list-item]
@@ -56,7 +56,7 @@ class Passes:
         self.buckets: list[Bucket] = []
         for plan in self.layout.buckets if not self.idle else ():
             indices = [place[slot.name] for slot in plan.slots]
-            bucket = Bucket(plan, [self.params[i] for i in indices], [self.names[i] for i in indices])
+            bucket = make(plan, [self.params[i] for i in indices], [self.names[i] for i in indices])
             for at, index in enumerate(indices):
                 self._where[index] = bucket, at
             self.buckets.append(bucket)
@@ -89,6 +89,7 @@ class Passes:
         self._backwards += 1
         self._arrivals = []
         self._left = list(self._counts) if any(self._counts) else []
+        self.method.begin()
         if self.syncing:
             self._start()
         self._open = self.syncing
@@ -128,7 +129,7 @@ class Passes:
         if self.timeline is not None:
             self.timeline.backward_ended()
         self._check_unchanged()
-        used = [p.grad is not None for p in self.params]
+        used = [bucket.has(place) for bucket, place in self._where]
         for bucket in self.buckets[len(self._works) :]:
             bucket.close(self._factor)
         self._send_ready()
@@ -150,9 +151,11 @@ class Passes:
             for (bucket, place), had, ranks in zip(self._where, used, outcome.used, strict=True):
                 if ranks and not had:
                     bucket.bind(place)
+            used = [ranks > 0 for ranks in outcome.used]
             if late and any(outcome.used):
                 raise RuntimeError("an optimizer steps gradients that were accumulated under no_sync() and never "
                                    "reduced, on every rank: run the last backward pass of a step outside of no_sync()")
+        self.method.ended(used)
 
     def _read(self) -> Any:
         """What the ranks did: at once on the CPU, a step later on a GPU, which is not waited for."""

@@ -49,10 +49,15 @@ def _check(name: str, p: Tensor, first: Tensor, first_name: str) -> None:
         raise ValueError(f"{name} is no leaf of the graph: no gradient accumulates in it")
     if not (p.is_floating_point() and p.layout == torch.strided):
         raise TypeError(f"{name} is {p.dtype}, {p.layout}: buckets take dense real parameters")
-    owner = _owners.get(p)
-    if owner is not None and owner() is not None:
+    if owner_of(p) is not None:
         raise ValueError(f"{name} is reduced already, by another wrapper of the same model: use that one, or let go of "
                          "it with remove()")
+
+
+def owner_of(p: Tensor) -> Any:
+    """The reducer that has a parameter, or None."""
+    owner = _owners.get(p)
+    return None if owner is None else owner()
 
 
 def own(params: Iterable[Tensor], reducer: Any) -> None:

@@ -7,7 +7,7 @@ the ranks compare at the end of each step in `fasttrain.dist.control`.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from fasttrain.dist.layout import Entry, FlatLayout
 from fasttrain.dist.watcher import Watcher
 from fasttrain.kernels import norm
 from fasttrain.parallel import blame, reduced, steps
+from fasttrain.parallel.buckets import Bucket
 from fasttrain.parallel.hierarchy import ranks_and_method
 from fasttrain.parallel.passes import Passes
 from fasttrain.parallel.timeline import Timeline
@@ -94,9 +95,9 @@ class Reducer(Passes):
         for p in other:
             p.grad_dtype = None  # any: the first comes in the parameter's own, and is cast as it is packed
         reduced.own(self.params, self)
-        self._hooks = [] if self.idle else [
-            p.register_post_accumulate_grad_hook(partial(_arrived, weakref.ref(self), index))
-            for index, p in enumerate(self.params)]
+        self._hooks: list[Any] = []
+        if not self.idle:
+            self._attach()
         steps.watch(self)
 
     # --- What users call ----------------------------------------------------------------------------------------------
@@ -123,6 +124,7 @@ class Reducer(Passes):
             self.sequence += 1
             return None
         self.check_closed()
+        self.method.begin()
         self._start()
         self._finish(late=True)
         return self.last
@@ -202,6 +204,8 @@ class Reducer(Passes):
 
     def nonfinite(self) -> list[str]:
         """The parameters whose reduced gradients are not finite now, by name: one pass, when you ask."""
+        if self.method.final:
+            raise RuntimeError("no rank has the reduced gradients of whole parameters (Zero): see `culprits`")
         return blame.nonfinite(self.names, self.params)
 
     def recorded_order(self) -> list[str]:
@@ -224,11 +228,36 @@ class Reducer(Passes):
         self.timeline = Timeline(len(self.buckets)) if on else None
 
     def use(self, method: Method) -> None:
-        """Let buckets travel this way from the next step on; on every rank."""
+        """Let buckets travel this way from the next step on; on every rank.
+
+        Raises:
+            RuntimeError: an optimizer relies on the way that they travel (`Zero`).
+        """
+        if hasattr(self, "method") and self.method.final:
+            raise RuntimeError(f"gradients travel as {self.method.name!r}, on which an optimizer relies: give the wire "
+                               "when the model is wrapped, before the optimizer is made")
         method.prepare(self.wire, self.layout)
         self.method = method
         for bucket in self.buckets:
             bucket.stage(method.staging(bucket.data.dtype))
+
+    def shard(self, method: Method, make: Callable[..., Bucket] | None = None) -> None:
+        """Let every rank get its part of each bucket only, from now on: what `Zero` calls.
+
+        Arguments:
+            method: that sends and keeps the parts.
+            make: makes the buckets anew, with the arguments of `Bucket`; None: they stay.
+        """
+        self.use(method)
+        was_idle, self.idle = self.idle, False
+        if make is not None or was_idle:
+            self._make_buckets(make or Bucket)
+        self._attach()
+
+    def _attach(self) -> None:
+        if not self._hooks:
+            self._hooks = [p.register_post_accumulate_grad_hook(partial(_arrived, weakref.ref(self), index))
+                           for index, p in enumerate(self.params)]
 
     def remove(self) -> None:
         """Let go of the parameters; gradients stay as they are."""

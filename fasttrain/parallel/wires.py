@@ -15,7 +15,7 @@ int8    codes of 8 bits there, bfloat16 back; what codes lack is     in float32,
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +42,7 @@ class Method:
 
     name = ""
     grid: list[list[int]] | None = None
+    final = False  # no other may take its place
 
     def __init__(self) -> None:
         self.checksum = 0
@@ -62,6 +63,15 @@ class Method:
     def send(self, index: int, bucket: Bucket) -> Sent:
         """Begin to make `bucket.data` the mean over the ranks of `bucket.staged`, or of itself."""
         raise NotImplementedError
+
+    def begin(self) -> None:
+        """The first gradient of a backward pass has arrived, or a step without one is about to end."""
+
+    def ended(self, used: Sequence[bool]) -> None:
+        """A synchronised step is over; `used`: for each parameter, whether any rank has a gradient of it."""
+
+    def drop(self) -> None:
+        """Gradients are not wanted any longer: `zero_grad`."""
 
     def rescale(self, factor: float) -> None:
         """The loss scale has changed: what is kept from step to step is in units of it."""

@@ -1,12 +1,11 @@
-"""For which options the coefficients of the built-in rules are compiled ahead of time: every choice that each has."""
+"""Every choice of options that the coefficients of a built-in rule have."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import product
 from typing import Any
 
-from fasttrain.kernels.trace_scalars import ScalarGraph, trace_scalars
 from fasttrain.rule import Rule
 
 NUMBER = 0.0
@@ -24,8 +23,3 @@ def choices(rule: Rule) -> Iterator[Mapping[str, Any]]:
     columns = [{**CHOICES, **three}.get(name, (NUMBER,)) for name in rule.hyperparameters]
     for values in product(*columns):
         yield dict(zip(rule.hyperparameters, values, strict=True))
-
-
-def coefficient_graphs(rules: Iterable[Rule]) -> list[ScalarGraph]:
-    """The graphs in the order of `csrc/cuda/coefficients.cuh`."""
-    return [trace_scalars(rule, values) for rule in rules for values in choices(rule)]

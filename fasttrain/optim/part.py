@@ -1,0 +1,51 @@
+"""Parts of parameters: flat tensors that are an interval of a parameter which other processes step the rest of.
+
+What depends on the whole (random draws, how large it is) is then as it would be for the whole, so that a parameter
+that is stepped in parts comes out in the same bits. `fasttrain.parallel.Zero` makes them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+
+class Part(NamedTuple):
+    """Where a part belongs.
+
+    Attributes:
+        identity: 64 bits that stand for the whole parameter in random draws.
+        first: the part's first element, counted in the row-major whole.
+        elements: of the whole.
+    """
+
+    identity: int
+    first: int
+    elements: int
+
+
+_parts: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def declare(tensor: Tensor, part: Part) -> None:
+    """Let a tensor be a part, before an optimizer is made of it."""
+    _parts[tensor] = part
+
+
+def pass_on(tensor: Tensor, twin: Tensor) -> None:
+    """Let a twin be the part that a tensor is, if it is one."""
+    if (part := declared(tensor)) is not None:
+        declare(twin, part)
+
+
+def declared(tensor: Tensor) -> Part | None:
+    """Of what the tensor is a part; None if it is a whole."""
+    return _parts.get(tensor) if _parts else None
+
+
+def size_of(tensor: Tensor) -> int:
+    """The elements of the whole."""
+    part = declared(tensor)
+    return tensor.numel() if part is None else part.elements

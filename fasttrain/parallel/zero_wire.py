@@ -1,0 +1,60 @@
+"""Reduce-scatter and all-gather of buckets that are cut evenly or unevenly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasttrain.dist.wire import Wire
+from fasttrain.kernels.chunks import sum_chunks
+from fasttrain.parallel.zero_cut import Cut
+
+
+def scatter(wire: Wire, out: Tensor, bucket: Tensor, cut: Cut, divisor: int) -> Any:
+    """Write the mean over ranks of this rank's interval of a bucket into `out`.
+
+    Messages between pairs of ranks, which our kernel adds in the order of ranks, in float32 (float64 for float64); only
+    NCCL has an operation of its own for equal shards of one dtype.
+
+    Arguments:
+        out: flat, of the interval's length; it may be that interval.
+        divisor: of the sum over ranks.
+
+    Returns:
+        A work, whose result is the sum of squares of `out` and whether something in it is not finite.
+    """
+    if _even(cut, len(bucket)) and wire.backend == "nccl" and out.dtype == bucket.dtype and divisor == wire.size:
+        return wire.reduce_scatter(out, bucket, "avg", squares=True)
+    chunks = [bucket[begin:end] for begin, end in cut]
+    mine = chunks[wire.rank]
+    ticket = wire.issue("reduce_scatter", bucket.nbytes, bucket.nbytes - mine.nbytes)
+    sends = [None if rank == wire.rank else chunk for rank, chunk in enumerate(chunks)]
+    arrived = [None if rank == wire.rank else torch.empty_like(mine) for rank in range(wire.size)]
+    handles = wire.post(ticket, sends, arrived)
+
+    def add() -> Any:
+        if not len(mine):
+            return torch.zeros((), dtype=torch.float64, device=out.device), torch.tensor(False, device=out.device)
+        return sum_chunks([mine if chunk is None else chunk for chunk in arrived], out, 1.0 / divisor, True)
+
+    return wire.run(ticket, (handles, add))
+
+
+def gather(wire: Wire, flat: Tensor, cut: Cut) -> Any:
+    """Bring each rank's interval of `flat` to all, in place; a work."""
+    begin, end = cut[wire.rank]
+    mine = flat[begin:end]
+    if _even(cut, len(flat)):
+        return wire.all_gather_into(flat, mine)
+    ticket = wire.issue("all_gather", flat.nbytes, mine.nbytes * (wire.size - 1))
+    handles = wire.post(ticket, [None if rank == wire.rank else mine for rank in range(wire.size)],
+                        [None if rank == wire.rank else flat[begin:end] for rank, (begin, end) in enumerate(cut)])
+    return wire.run(ticket, (handles, lambda: None), line=1)
+
+
+def _even(cut: Cut, elements: int) -> bool:
+    share = elements // len(cut)
+    return all(pair == (rank * share, (rank + 1) * share) for rank, pair in enumerate(cut)) and \
+        share * len(cut) == elements
