@@ -32,7 +32,7 @@ def run(wire, config):
     model = GPT(config.layers, config.width, config.heads, config.sequence, ngrams=2, rows=64).to(wire.device)
     parallel = DataParallel(model, mesh=wire, wire=config.wire, broadcast_buffers=False)
     records = []
-    optimizer = recipe.build(config, model)
+    optimizer = recipe.build(config, parallel)
     rates = []
     optimizer.register_step_pre_hook(lambda *_: rates.append([group["lr"] for group in optimizer.param_groups]))
     train(config, parallel, optimizer, make_text(), records.append)
@@ -79,10 +79,15 @@ def test_records_are_complete_and_the_same_on_every_rank(two):
     assert records[-1]["bytes"] == 500
 
 
-@pytest.mark.parametrize("options", [{"wire": "ordered"}, {"wire": "bf16"}, {"wire": "int8"}, {"accumulate": 2}])
+@pytest.mark.parametrize("options", [{"wire": "ordered"}, {"wire": "bf16"}, {"wire": "int8"}, {"accumulate": 2},
+                                     {"zero": 1, "optimizer": "AdamW"}, {"zero": 2, "optimizer": "Muon"}])
 def test_wires_and_accumulation_learn_the_same(two, options):
     records = ranks.run(run, 2, dataclasses.replace(TINY, **options))[0][0]
-    assert losses(records) == pytest.approx(losses(two[0][0]), rel=1e-2 if "wire" in options else 1e-5)
+    if options.get("optimizer") == "Muon":
+        whole_steps = ranks.run(run, 2, dataclasses.replace(TINY, optimizer="Muon"))[0][0]
+        assert losses(records) == pytest.approx(losses(whole_steps), rel=1e-5)
+    else:
+        assert losses(records) == pytest.approx(losses(two[0][0]), rel=1e-2 if "wire" in options else 1e-5)
     sent, whole = (next(r for r in rows if r["event"] == "wire") for rows in (records, two[0][0]))
     share = {"bf16": 0.5, "int8": (1.015625 + 2) / 8}.get(options.get("wire"), 1.0)
     assert sent["formula"] == share * whole["formula"]

@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks.proof import cases, disassembly, machine_code, occupancy
 from benchmarks.proof.cases import ARCHITECTURES, BY_NAME, Case
 from benchmarks.proof.traffic import bytes_moved, unread
-from fasttrain.kernels import triton_factored, triton_pack, triton_sums
+from fasttrain.kernels import triton_factored, triton_pack, triton_stages, triton_sums
 from fasttrain.kernels.trace import trace
 from fasttrain.kernels.triton import BLOCK, compile_ahead, compile_kept_ahead
 from fasttrain.optim import STAGES
@@ -164,7 +164,7 @@ def sums(name: str, storages: tuple[int, ...], arch: int) -> Ahead:
             return triton_factored.compile_ahead(name, storages, arch)
         if name in ("square", "add_up"):
             return triton_sums.compile_ahead(name, *(storages or (0,)), arch)
-        return triton_sums.compile_stage_ahead(next(rule for rule in MEASURING if rule.name == name), storages, arch)
+        return triton_stages.compile_stage_ahead(next(rule for rule in MEASURING if rule.name == name), storages, arch)
 
     return Ahead(f"sums {name}: {', '.join(SHORT[storage] for storage in storages)}: sm_{arch}", arch, compiled)
 

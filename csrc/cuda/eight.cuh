@@ -188,6 +188,7 @@ struct Lane {
   static constexpr int extra_size_of_one = paired ? static_cast<int>(extra_size(Codec)) : 1;
   static constexpr bool copy = base == kMasterBF16;  // the first array, which is not read
   static_assert(base != kInt4, "bytes of two codes are Triton's");
+  static_assert(base < kMasterF16 || base == kInt8, "the codecs of these kernels: others are Triton's");
   Eight<main_size> main;
   Eight<extra_size_of_one> extra;  // if paired
   u32 unit;                        // if blocks

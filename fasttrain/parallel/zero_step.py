@@ -35,7 +35,7 @@ class Stepping(torch.optim.Optimizer):
     _stochastic: list[bool]  # of each group, whether a parameter in it takes random draws
     _gathering: Gathering
     _versions: dict[Tensor, int]  # of the parameters, after our last write
-    _clip: float = 1.0
+    _limit: tuple[Tensor, float] | None = None  # the norm of the gradients and what the next step clips it to
     _syncs: int = 0
     _swapped: bool = False  # the parameters are their EMA
     _scaled: tuple[Tensor, Tensor, Tensor, float | None] | None = None
@@ -136,16 +136,16 @@ class Stepping(torch.optim.Optimizer):
         self._give()
         if self._pattern is None:
             grads = [piece.param.grad for piece in self._pieces if piece.param.grad is not None]
-            if self._clip != 1.0 and grads:
-                torch._foreach_mul_(grads, self._clip)
+            if self._limit is not None and grads:
+                torch._foreach_mul_(grads, clip.coefficient(self._limit[0].item(), self._limit[1]))
             self.inner.step()
         else:
-            self.inner._clip, self.inner._syncs = self._clip, self._syncs
+            self.inner._limit, self.inner._syncs = self._limit, self._syncs
             if self._scaled is None:
                 self.inner.step()
             else:
                 self.inner.step_scaled(*self._scaled)
-        self._clip, self._syncs, self._consolidated = 1.0, 0, None
+        self._limit, self._syncs, self._consolidated = None, 0, None
         for piece in self._pieces:
             piece.param.grad = None
         self.method.drop()

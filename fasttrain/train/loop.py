@@ -13,7 +13,7 @@ from torch import nn
 
 from fasttrain.dist.wire import Wire
 from fasttrain.optim import Optimizer
-from fasttrain.parallel import DataParallel, Reducer
+from fasttrain.parallel import DataParallel, Reducer, Zero
 from fasttrain.train.clock import PhaseClock
 from fasttrain.train.config import TrainConfig
 from fasttrain.train.model import loss_of
@@ -61,7 +61,6 @@ def train(config: TrainConfig, model: DataParallel, optimizer: torch.optim.Optim
                         loss = loss_of(model, part) / config.accumulate
                     loss.backward()
                 losses += loss.detach()
-        sent += wire.sent
         clock.move("forward_backward", "communication", reducer.exposed)
         with clock("optimizer"):
             clip(optimizer, params, reducer, config.clip)
@@ -70,6 +69,7 @@ def train(config: TrainConfig, model: DataParallel, optimizer: torch.optim.Optim
                 group["lr"] = peak * share
             optimizer.step()
             optimizer.zero_grad()
+        sent += wire.sent
 
         done = step + 1
         if done % config.log_every == 0 or done == config.steps:
@@ -97,7 +97,9 @@ def train(config: TrainConfig, model: DataParallel, optimizer: torch.optim.Optim
 
 def clip(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], reducer: Reducer, largest: float) -> None:
     """Clip the gradients' norm, which the reducer knows; only optimizers of torch have them rewritten. 0: do not."""
-    if largest and isinstance(optimizer, Optimizer):
+    if largest and isinstance(optimizer, Zero):
+        optimizer.clip_grad_norm_(largest)
+    elif largest and isinstance(optimizer, Optimizer):
         optimizer.clip_grad_norm_(largest, norm=reducer.grad_norm())
     elif largest:
         nn.utils.clip_grads_with_norm_(params, largest, reducer.grad_norm())

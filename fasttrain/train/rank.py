@@ -52,7 +52,7 @@ def run(directory: Path) -> None:
     with watcher.guard(), contextlib.ExitStack() as stack:
         model = GPT(config.layers, config.width, config.heads, config.sequence, config.ngrams, config.rows).to(device)
         parallel = DataParallel(model, mesh=wire, wire=config.wire, broadcast_buffers=False)
-        optimizer = recipe.build(config, model)
+        optimizer = recipe.build(config, parallel)
         emit = _nothing
         if wire.rank == 0:
             log = stack.enter_context(open(directory / "log.jsonl", "x", buffering=1))

@@ -64,6 +64,7 @@ def build(config: TrainConfig, model: Any, **options: Any) -> Any:
     """The optimizer over two groups: matrices, which decay, and gains (one dimension), which do not.
 
     Args:
+        model: that of `config.zero` is a `fasttrain.parallel.DataParallel`.
         options: further arguments of the optimizer, as those of `fasttrain.precision.storage`.
     """
     chosen = settings(config)
@@ -72,7 +73,12 @@ def build(config: TrainConfig, model: Any, **options: Any) -> Any:
         {"params": [(n, p) for n, p in named if p.ndim >= 2]},
         {"params": [(n, p) for n, p in named if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return optimizer_class(config.optimizer)(groups, **{**chosen, **options})
+    kind = optimizer_class(config.optimizer)
+    if config.zero:
+        from fasttrain.parallel import Zero
+
+        return Zero(groups, kind, stage=config.zero, **{**chosen, **options})
+    return kind(groups, **{**chosen, **options})
 
 
 def check(config: TrainConfig) -> None:
