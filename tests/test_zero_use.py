@@ -165,7 +165,7 @@ def refused(wire):
     model = model_of(wire)
     own = list(model.module.parameters())
     for given, options, error, text in (
-            (model, {"stage": 3}, ValueError, "fully_shard"),
+            (model, {"stage": 3}, ValueError, "parallel.shard"),
             (own[:3], {}, ValueError, "not given to Zero"),
             ([nn.Parameter(torch.ones(2))], {}, ValueError, "wrap the model in fasttrain.parallel.DataParallel"),
             (model.reducer, {"overlap": True}, ValueError, "give the DataParallel itself"),

@@ -82,6 +82,43 @@ def ordered_all_reduce(links: Links, bucket: Tensor, scale: float = 1.0, squares
     return links.run(ticket, (handles, lambda: _gathered(links, ticket, bucket, shard, add(), taken)))
 
 
+def hierarchical_all_reduce(inside: Links, across: Links, bucket: Tensor, scales: tuple[float, float] = (1.0, 1.0),
+                            squares: bool = False) -> Work:
+    """Replace a bucket by its sum over the ranks of a grid, the same bits on each.
+
+    Every rank adds its shard over its row (`inside`), the ranks of a column (`across`) all-reduce that, and the row
+    gathers it: 2 (S - 1) / S of the bucket travel in a row of S, 2 (R - 1) / R of an S-th in a column of R. Sums are
+    made in the order of ranks in the row, then of rows, whatever the buckets.
+
+    Arguments:
+        bucket: flat; its length is a multiple of the number of ranks of the grid.
+        scales: factors of the sums inside and across.
+        squares: measure what this rank has added up last, an equal part of the bucket, as `ordered_all_reduce`.
+    """
+    check_cut(bucket, inside.size * across.size)
+    shard = chunks_of(bucket, inside.size)[inside.rank]
+    piece = chunks_of(shard, across.size)[across.rank]
+    ticket = inside.issue("all_reduce", bucket.nbytes, 2 * (inside.size - 1) * shard.nbytes)
+    second = across.issue("all_reduce", shard.nbytes, 2 * (across.size - 1) * piece.nbytes)
+
+    def added() -> Next:
+        add()
+        handles, add_across = _scattered(across, second, piece, shard, scales[1], squares)
+        return Next((handles, lambda: gathered(add_across())))
+
+    def gathered(measured: object) -> Next:
+        handles, arrived = _gathered(across, second, shard, piece, None, []).stage
+
+        def then() -> Next:
+            arrived()
+            return _gathered(inside, ticket, bucket, shard, measured, [])
+
+        return Next((handles, then))
+
+    handles, add = _scattered(inside, ticket, shard, bucket, scales[0], False)
+    return inside.run(ticket, (handles, added))
+
+
 def int8_all_reduce(links: Links, bucket: Tensor, scale: float = 1.0, squares: bool = False,
                     residual: Tensor | None = None, back: torch.dtype | None = None) -> Work:
     """`ordered_all_reduce` with 8-bit codes on the way to the sum: `fasttrain.kernels.chunks.encode_int8`.

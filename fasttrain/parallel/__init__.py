@@ -3,6 +3,7 @@
 from fasttrain.dist.control import Disagreement
 from fasttrain.parallel.data import DataParallel
 from fasttrain.parallel.reducer import Reducer
+from fasttrain.parallel.sharded import shard
 from fasttrain.parallel.zero import Zero
 
-__all__ = ["DataParallel", "Disagreement", "Reducer", "Zero"]
+__all__ = ["DataParallel", "Disagreement", "Reducer", "Zero", "shard"]

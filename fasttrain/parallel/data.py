@@ -29,7 +29,7 @@ class DataParallel(nn.Module, Joinable):
         device_ids, output_device, dim: of one-process-one-device training, as torch's; None or one device.
         broadcast_buffers: before each forward pass in training, buffers become those of the first rank.
         init_sync: compare the ranks' models and send them the first rank's; False if they are equal for sure.
-        process_group, device_mesh, mesh: the ranks: a ProcessGroup, a one-dimensional DeviceMesh or a `Wire`.
+        process_group, device_mesh, mesh: the ranks: a ProcessGroup, a DeviceMesh or a `Wire`; see `Reducer`.
         bucket_cap_mb: size of the buckets in MiB; 25 by default.
         find_unused_parameters: has no effect: parameters that are not used are always found.
         gradient_as_bucket_view: has no effect: gradients always are views of their buckets.
@@ -74,7 +74,7 @@ class DataParallel(nn.Module, Joinable):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without process groups, which cannot be pickled; what is made of it gets its own."""
-        state = {**self.__dict__, "_ranks": self.reducer.wire.ranks}
+        state = {**self.__dict__, "_ranks": self.reducer.method.grid or self.reducer.wire.ranks}
         for name in ("reducer", "_join_config"):
             state.pop(name, None)
         return state

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttrain.dist import accounting
 from fasttrain.dist.control import Outcome
 from fasttrain.dist.fingerprint import agree, fingerprint
 from fasttrain.dist.layout import Entry, FlatLayout
@@ -23,10 +22,11 @@ from fasttrain.dist.watcher import Watcher
 from fasttrain.kernels import norm
 from fasttrain.parallel import blame, reduced, steps
 from fasttrain.parallel.buckets import Bucket
+from fasttrain.parallel.hierarchy import ranks_and_method
 from fasttrain.parallel.passes import Passes
 from fasttrain.parallel.timeline import Timeline
 from fasttrain.parallel.watching import wire_over
-from fasttrain.parallel.wires import Method, method_of
+from fasttrain.parallel.wires import Method
 
 MIB = 1 << 20
 
@@ -40,7 +40,8 @@ class Reducer(Passes):
     Arguments:
         params: parameters, or (name, parameter) pairs, the same on every rank in the same order; those that require no
             gradient are left out, tied ones count once.
-        mesh: a `Wire`, a one-dimensional DeviceMesh, a ProcessGroup, or None for all ranks.
+        mesh: a `Wire`, a DeviceMesh, a ProcessGroup, or None for all ranks. Over a DeviceMesh of two dimensions (across
+            nodes, inside a node) gradients travel as `fasttrain.parallel.hierarchy` has it.
         wire: how gradients travel, by its name in `fasttrain.parallel.wires`, or a `Method` of yours.
         bucket_bytes, first_bucket_bytes: sizes of buckets (`fasttrain.dist.layout`).
         order: names in the order in which gradients arrive, `recorded_order` of an earlier run, for example; None: the
@@ -81,11 +82,13 @@ class Reducer(Passes):
         if other and not hasattr(other[0], "grad_dtype"):
             raise ValueError(f"grad_dtype={grad_dtype} needs a torch whose tensors have grad_dtype, newer than "
                              f"{torch.__version__}: leave it out, or keep the parameters in {grad_dtype}")
-        ranks, method = wire_over(mesh, named[0][1].device, timeout_s, watch), method_of(wire)
+        mesh, method = ranks_and_method(mesh, wire)
+        ranks = wire_over(mesh, named[0][1].device, timeout_s, watch)
         entries = [Entry.of(name, p) for name, p in named]
         layout = FlatLayout.of(entries, ranks.size, order=order, bucket_bytes=bucket_bytes,
                                first_bucket_bytes=first_bucket_bytes, bucket_dtype=grad_dtype)
-        agree(ranks, fingerprint(entries, layout, {"wire": method.name, "static_graph": static_graph}))
+        agree(ranks, fingerprint(entries, layout, {"wire": method.name, "grid": method.grid,
+                                                   "static_graph": static_graph}))
         self.idle = ranks.size == 1 and not other and method.name == "same"
         super().__init__(named, ranks, layout, static_graph)
         self.use(method)
@@ -218,8 +221,7 @@ class Reducer(Passes):
 
     def bytes_per_step(self) -> float:
         """Bytes that this rank sends in a synchronised step, by the formula; `wire.bytes` counts what it sent."""
-        return sum(accounting.bytes_per_step(1, bucket.elements, self.wire.size, *self.method.widths(bucket.dtype))
-                   for bucket in self.layout.buckets)
+        return sum(self.method.bytes_of(bucket.elements, bucket.dtype) for bucket in self.layout.buckets)
 
     def record_timeline(self, on: bool = True) -> None:
         """Record when each bucket is ready, sent and received, in `timeline`."""

@@ -37,9 +37,11 @@ class Method:
         name: what users call it.
         divisor: what the sum over ranks is divided by: their number, or fewer if some have no data left.
         checksum: of the collectives that were issued since the reducer was made, in their order.
+        grid: the ranks in rows, one for each node, of a method that tells these apart.
     """
 
     name = ""
+    grid: list[list[int]] | None = None
     final = False  # no other may take its place
 
     def __init__(self) -> None:
@@ -77,6 +79,10 @@ class Method:
     def widths(self, dtype: torch.dtype) -> tuple[float, float]:
         """Bytes on the wire of an element of a bucket of this dtype: on its way to be added, and back."""
         return float(dtype.itemsize), float(dtype.itemsize)
+
+    def bytes_of(self, elements: int, dtype: torch.dtype) -> float:
+        """Bytes that a rank sends to reduce so many elements, by the formula."""
+        return accounting.bytes_per_step(1, elements, self.wire.size, *self.widths(dtype))
 
     def issued(self, index: int, elements: int) -> None:
         """Count a collective into the checksum, of 48 bits."""

@@ -78,8 +78,8 @@ class Zero(Stepping):
     def __init__(self, params: Any, optimizer_class: Callable[..., torch.optim.Optimizer], *, stage: int = 1,
                  overlap: bool = False, rotating: int = 4, **options: Any):
         if stage not in (1, 2):
-            raise ValueError(f"stage={stage!r}: give 1 or 2; stage 0 is DataParallel with any optimizer, stage 3 "
-                             "torch's fully_shard with an optimizer of this package")
+            raise ValueError(f"stage={stage!r}: give 1 or 2; stage 0 is DataParallel with any optimizer, stage 3 is "
+                             "fasttrain.parallel.shard with an optimizer of this package")
         self.stage = stage
         module, given = (params.module, params.module.named_parameters()) if hasattr(params, "reducer") else \
             (None, zip(params.names, params.params, strict=True)) if isinstance(params, Reducer) else (None, params)

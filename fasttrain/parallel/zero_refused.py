@@ -46,7 +46,8 @@ def check_wire(reducer: Any) -> torch.dtype | None:
     """The dtype in which gradients travel, None: the buckets' own."""
     if reducer.method.name not in WIRES:
         raise ValueError(f"wire={reducer.method.name!r} makes the mean of whole buckets, which ZeRO does not want: "
-                         f"give DataParallel wire={', '.join(map(repr, WIRES))}, and no comm hook")
+                         f"give DataParallel wire={', '.join(map(repr, WIRES))}, a mesh of one dimension, and no "
+                         "comm hook")
     return WIRES[reducer.method.name]
 
 

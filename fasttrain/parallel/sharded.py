@@ -1,0 +1,192 @@
+"""ZeRO stage 3: torch's `fully_shard` in one call, for the optimizers of this package on its shards.
+
+Parameters, gradients and states are divided over the ranks; `fully_shard` gathers the parameters of a block when its
+forward or backward pass comes, and reduces its gradients into shards. What is ours is around that: the ranks compared
+and made equal, gloo's reduce-scatter replaced, accumulation, tokens, and clear answers to what cannot work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from fasttrain.dist import accounting
+from fasttrain.dist.watcher import Watcher
+from fasttrain.dist.wire import Wire
+from fasttrain.optim.arrival import Arrival
+from fasttrain.parallel import replaced, shardable
+from fasttrain.parallel.accumulate import Accumulation
+from fasttrain.parallel.scattered import Scattered
+from fasttrain.parallel.watching import wire_over
+
+
+def shard(model: nn.Module, mesh: DeviceMesh | None = None, *, blocks: str | Sequence[nn.Module] | None = None,
+          reduce_dtype: torch.dtype | None = None, param_dtype: torch.dtype | None = None,
+          reshard_after_forward: bool | int | None = True, wire: str = "same", init_sync: bool = True,
+          timeout_s: float = 120, watch: Watcher | bool = True, **options: Any) -> Sharded:
+    """Divide a model over the ranks by torch's `fully_shard`: each block, then the rest.
+
+    The model itself is changed, and used as before; make the optimizer afterwards, of its parameters, which are shards
+    (DTensor) now. After backward `p.grad` is this rank's part of the mean over ranks. Clipping, storages and averages
+    (`ema_decay`) of `fasttrain.optim` are those of the whole model, and `fasttrain.optim.consolidate` makes a plain
+    state dict.
+
+    Arguments:
+        model: the same on every rank.
+        mesh: the ranks, a DeviceMesh of one dimension; of two, the first holds copies and the second shards (torch's
+            HSDP). None: all ranks.
+        blocks: the modules that are gathered one after the other, or the name of a ModuleList or Sequential of them;
+            None: the ModuleList with most parameters, if there is any.
+        reduce_dtype: in which gradients travel and are accumulated; None: that of the parameters. On gloo they are
+            added in float32 at least whatever travels.
+        param_dtype: in which parameters are gathered and computed with; None: their own.
+        reshard_after_forward: let go of a block's parameters between its forward and backward pass.
+        wire: "same", or "bf16", which is `reduce_dtype=torch.bfloat16`.
+        init_sync: give every rank the first rank's parameters and buffers; False if they are equal for sure.
+        timeout_s, watch: see `fasttrain.parallel.Reducer`.
+        options: for torch's `fully_shard`: `offload_policy`, `ignored_params`, `shard_placement_fn`.
+
+    Returns:
+        What accumulates, counts and steps; the model is its `module`.
+
+    Raises:
+        TypeError, ValueError: a model that is wrapped or sharded already, blocks that are not in it, a mesh of another
+            kind, or a wire that `fully_shard` cannot have. Nothing is changed.
+        DisagreementError: the ranks have different parameters or options; the same text on every rank.
+
+    Source: S. Rajbhandari, J. Rasley, O. Ruwase, Y. He, arXiv:1910.02054, section 5.3.
+
+    Example:
+        >>> from fasttrain.optim import AdamW
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))
+        >>> sharded = shard(model, blocks=[model[0]])                                   # doctest: +SKIP
+        >>> optimizer = AdamW(model.parameters(), lr=1e-3)                              # doctest: +SKIP
+        >>> accumulate = sharded.accumulate(4)                                          # doctest: +SKIP
+    """
+    shardable.check_model(model)
+    parts = shardable.blocks_of(model, blocks)
+    reduce_dtype = shardable.reduce_dtype_of(wire, reduce_dtype)
+    device = shardable.device_of(model, mesh)
+    mesh = shardable.mesh_of(mesh, device)
+    everyone = wire_over(mesh.mesh.flatten().tolist(), device, timeout_s, watch)
+    named = shardable.agreed(everyone, model, parts, {
+        "stage": 3, "reduce_dtype": reduce_dtype, "param_dtype": param_dtype, "mesh": list(mesh.mesh.shape),
+        "reshard_after_forward": reshard_after_forward})
+    if init_sync:
+        shardable.make_equal(everyone, model)
+    policy = MixedPrecisionPolicy(param_dtype, reduce_dtype)
+    divided: list[Any] = [*parts, model]
+    for part in divided:
+        fully_shard(part, mesh=mesh, reshard_after_forward=reshard_after_forward, mp_policy=policy, **options)
+    shards = everyone
+    if mesh.ndim == 2:
+        shards = wire_over(mesh.get_group(1), device, timeout_s, watch)
+    if shards.backend == "gloo":
+        for part in divided:
+            part.set_custom_reduce_scatter(Scattered(shards))
+    replaced.watch(model, [p for _, p in named])
+    return Sharded(model, shards, everyone)
+
+
+class Sharded:
+    """A model that `shard` has divided; make it with that.
+
+    Attributes:
+        module: the model itself.
+        wire: of the ranks among which parameters are divided; `wire.bytes` counts what gradients have sent on gloo.
+            Parameters travel by torch.
+        everyone: of all ranks; another one only if there are copies (a mesh of two dimensions).
+    """
+
+    def __init__(self, module: nn.Module, wire: Wire, everyone: Wire):
+        assert isinstance(module, FSDPModule)
+        self.module, self.wire, self.everyone = module, wire, everyone
+        self.elements = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        self._items = 0
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Backward passes within only accumulate, whole gradients on each rank; the next one outside reduces all."""
+        self._check_arriving()
+        self.module.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            self.module.set_requires_gradient_sync(True)
+
+    def accumulate(self, micro_batches: int) -> Accumulation:
+        """A context for each of several micro-batches of one step: only the last reduces; see `Accumulation`."""
+        return Accumulation(self, micro_batches)
+
+    def count(self, items: int) -> None:
+        """Count items (tokens) whose losses were added up, not averaged, in this rank's backward passes of this step.
+
+        `step` then divides by their number over all ranks.
+        """
+        self._items += items
+
+    def step(self, optimizer: Any, max_norm: float | None = None) -> Tensor:
+        """Step with the mean over all items that were counted on all ranks; every rank calls it.
+
+        Arguments:
+            optimizer: of this package, of the model's parameters.
+            max_norm: clip the mean's norm to this.
+
+        Returns:
+            The norm of the mean gradient before clipping, float32 of shape (). Where something is not finite every
+            rank skips the step.
+
+        Raises:
+            TypeError: the optimizer is not of this package.
+            RuntimeError: no rank has counted anything.
+        """
+        if not hasattr(optimizer, "step_scaled"):
+            raise TypeError(f"{type(optimizer).__name__} cannot divide by a number of items that is known late: take "
+                            "one of fasttrain.optim, or average the loss on each rank and do not count()")
+        items = self.everyone.sum_(torch.tensor(float(self._items), dtype=torch.float64, device=self.everyone.device))
+        self._items = 0
+        if not items:
+            raise RuntimeError("no items were counted on any rank: call count() before each backward pass, or "
+                               "optimizer.step()")
+        squares, found = optimizer.grad_statistics()
+        scale = items / self.everyone.size
+        norm = (squares.sqrt() / scale).float()
+        optimizer.step_scaled(scale.float(), found, norm, max_norm)
+        return norm
+
+    def bytes_per_step(self, gradient: float, parameter: float, micro_batches: int = 1) -> float:
+        """Bytes that this rank sends in a step, by the formula: see `fasttrain.dist.accounting.bytes_per_step`.
+
+        Arguments:
+            gradient, parameter: bytes of an element on the wire.
+            micro_batches: of a step. Each gathers the parameters twice; only the last reduces, over copies too.
+        """
+        shards, copies = self.wire.size, self.everyone.size // self.wire.size
+        once = accounting.bytes_per_step(3, self.elements, shards, gradient, parameter)
+        once += accounting.bytes_per_step(0, self.elements // shards, copies, gradient, 0)
+        return once + (micro_batches - 1) * accounting.bytes_per_step(3, self.elements, shards, 0, parameter)
+
+    def register_comm_hook(self, state: Any, hook: Any) -> None:
+        """Refused: `fully_shard` has no hooks that could replace its reduction.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(f"{getattr(hook, '__name__', hook)} cannot reduce the gradients of fully_shard: a hook such as "
+                        "PowerSGD's keeps a state of the whole gradient on every rank. Use DataParallel")
+
+    def _check_arriving(self) -> None:
+        """One gradient arrives in a step, that of the last micro-batch: an optimizer must not wait for more."""
+        for p in self.module.parameters():
+            for hook in (getattr(p, "_post_accumulate_grad_hooks", None) or {}).values():
+                arrival = getattr(hook, "__self__", None)
+                if isinstance(arrival, Arrival) and arrival.every > 1:
+                    raise RuntimeError(f"step_on_arrival(accumulation={arrival.every}) waits for that many gradients "
+                                       "in a step, and of a sharded model only one arrives, with all micro-batches in "
+                                       "it: leave accumulation at 1")
