@@ -1,5 +1,7 @@
 """Communication begins while backward runs, and what a step costs beside it is counted."""
 
+import warnings
+
 import pytest
 import ranks
 import torch
@@ -47,6 +49,23 @@ def test_the_first_bucket_leaves_before_half_of_backward(compiled):
         assert arrived[0] < gradients / 2
         assert arrived == sorted(arrived)
         assert len(arrived) >= 4
+
+
+def one_graph(wire):
+    model = DataParallel(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), mesh=wire)
+    model.module.compile(backend="aot_eager")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(5):
+            model(torch.ones(2, 4)).sum().backward()
+    said = [str(warning.message) for warning in told if "one compiled graph" in str(warning.message)]
+    assert len(said) == 1
+    assert "ms of communication were not hidden" in said[0]
+    assert model.reducer.timeline is None
+
+
+def test_a_whole_graph_is_told_once():
+    ranks.run(one_graph, 2)
 
 
 def equals_ddp(wire):

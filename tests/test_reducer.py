@@ -72,6 +72,21 @@ def reduced(wire, options, dtype):
     return worst, wire.bytes
 
 
+def ones(wire):
+    """All gradients one: the norm is sqrt(N), whatever the layout and the wire, tied parameters counted once."""
+    for options in ({}, {"bucket_cap_mb": 0.001}, {"wire": "ordered"}, {"wire": "bf16"}, {"wire": "int8"}):
+        model = DataParallel(Net(), mesh=wire, **options)
+        params = list(model.parameters())
+        sum(p.sum() for p in params).backward()
+        assert model.grad_norm().item() == pytest.approx(sum(p.numel() for p in params) ** 0.5, rel=1e-6), options
+        model.reducer.remove()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_norm_of_ones(size):
+    ranks.run(ones, size)
+
+
 @pytest.mark.parametrize(("size", "options", "dtype", "bound"), [
     (2, {"bucket_cap_mb": 0.005}, torch.float32, 1e-6),
     (1, {}, torch.float32, 0),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -69,6 +70,7 @@ class DataParallel(nn.Module, Joinable):
             self.broadcast([*module.parameters(), *module.buffers()])
 
     def _reduce(self, mesh: Any) -> None:
+        self._one_graph: bool | None = None  # not looked yet
         self.reducer = Reducer(self.module.named_parameters(), mesh, **self._options)
         self.device, self.divide_by_all = self.reducer.wire.device, True
 
@@ -91,6 +93,8 @@ class DataParallel(nn.Module, Joinable):
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """The module's own, after its buffers were made equal."""
         self.reducer.check_closed()
+        if self._one_graph is not False:
+            self._look_at_the_graph()
         if torch.is_grad_enabled() and self.training:
             joining = self._join_config.enable
             if joining:
@@ -99,6 +103,20 @@ class DataParallel(nn.Module, Joinable):
                     handle.wait()
             self.before_forward(ask(self.reducer.wire, False, self.reducer.syncing) if joining else None)
         return self.module(*inputs, **kwargs)
+
+    def _look_at_the_graph(self) -> None:
+        """Say once what it costs that the whole model is one compiled graph: its gradients come all at its end."""
+        if self._one_graph is None:
+            compiled = type(self.module).__name__ == "OptimizedModule" or self.module._compiled_call_impl is not None
+            self._one_graph = compiled and not self.reducer.idle and self.reducer.timeline is None
+            if self._one_graph:
+                self.reducer.record_timeline()
+        elif self.reducer.sequence > 1 and self.reducer.timeline is not None:  # the first step compiles
+            warnings.warn(f"the whole model is one compiled graph, whose gradients all come at its end: "
+                          f"{self.reducer.exposed * 1e3:.1f} ms of communication were not hidden in the last step; "
+                          "compile its blocks instead (docs/data-parallel.md)", stacklevel=3)
+            self.reducer.record_timeline(False)
+            self._one_graph = False
 
     def before_forward(self, present: Present | None = None) -> None:
         """What all ranks do together before a forward pass in training; `present`: those that have data (`join`)."""
