@@ -236,5 +236,5 @@ def wide_sums_accesses(name: str, storages: tuple[int, ...]) -> tuple[int, int]:
         read = [index for index, node in enumerate(graph.inputs) if node in used]
         changed = zip((0, *range(2, len(sizes))), graph.changed, strict=True)
         written = tuple(index for index, moved in changed if moved)
-        elements = triton_sums.elements_per_thread(storages) * triton_sums.together_in_stage(storages)
+        elements = triton_sums.elements_per_thread(storages) * triton_stages.together_in_stage(storages)
     return sum(elements * sizes[i] // 16 for i in read), sum(elements * sizes[i] // 16 for i in written)
