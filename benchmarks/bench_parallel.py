@@ -18,7 +18,7 @@ from fasttrain.dist.wire import Wire
 from fasttrain.optim import AdamW
 from fasttrain.parallel import DataParallel
 
-TENSORS, WIDTH, BATCH, ROUNDS = 150, 408, 96, 15  # 25 million parameters
+TENSORS, WIDTH, BATCHES, ROUNDS = 150, 408, (16, 96), 15  # 25 million parameters
 DDP = {f"DDP {'view' if view else 'copy'} {'none' if none else 'zero'}": (view, none)
        for view in (True, False) for none in (True, False)}
 
@@ -109,30 +109,38 @@ def tax(wire: Wire, tensors: int, width: int, batch: int, rounds: int) -> dict[s
     return harness.interleave(rivals, rounds)
 
 
-def run(tensors: int = TENSORS, width: int = WIDTH, batch: int = BATCH, rounds: int = ROUNDS) -> list[dict[str, Any]]:
-    """The step on two processes, and the tax on one."""
+def run(tensors: int = TENSORS, width: int = WIDTH, batches: tuple[int, ...] = BATCHES,
+        rounds: int = ROUNDS) -> list[dict[str, Any]]:
+    """The step on two processes for each size of batch, and the tax on one."""
+    figures = [step(tensors, width, batch, rounds) for batch in batches]
+    alone = together(tax, 1, tensors, width, batches[-1], rounds)[0]
+    return [*figures, {"work": "wrapper at world size 1", "seconds": harness.medians(alone), "ratio": {
+        name: harness.ratio(alone, name, "bare") for name in ("fasttrain", "DDP")}}]
+
+
+def step(tensors: int, width: int, batch: int, rounds: int) -> dict[str, Any]:
+    """The step, and what is left of it beside its pieces in units of a fused AdamW pass."""
     seconds = slowest(together(measure, 2, tensors, width, batch, rounds))
     medians = harness.medians(seconds)
     best = min(DDP, key=medians.__getitem__)
     left = (medians["fasttrain"] - medians["forward and backward"] - medians["raw all-reduce"]) / medians["AdamW"]
-    alone = together(tax, 1, tensors, width, batch, rounds)[0]
-    return [
-        {"work": "step", "tensors": tensors, "elements": width * width, "batch": batch, "seconds": medians,
-         "best": best, "passes": left, "ratio": {
-             **{name: harness.ratio(seconds, best, name) for name in ("fasttrain", "fasttrain ordered")},
-             **{name: harness.ratio(seconds, "DDP bf16", name) for name in ("fasttrain bf16", "fasttrain int8")}}},
-        {"work": "wrapper at world size 1", "seconds": harness.medians(alone), "ratio": {
-            name: harness.ratio(alone, name, "bare") for name in ("fasttrain", "DDP")}}]
+    peers = {"fasttrain": best, "fasttrain ordered": best, "fasttrain bf16": "DDP bf16", "fasttrain int8": "DDP bf16"}
+    return {"work": "step", "tensors": tensors, "elements": width * width, "batch": batch, "seconds": medians,
+            "best": best, "passes": left,
+            "ratio": {name: harness.ratio(seconds, peer, name) for name, peer in peers.items()}}
 
 
 def report(figures: list[dict[str, Any]]) -> str:
     """The table of the figures."""
-    step, alone = figures
-    peers = {"fasttrain": step["best"], "fasttrain ordered": step["best"]}
-    lines = [f"{name:22} {seconds * 1e3:8.1f} ms" for name, seconds in step["seconds"].items()]
-    lines += [f"{name} is {ratio['median']:.3f} times ({ratio['low']:.3f} to {ratio['high']:.3f}) as fast as "
-              f"{peers.get(name, 'DDP bf16')}" for name, ratio in step["ratio"].items()]
-    lines.append(f"beside forward, backward and a raw all-reduce: {step['passes']:.2f} of a fused AdamW pass")
+    *steps, alone = figures
+    lines = []
+    for row in steps:
+        lines.append(f"batch {row['batch']}: " + ", ".join(
+            f"{name} {seconds * 1e3:.1f} ms" for name, seconds in row["seconds"].items()))
+        lines += [f"  {name} is {ratio['median']:.3f} times ({ratio['low']:.3f} to {ratio['high']:.3f}) as fast as "
+                  f"{'DDP bf16' if name.endswith(('bf16', 'int8')) else row['best']}"
+                  for name, ratio in row["ratio"].items()]
+        lines.append(f"  beside forward, backward and a raw all-reduce: {row['passes']:.2f} of a fused AdamW pass")
     lines += [f"at world size 1 {name} takes {ratio['median']:.4f} ({ratio['low']:.4f} to {ratio['high']:.4f}) of the "
               "bare module" for name, ratio in alone["ratio"].items()]
     return "\n".join(lines)
