@@ -151,6 +151,27 @@ def copies(wire):
         copied.reducer.remove()
 
 
+def closures(wire):
+    """Backward within the step, as LBFGS has it, several times; gradients of the step before are still there."""
+    models = []
+    for wrap in (lambda net: DataParallel(net, mesh=wire), nn.parallel.DistributedDataParallel):
+        torch.manual_seed(3)
+        model = wrap(nn.Linear(4, 2))
+        optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=3)
+
+        def closure(model=model, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = model(torch.full((2, 4), 1.0 + wire.rank)).square().sum()
+            loss.backward()
+            return loss.detach()
+
+        for _ in range(3):
+            optimizer.step(closure)
+        models.append([p.detach() for p in model.parameters()])
+    for mine, theirs in zip(*models, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
 def refused(wire):
     model = linear(wire)
     with pytest.raises(ValueError, match=r"0\.weight is reduced already, by another wrapper"):
@@ -196,6 +217,10 @@ def test_comm_hooks():
 
 def test_copies():
     ranks.run(copies, 2)
+
+
+def test_closures():
+    ranks.run(closures, 2)
 
 
 def test_refused():

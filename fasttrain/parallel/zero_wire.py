@@ -31,13 +31,15 @@ def scatter(wire: Wire, out: Tensor, bucket: Tensor, cut: Cut, divisor: int) -> 
     mine = chunks[wire.rank]
     ticket = wire.issue("reduce_scatter", bucket.nbytes, bucket.nbytes - mine.nbytes)
     sends = [None if rank == wire.rank else chunk for rank, chunk in enumerate(chunks)]
-    arrived = [None if rank == wire.rank else torch.empty_like(mine) for rank in range(wire.size)]
-    handles = wire.post(ticket, sends, arrived)
+    taken = {rank: wire.scratch.take(len(mine), mine.dtype) for rank in range(wire.size) if rank != wire.rank}
+    handles = wire.post(ticket, sends, [taken.get(rank) for rank in range(wire.size)])
 
     def add() -> Any:
         if not len(mine):
             return torch.zeros((), dtype=torch.float64, device=out.device), torch.tensor(False, device=out.device)
-        return sum_chunks([mine if chunk is None else chunk for chunk in arrived], out, 1.0 / divisor, True)
+        measured = sum_chunks([taken.get(rank, mine) for rank in range(wire.size)], out, 1.0 / divisor, True)
+        wire.scratch.give(taken.values())
+        return measured
 
     return wire.run(ticket, (handles, add))
 
