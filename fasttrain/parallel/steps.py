@@ -47,8 +47,6 @@ def forget(reducer: Any) -> None:
 
 
 def _before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    if kwargs.get("closure") is not None or any(callable(one) for one in args[1:]):
-        return  # backward runs within the step
     seen = _known.get(optimizer)
     if seen is None or len(seen.params) != sum(len(group["params"]) for group in optimizer.param_groups):
         seen = _known[optimizer] = _Seen(optimizer)
