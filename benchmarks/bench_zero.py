@@ -20,7 +20,7 @@ from fasttrain.dist.wire import Wire
 from fasttrain.optim import AdamW
 from fasttrain.parallel import DataParallel, Zero
 
-TENSORS, WIDTH, BATCH, ROUNDS, BLOCK = 150, 408, 96, 15, 10  # 25 million parameters; of fully_shard: in blocks
+TENSORS, WIDTH, BATCHES, ROUNDS, BLOCK = 150, 408, (16, 96), 15, 10  # 25 million parameters; of fully_shard: in blocks
 PEERS = ("ZeroRedundancyOptimizer copy", "ZeroRedundancyOptimizer view")
 
 
@@ -118,8 +118,14 @@ def measure(wire: Wire, tensors: int, width: int, batch: int, rounds: int) -> tu
     return seconds, {name: rival.bytes for name, rival in rivals.items()}
 
 
-def run(tensors: int = TENSORS, width: int = WIDTH, batch: int = BATCH, rounds: int = ROUNDS) -> list[dict[str, Any]]:
-    """The step on two processes, with the bytes of the rank that keeps most."""
+def run(tensors: int = TENSORS, width: int = WIDTH, batches: tuple[int, ...] = BATCHES,
+        rounds: int = ROUNDS) -> list[dict[str, Any]]:
+    """The step on two processes, for each size of batch."""
+    return [row for batch in batches for row in step(tensors, width, batch, rounds)]
+
+
+def step(tensors: int, width: int, batch: int, rounds: int) -> list[dict[str, Any]]:
+    """The step, with the bytes of the rank that keeps most."""
     answers = together(measure, 2, tensors, width, batch, rounds)
     seconds = slowest([times for times, _ in answers])
     medians = harness.medians(seconds)
@@ -134,6 +140,7 @@ def report(figures: list[dict[str, Any]]) -> str:
     lines = []
     for row in figures:
         kept = ", ".join(f"{what} {size / 1e6:.1f} MB" for what, size in row["bytes"].items())
-        lines.append(f"{row['work']:30} {row['seconds'] * 1e3:8.1f} ms  {row['ratio']['median']:.3f}x "
-                     f"({row['ratio']['low']:.3f} to {row['ratio']['high']:.3f}) of {row['peer']}; {kept}")
+        name, ratio = f"batch {row['batch']}, {row['work']}", row["ratio"]
+        lines.append(f"{name:40} {row['seconds'] * 1e3:8.1f} ms  {ratio['median']:.3f}x ({ratio['low']:.3f} to "
+                     f"{ratio['high']:.3f}) of {row['peer']}; {kept}")
     return "\n".join(lines)
