@@ -65,10 +65,10 @@ def torchs(x: torch.Tensor, model: nn.Module, view: bool, none: bool, hook: Any 
     return step
 
 
-def pieces(x: torch.Tensor, wire: Wire, model: nn.Module) -> dict[str, Callable[[], None]]:
+def pieces(x: torch.Tensor, wire: Wire, model: nn.Sequential) -> dict[str, Callable[[], None]]:
     """What a step is made of, alone: forward and backward, one raw all-reduce, one fused AdamW pass."""
     flat = torch.randn(sum(p.numel() for p in model.parameters()))
-    own = layers(TENSORS, WIDTH) if len(model) == TENSORS else layers(len(model), x.shape[1])  # type: ignore[arg-type]
+    own = layers(len(model), x.shape[1])
     optimizer = AdamW(own.parameters(), lr=1e-5)
     for p in own.parameters():
         p.grad = torch.randn_like(p)

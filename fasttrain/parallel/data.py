@@ -20,8 +20,9 @@ from fasttrain.parallel.reducer import MIB, Reducer
 class DataParallel(nn.Module, Joinable):
     """Every rank holds the whole model; backward makes `p.grad` the mean over ranks.
 
-    It takes the arguments of torch's DistributedDataParallel and has its attributes, so that a script changes its
-    import only. What it does not do as that: `state_dict` has the names of the bare module, and loads with or without
+    It takes the usual arguments of torch's DistributedDataParallel, by name, and has its attributes, so that a script
+    changes its import only. Not taken: `mixed_precision`, `delay_all_reduce_named_params` and others that tune torch's
+    own reducer. What it does not do as that: `state_dict` has the names of the bare module, and loads with or without
     their prefix; a backward pass is synchronised or not by where the backward pass runs, not the forward; and where
     ranks do not do the same, all of them raise in that step.
 
@@ -29,7 +30,7 @@ class DataParallel(nn.Module, Joinable):
         module: the same on every rank; parameters and buffers are those of the first rank after construction.
         device_ids, output_device, dim: of one-process-one-device training, as torch's; None or one device.
         broadcast_buffers: before each forward pass in training, buffers become those of the first rank.
-        init_sync: compare the ranks' models and send them the first rank's; False if they are equal for sure.
+        init_sync: send the first rank's parameters and buffers to all; False if they are equal for sure.
         process_group, device_mesh, mesh: the ranks: a ProcessGroup, a DeviceMesh or a `Wire`; see `Reducer`.
         bucket_cap_mb: size of the buckets in MiB; 25 by default.
         find_unused_parameters: has no effect: parameters that are not used are always found.

@@ -51,15 +51,16 @@ class Passes:
     def _make_buckets(self, make: Callable[..., Bucket]) -> None:
         self._index = {p: index for index, p in enumerate(self.params)}
         self._shapes = [p.shape for p in self.params]
-        self._where: list[tuple[Bucket, int]] = [None] * len(self.params)  # type: ignore[list-item]
+        where: dict[int, tuple[Bucket, int]] = {}
         place = {name: index for index, name in enumerate(self.names)}
         self.buckets: list[Bucket] = []
         for plan in self.layout.buckets if not self.idle else ():
             indices = [place[slot.name] for slot in plan.slots]
             bucket = make(plan, [self.params[i] for i in indices], [self.names[i] for i in indices])
             for at, index in enumerate(indices):
-                self._where[index] = bucket, at
+                where[index] = bucket, at
             self.buckets.append(bucket)
+        self._where = [where[index] for index in sorted(where)]  # of each parameter; none where nothing is sent
 
     def _arrive(self, index: int) -> None:
         """A gradient is there, as far as this backward pass goes."""
@@ -147,7 +148,6 @@ class Passes:
             outcome = self._read()
             if blaming:
                 self.blaming.ended(self.wire, outcome.nonfinite)
-            self._late_items = outcome.tokens
             for (bucket, place), had, ranks in zip(self._where, used, outcome.used, strict=True):
                 if ranks and not had:
                     bucket.bind(place)
@@ -162,6 +162,7 @@ class Passes:
         if self._pending is not None:
             pending, self._pending = self._pending, None
             self.last = pending.read()
+            self._late_items = self.last.tokens
             if not self.blaming.on:
                 self.blaming.on = self.last.nonfinite > 0
         return self.last

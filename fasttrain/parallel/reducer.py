@@ -167,6 +167,7 @@ class Reducer(Passes):
         if self.idle:
             items, self._items = self._items, 0
         else:
+            self._read()  # also on a GPU, on a rank that counted nothing itself
             items, self._late_items = self._late_items, 0
         if not items:
             raise RuntimeError("no items were counted: call count() before each backward pass, or optimizer.step()")
