@@ -114,10 +114,18 @@ def hooks(wire):
     model = linear(wire)
     backward(model, wire)
     want = grads(model)
+    def elsewhere(state, bucket):
+        """The mean in memory of its own."""
+        mean = bucket.buffer().clone()
+        torch.distributed.all_reduce(mean)
+        future = torch.futures.Future()
+        future.set_result(mean / wire.size)
+        return future
+
     found = {}
     powered = powerSGD_hook.PowerSGDState(None, 2, start_powerSGD_iter=2)
     for name, state, hook in (("all_reduce", None, default_hooks.allreduce_hook),
-                              ("fp16", None, default_hooks.fp16_compress_hook),
+                              ("elsewhere", None, elsewhere), ("fp16", None, default_hooks.fp16_compress_hook),
                               ("power", powered, powerSGD_hook.powerSGD_hook)):
         model.register_comm_hook(state, hook)
         for _ in range(4):
@@ -211,6 +219,7 @@ def test_checkpoints():
 def test_comm_hooks():
     found = ranks.run(hooks, 2)[0]
     assert found["all_reduce"] < 1e-6
+    assert found["elsewhere"] < 1e-6
     assert found["fp16"] < 1e-3
     assert found["power"] < 0.3
 
