@@ -15,6 +15,7 @@ from fasttrain.parallel.accumulate import Accumulation
 from fasttrain.parallel.hooks import TorchHook
 from fasttrain.parallel.join import Present, Shadow, ask
 from fasttrain.parallel.reducer import MIB, Reducer
+from fasttrain.precision.loss_scale import LossScaler
 
 
 class DataParallel(nn.Module, Joinable):
@@ -171,9 +172,9 @@ class DataParallel(nn.Module, Joinable):
         """See `Reducer.count`."""
         self.reducer.count(items)
 
-    def step(self, optimizer: Any, max_norm: float | None = None) -> Tensor:
+    def step(self, optimizer: Any, max_norm: float | None = None, scaler: LossScaler | None = None) -> Tensor:
         """See `Reducer.step`."""
-        return self.reducer.step(optimizer, max_norm)
+        return self.reducer.step(optimizer, max_norm, scaler)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients, those that lie in shards too (`Zero`)."""

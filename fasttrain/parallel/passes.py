@@ -36,6 +36,8 @@ class Passes:
         self.syncing = True          # what the next backward pass does: `no_sync`
         self.joining = False         # within `join`: ranks without data answer the others
         self.stop = False            # this rank wishes to stop: travels with the next synchronised step
+        self.loss: float | Tensor = 0.0  # of this rank: travels with the next synchronised step, to be added up
+        self.sums: Pending | None = None  # what the last one has added up, on the device
         self._late_items = 0         # what all ranks had counted in the last one, until `step` divides by it
         self._items = 0              # what this rank has counted since the last one (`count`)
         self._open: bool | None = None  # within a backward pass: whether it is synchronised
@@ -137,7 +139,8 @@ class Passes:
         squares, bad = total([work.wait() for work in self._works])
         same = [self.sequence, *((0, self.method.checksum, 1, 0) if self.joining else
                                  (self._backwards, self.method.checksum, any(used), late))]
-        self._pending = self._control.send(list(map(int, same)), squares, bad, self._items, self.stop, used)
+        self._pending = self._control.send(list(map(int, same)), squares, bad, self._items, self.stop, used, self.loss)
+        self.sums = self._pending
         self._counted = self._items > 0
         self.sequence, self._backwards, self._items = self.sequence + 1, 0, 0
         self._squares = self._pending.squares, self._pending.nonfinite

@@ -27,6 +27,7 @@ from fasttrain.parallel.passes import Passes
 from fasttrain.parallel.timeline import Timeline
 from fasttrain.parallel.watching import wire_over
 from fasttrain.parallel.wires import Method
+from fasttrain.precision.loss_scale import LossScaler, step_divided
 
 MIB = 1 << 20
 
@@ -144,7 +145,7 @@ class Reducer(Passes):
         """
         self._items += items
 
-    def step(self, optimizer: Any, max_norm: float | None = None) -> Tensor:
+    def step(self, optimizer: Any, max_norm: float | None = None, scaler: LossScaler | None = None) -> Tensor:
         """Step with the mean over all items that were counted on all ranks: `p.grad` is their sum over ranks / ranks.
 
         The factor enters the step's coefficients; no gradient is rewritten. Where something is not finite every rank
@@ -153,6 +154,7 @@ class Reducer(Passes):
         Arguments:
             optimizer: of this package.
             max_norm: clip the mean's norm to this.
+            scaler: by which the losses were scaled, if they were; it is updated.
 
         Returns:
             The norm of the mean gradient before clipping, float32 of shape ().
@@ -172,10 +174,7 @@ class Reducer(Passes):
         if not items:
             raise RuntimeError("no items were counted: call count() before each backward pass, or optimizer.step()")
         scale = torch.tensor(items / self.wire.size, dtype=torch.float64, device=self.wire.device)
-        squares, found = self.statistics()
-        norm_of_mean = (squares.sqrt() / scale).float()
-        optimizer.step_scaled(scale.float(), found, norm_of_mean, max_norm)
-        return norm_of_mean
+        return step_divided(scale, self.statistics(), optimizer, max_norm, scaler)
 
     def grad_ready(self, p: Tensor) -> None:
         """Tell that a gradient is complete, where no hook of autograd does (a pipeline that splits backward)."""
