@@ -7,13 +7,11 @@ import lzma
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from fasttrain.train.config import BadInput
-
-Record = dict[str, Any]
+from fasttrain.train.journal import Record, records
 
 
 def make_directory(out: Path | None, optimizer: str) -> Path:
@@ -73,14 +71,13 @@ def read(directory: Path) -> Run:
     """
     try:
         header = json.loads((directory / "config.json").read_text())
-        lines = (directory / "log.jsonl").read_text().splitlines()
-        records = [json.loads(line) for line in lines]
+        found = records(directory / "log.jsonl")
         header["config"], header["text"]
     except OSError as error:
         raise BadInput(f"{directory} is not a run: {error.filename}: {error.strerror}") from error
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise BadInput(f"{directory} is not a run of fasttrain train: {error!r}") from error
-    run = Run(directory, header, *([r for r in records if r["event"] == e] for e in ("train", "validation", "wire")))
+    run = Run(directory, header, *([r for r in found if r["event"] == e] for e in ("train", "validation", "wire")))
     if not run.train:
         raise BadInput(f"{directory} is a run that ended before its first line of log")
     return run
