@@ -15,10 +15,19 @@ def line(record: dict[str, Any], steps: int) -> str:
     if record["event"] == "validation":
         return f"{head}  validation {record['bits_per_byte']:.4f} bits/byte over {record['bytes']:,} bytes"
     if record["event"] == "wire":
-        return f"{head}  gradients: {record['bytes']:,.0f} bytes sent a step, {record['formula']:,.0f} by the formula"
+        return f"{head}  communication: {sent(record)}"
     shares = "  ".join(f"{SHORT[phase]} {share:.1%}" for phase, share in record["share"].items())
     return (f"{head}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  {record['tokens_per_s']:,.0f} tokens/s"
             f"  {shares}")
+
+
+def sent(wire: dict[str, Any]) -> str:
+    """What a process sends in a step, from the record of that."""
+    by_formula = f"{wire['formula']:,.0f}"
+    counted = (f"{by_formula} bytes a step by the formula, not counted" if wire["bytes"] is None else
+               f"{wire['bytes']:,.0f} bytes a step, {by_formula} by the formula")
+    exposed = "not measured" if wire["exposed_s"] is None else f"{1000 * wire['exposed_s']:.1f} ms"
+    return f"{counted}; exposed: {exposed}"
 
 
 class Console:
