@@ -32,6 +32,14 @@ def test_a_line_shows_what_is_known():
     assert line({"event": "save", "step": 7, "text": "saved"}, 100) == "step   7/100  saved"
 
 
+def test_what_was_sent():
+    wire = {"event": "wire", "step": 7, "bytes": 123456.5, "formula": 123000.0, "exposed_s": 0.0024}
+    assert line(wire, 100) == ("step   7/100  communication: 123,456 bytes a step, 123,000 by the formula; "
+                               "exposed: 2.4 ms")
+    unknown = line({**wire, "bytes": None, "exposed_s": None}, 100)
+    assert unknown.endswith("123,000 bytes a step by the formula, not counted; exposed: not measured")
+
+
 def test_a_log_gets_plain_lines(capsys):
     with Console(steps=100) as console:
         console.show(TRAIN)

@@ -9,9 +9,10 @@ import ranks
 import torch
 
 from fasttrain.dist.wire import Wire
-from fasttrain.parallel import DataParallel
+from fasttrain.optim.local import is_dtensor
 from fasttrain.train import recipe
 from fasttrain.train.config import TrainConfig
+from fasttrain.train.division import callable_of, divide
 from fasttrain.train.loop import held_out_nats, train, validation
 from fasttrain.train.model import GPT
 from fasttrain.train.schedules import warmup_cosine
@@ -30,16 +31,16 @@ def make_text():
 def run(wire, config):
     torch.manual_seed(config.seed)
     model = GPT(config.layers, config.width, config.heads, config.sequence, ngrams=2, rows=64).to(wire.device)
-    parallel = DataParallel(model, mesh=wire, wire=config.wire, broadcast_buffers=False)
+    parallel = divide(config, model, wire)
     records = []
-    optimizer = recipe.build(config, parallel)
+    optimizer = recipe.build(config, callable_of(parallel))
     rates = []
     optimizer.register_step_pre_hook(lambda *_: rates.append([group["lr"] for group in optimizer.param_groups]))
     train(config, parallel, optimizer, make_text(), records.append)
     peak = recipe.settings(config)["lr"]
     expected = [peak * warmup_cosine(step, config.steps, config.warmup) for step in range(config.steps)]
     assert rates == [[lr, lr] for lr in expected], "both groups follow the schedule"
-    return records, [p.detach() for p in model.parameters()]
+    return records, [p.detach().full_tensor() if is_dtensor(p) else p.detach() for p in model.parameters()]
 
 
 def losses(records):
@@ -76,6 +77,7 @@ def test_records_are_complete_and_the_same_on_every_rank(two):
             assert 0 < r["lr"] <= recipe.RECIPES["AdamW"]["lr"]
         if r["event"] == "wire":  # what was counted is the formula, and the control that ends each step
             assert 0 < r["bytes"] - r["formula"] < 200
+            assert 0 < r["exposed_s"] < records[-3]["seconds"] / 12
     assert records[-1]["bytes"] == 500
 
 
@@ -92,6 +94,46 @@ def test_wires_and_accumulation_learn_the_same(two, options):
     share = {"bf16": 0.5, "int8": (1.015625 + 2) / 8}.get(options.get("wire"), 1.0)
     assert sent["formula"] == share * whole["formula"]
     assert 0 < sent["bytes"] - sent["formula"] < 200
+
+
+@pytest.mark.parametrize("options", [
+    {"optimizer": "AdamW", "accumulate": 2}, {"optimizer": "Muon", "clip": 0.5}, {"clip": 0.5}, {"clip": 0.0},
+    {"precision": "bf16", "optimizer": "LAMB"}, {"optimizer": "AdamW", "wire": "bf16", "accumulate": 2},
+    {"optimizer": "torch.SGD", "precision": "bf16", "accumulate": 2}], ids=str)
+def test_a_sharded_model_learns_the_same(options):
+    """Optimizers of this package come out in the same weights, bit for bit, if gradients travel in as many bits."""
+    config = dataclasses.replace(TINY, steps=6, **options)
+    (whole, weights), (records, others) = (ranks.run(run, 2, dataclasses.replace(config, zero=zero))[0]
+                                           for zero in (0, 3))
+    assert losses(records) == pytest.approx(losses(whole), rel=1e-3 if "wire" in options else 1e-5)
+    assert records[-1]["bits_per_byte"] == pytest.approx(whole[-1]["bits_per_byte"], rel=1e-3)
+    if "wire" not in options and not config.optimizer.startswith("torch."):
+        assert all(torch.equal(a, b) for a, b in zip(weights, others, strict=True))
+    sent = records[-2]
+    gradient = 2 if config.wire == "bf16" else 4
+    assert sent["formula"] == (2 * 4 * config.accumulate + gradient) * sum(p.numel() for p in weights) / 2
+    assert sent["bytes"] == sent["formula"]
+    assert 0 < sent["exposed_s"] < records[-3]["seconds"] / 6
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_sharded_model_on_other_numbers_of_ranks(size):
+    """With three, some have no windows left to validate on while others have; no dimension is a multiple of three."""
+    config = dataclasses.replace(TINY, optimizer="AdamW", batch=6, steps=4, zero=3)
+    (whole, _), (records, _) = (ranks.run(run, size, dataclasses.replace(config, zero=zero))[0] for zero in (0, 3))
+    assert losses(records) == pytest.approx(losses(whole), rel=1e-5)
+    assert records[-1]["bits_per_byte"] == pytest.approx(whole[-1]["bits_per_byte"], rel=1e-5)
+    sent = records[-2]
+    assert sent["formula"] <= sent["bytes"] <= 1.05 * sent["formula"]  # padding travels, too
+    assert (sent["formula"] > 0) == (size > 1)
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2])
+def test_one_rank_sends_nothing(zero):
+    records, _ = ranks.run(run, 1, dataclasses.replace(TINY, optimizer="AdamW", steps=2, zero=zero))[0]
+    assert {name: records[-2][name] for name in ("event", "bytes", "formula")} == {
+        "event": "wire", "bytes": 0, "formula": 0}
+    assert records[-2]["exposed_s"] >= 0
 
 
 def test_same_seed_same_bits(two):
@@ -142,6 +184,7 @@ class Bigram(torch.nn.Module):
         self.table = torch.nn.Embedding(256, 256)
 
     def forward(self, x):
+        self.calls = getattr(self, "calls", 0) + 1
         return self.table(x)
 
 
@@ -149,6 +192,7 @@ def bigram_bits(wire):
     torch.manual_seed(0)
     model, stream = Bigram(), make_text().held_out
     nats, count = held_out_nats(model, stream, TINY, wire, most=None)
+    assert len(set(map(int, wire.all_gather(torch.tensor([model.calls]))))) == 1, "a sharded model would hang"
     text = torch.from_numpy(stream.copy()).long()
     log_p = model(text[:-1]).log_softmax(-1)
     expected = -log_p.gather(1, text[1:, None]).double().sum().item() + math.log(256)

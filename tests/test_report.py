@@ -20,6 +20,7 @@ def make_run(directory, *, optimizer="AdamW", losses=(3.0, 2.0), steps=20, sha="
     records = [dict(event="validation", step=0, bits_per_byte=8.0, bytes=90)]
     records += [dict(event="train", step=10 * i, loss=loss, lr=0.1, tokens_per_s=1000.0 * i, seconds=8.0 * i,
                      share=shares) for i, loss in enumerate(losses, 1)]
+    records.append(dict(event="wire", step=steps, bytes=10_000.0, formula=9_000.0, exposed_s=0.005))
     if final is not None:
         records.append(dict(event="validation", step=steps, bits_per_byte=final, bytes=900))
     (directory / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
@@ -51,6 +52,8 @@ def test_summary(tmp_path):
     assert "this model, AdamW           2.500" in said
     assert "order-0 entropy             1.000" in said
     assert "forward-backward 60.0%" in said
+    assert summary["wire"] == dict(bytes=10_000, formula=9_000, exposed_s=0.005)
+    assert "communication of a process: 10,000 bytes a step, 9,000 by the formula; exposed: 5.0 ms" in said
 
 
 def test_picture(tmp_path):

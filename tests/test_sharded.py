@@ -144,17 +144,18 @@ def test_equals_one_process_on_the_full_batch() -> None:
 
 
 def sent(wire: Any) -> None:
-    """Each synchronised backward pass exchanges every group of gradients once; torch's reduce-scatter is not called."""
+    """Each synchronised backward pass exchanges every group of gradients once, and each pass gathers every group of
+    parameters once more; torch's own collectives are not called."""
     def refuse(*_: Any, **__: Any) -> None:
-        raise AssertionError("torch reduced")
+        raise AssertionError("torch sent")
 
-    for name in ("reduce_scatter_tensor", "reduce_scatter_single"):
+    for name in ("reduce_scatter_tensor", "reduce_scatter_single", "all_gather_into_tensor", "all_gather_single"):
         if hasattr(torch.distributed, name):
             setattr(torch.distributed, name, refuse)
     for wanted, width in (("same", 4), ("bf16", 2)):
         model = Net()
         sharded = shard(model, blocks="layers", wire=wanted, watch=False)
-        before = sharded.wire.bytes["reduce_scatter"]
+        before, gathered = sharded.wire.bytes["reduce_scatter"], sharded.wire.bytes["all_gather"]
         with sharded.no_sync():
             loss_of(model, batch(0, wire.rank, 0, torch.float32)).backward()
         assert not sharded.wire.calls["reduce_scatter"]
@@ -163,6 +164,7 @@ def sent(wire: Any) -> None:
         padded = sum(-(-p.shape[0] // 2) * 2 * p.numel() // p.shape[0] for p in model.parameters())
         got = sharded.wire.bytes["reduce_scatter"] - before
         assert got == padded * width // 2
+        assert sharded.wire.bytes["all_gather"] - gathered == 2 * 2 * padded * 4 // 2
         assert got < accounting.bytes_per_step(0, padded, 2, width, width)  # gloo's all-reduce, by the formula
         assert sharded.bytes_per_step(width, 4, 3) - sharded.bytes_per_step(0, 4, 3) == sharded.elements * width / 2
 

@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from fasttrain.dist import exchange
 from fasttrain.dist.scratch import Scratch
 from fasttrain.dist.stages import Lines, OnDevice, Stage, Staged, Ticket
-from fasttrain.dist.work import Ended, Nobody, Post, Single, Watch, WireError, Work
+from fasttrain.dist.work import Ended, Nobody, Post, Single, Waits, Watch, WireError, Work
 from fasttrain.kernels import norm
 
 __all__ = ["Wire", "WireError", "Work"]
@@ -49,6 +49,7 @@ class Wire:
         ranks: the members' numbers among all processes.
         calls, bytes: by kind of collective, how many, and the bytes that this rank has put on the wire by the
             formula of a ring, or of an exchange in pairs, which are the same.
+        waits: its `seconds` are those for which the host has waited for results. On a GPU it hardly ever does.
 
     Raises:
         WireError: the peers did not meet in time.
@@ -77,6 +78,7 @@ class Wire:
         self._try("meeting the other processes", self._meet)
         self.calls: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
+        self.waits = Waits()
         self._lines = Lines()
         self._issued = 0
         self.scratch = Scratch(device)
@@ -248,7 +250,7 @@ class Wire:
         dist.destroy_process_group(None if self._everything else self.group)
 
     def _post(self) -> Post:
-        return Post(self.rank, self.size, self.timeout_s, self.watch)
+        return Post(self.rank, self.size, self.timeout_s, self.watch, self.waits)
 
     def _single(self, kind: str, nbytes: int, sent: int, issue: Callable[[], Any],
                 finish: Callable[[], Any] | None = None) -> Work:

@@ -2,7 +2,7 @@
 
 Parameters, gradients and states are divided over the ranks; `fully_shard` gathers the parameters of a block when its
 forward or backward pass comes, and reduces its gradients into shards. What is ours is around that: the ranks compared
-and made equal, gloo's reduce-scatter replaced, accumulation, tokens, and clear answers to what cannot work.
+and made equal, gloo's collectives replaced, accumulation, tokens, and clear answers to what cannot work.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fasttrain.dist.wire import Wire
 from fasttrain.optim.arrival import Arrival
 from fasttrain.parallel import replaced, shardable
 from fasttrain.parallel.accumulate import Accumulation
-from fasttrain.parallel.scattered import Scattered
+from fasttrain.parallel.scattered import Gathered, Scattered
 from fasttrain.parallel.watching import wire_over
 from fasttrain.precision.loss_scale import LossScaler, step_divided
 
@@ -91,6 +91,7 @@ def shard(model: nn.Module, mesh: DeviceMesh | None = None, *, blocks: str | Seq
     if shards.backend == "gloo":
         for part in divided:
             part.set_custom_reduce_scatter(Scattered(shards))
+            part.set_custom_all_gather(Gathered(shards))
     replaced.watch(model, [p for _, p in named])
     return Sharded(model, shards, everyone)
 
@@ -100,8 +101,8 @@ class Sharded:
 
     Attributes:
         module: the model itself.
-        wire: of the ranks among which parameters are divided; `wire.bytes` counts what gradients have sent on gloo.
-            Parameters travel by torch.
+        wire: of the ranks among which parameters are divided; on gloo gradients and parameters travel by it, and
+            `wire.bytes` counts them. On NCCL they travel by torch.
         everyone: of all ranks; another one only if there are copies (a mesh of two dimensions).
     """
 

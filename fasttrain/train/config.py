@@ -65,8 +65,8 @@ class TrainConfig:
     """cuda gives each process one GPU and averages over NCCL; cpu averages over gloo."""
     wire: Literal["same", "ordered", "bf16", "int8"] = "same"
     """How gradients travel between processes: as they are, added in the order of ranks, in 16 bits, in 8 bits."""
-    zero: Literal[0, 1, 2] = 0
-    """Divide the optimizer's states (1), and the reduced gradients (2), over the processes."""
+    zero: Literal[0, 1, 2, 3] = 0
+    """Divide the optimizer's states (1), the reduced gradients too (2), the parameters too (3), over the processes."""
     accumulate: int = 1
     """Backward passes of one step; only the last one communicates."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -122,6 +122,9 @@ class TrainConfig:
             )
         if self.zero and self.wire == "int8":
             raise BadInput("--zero with --wire int8: shards of gradients do not travel in 8 bits; use bf16")
+        if self.zero == 3 and self.wire == "ordered":
+            raise BadInput("--zero 3 with --wire ordered: the order of a sharded model's sums is its backend's; use "
+                           "--zero 2, or --wire same")
         if self.device == "cpu":
             places, kind = usable_processors(), "processor"
             if self.threads > places:

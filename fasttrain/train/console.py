@@ -19,8 +19,7 @@ def line(record: dict[str, Any], steps: int) -> str:
         case "validation":
             return f"{head}  {'  '.join(validation(record))}"
         case "wire":
-            sent, formula = record["bytes"], record["formula"]
-            return f"{head}  gradients: {sent:,.0f} bytes sent a step, {formula:,.0f} by the formula"
+            return f"{head}  communication: {sent(record)}"
         case _:
             return f"{head}  {record['text']}"
 
@@ -50,6 +49,15 @@ def validation(record: dict[str, Any]) -> Iterator[str]:
         yield f"gap {record['gap']:+.4f}"
     if "patience_left" in record:
         yield f"patience {record['patience_left']}"
+
+
+def sent(wire: dict[str, Any]) -> str:
+    """What a process sends in a step, from the record of that."""
+    by_formula = f"{wire['formula']:,.0f}"
+    counted = (f"{by_formula} bytes a step by the formula, not counted" if wire["bytes"] is None else
+               f"{wire['bytes']:,.0f} bytes a step, {by_formula} by the formula")
+    exposed = "not measured" if wire["exposed_s"] is None else f"{1000 * wire['exposed_s']:.1f} ms"
+    return f"{counted}; exposed: {exposed}"
 
 
 class Console:

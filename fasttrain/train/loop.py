@@ -12,64 +12,66 @@ import torch
 from torch import nn
 
 from fasttrain.dist.wire import Wire
-from fasttrain.optim import Optimizer
-from fasttrain.parallel import DataParallel, Reducer, Zero
+from fasttrain.parallel import DataParallel
+from fasttrain.parallel.sharded import Sharded
 from fasttrain.train.clock import PhaseClock
 from fasttrain.train.config import TrainConfig
+from fasttrain.train.division import all_counted, bytes_by_formula, callable_of, clip, wire_of
 from fasttrain.train.model import loss_of
 from fasttrain.train.schedules import warmup_cosine
 from fasttrain.train.text import Text, Windows, overlapping
+from fasttrain.train.traffic import Traffic
 
 QUICK_WINDOWS = 64  # of a validation during the run; the one at its end reads everything
 Record = dict[str, Any]
 
 
-def train(config: TrainConfig, model: DataParallel, optimizer: torch.optim.Optimizer, text: Text,
+def train(config: TrainConfig, model: DataParallel | Sharded, optimizer: torch.optim.Optimizer, text: Text,
           emit: Callable[[Record], None]) -> None:
     """Run `config.steps` steps, and hand every record (a dict of JSON values, the same on each process) to `emit`.
 
     Records: ``{"event": "train", step, loss, lr, tokens_per_s, seconds, share}``, loss in nats per byte, averaged over
     the steps since the last; ``{"event": "validation", step, bits_per_byte, bytes}``; and once
-    ``{"event": "wire", step, bytes, formula}``: what a rank sent for the gradients of a step, counted and by formula.
+    ``{"event": "wire", step, bytes, formula, exposed_s}``: what a process sent in a step, counted and by the formula,
+    and the seconds of that which nothing hid (None: not measured); means over the run.
 
     Raises:
         FloatingPointError: the loss is not finite, on every process in the same step.
     """
     windows = Windows(text.train, config.sequence, config.seed)
-    reducer = model.reducer
-    wire, sent = reducer.wire, 0
+    wire, called = wire_of(model), callable_of(model)
+    traffic = Traffic(wire)
     mine = config.batch // wire.size
     accumulate = model.accumulate(config.accumulate)
-    reducer.record_timeline()
     peaks = [group["lr"] for group in optimizer.param_groups]
-    params = [p for group in optimizer.param_groups for p in group["params"]]
     clock = PhaseClock(wire.device)
     losses = torch.zeros((), device=wire.device)
     begun = logged_at = time.perf_counter()
     logged = 0
 
-    emit(validation(0, model, text.held_out, config, wire, QUICK_WINDOWS))
+    emit(validation(0, called, text.held_out, config, wire, QUICK_WINDOWS))
     for step in range(config.steps):
         wire.watch.step = step
         with clock("data"):
             batch = to_device(windows.batch(step * config.batch + wire.rank * mine, mine), wire.device)
-        sent -= wire.sent
+        traffic.begin()
         with clock("forward_backward"):
             for part in batch.chunk(config.accumulate):
                 with accumulate():
                     with autocast(config, wire.device):
-                        loss = loss_of(model, part) / config.accumulate
+                        loss = loss_of(called, part) / config.accumulate
                     loss.backward()
                 losses += loss.detach()
-        clock.move("forward_backward", "communication", reducer.exposed)
+        clock.move("forward_backward", "communication", traffic.waited())
         with clock("optimizer"):
-            clip(optimizer, params, reducer, config.clip)
+            clip(optimizer, model, config.clip)
             share = warmup_cosine(step, config.steps, config.warmup)
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * share
             optimizer.step()
             optimizer.zero_grad()
-        sent += wire.sent
+        clock.move("optimizer", "communication", traffic.waited())
+        traffic.end()
 
         done = step + 1
         if done % config.log_every == 0 or done == config.steps:
@@ -89,20 +91,11 @@ def train(config: TrainConfig, model: DataParallel, optimizer: torch.optim.Optim
             logged, logged_at = done, now
         if done % config.validate_every == 0 and done < config.steps:
             before = time.perf_counter()
-            emit(validation(done, model, text.held_out, config, wire, QUICK_WINDOWS))
+            emit(validation(done, called, text.held_out, config, wire, QUICK_WINDOWS))
             logged_at += time.perf_counter() - before  # tokens/s are those of training
-    emit({"event": "wire", "step": config.steps, "bytes": sent / config.steps, "formula": reducer.bytes_per_step()})
-    emit(validation(config.steps, model, text.held_out, config, wire, None))
-
-
-def clip(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], reducer: Reducer, largest: float) -> None:
-    """Clip the gradients' norm, which the reducer knows; only optimizers of torch have them rewritten. 0: do not."""
-    if largest and isinstance(optimizer, Zero):
-        optimizer.clip_grad_norm_(largest)
-    elif largest and isinstance(optimizer, Optimizer):
-        optimizer.clip_grad_norm_(largest, norm=reducer.grad_norm())
-    elif largest:
-        nn.utils.clip_grads_with_norm_(params, largest, reducer.grad_norm())
+    emit({"event": "wire", "step": config.steps, "formula": bytes_by_formula(config, model),
+          **traffic.per_step(all_counted(model))})
+    emit(validation(config.steps, called, text.held_out, config, wire, None))
 
 
 def validation(step: int, model: nn.Module, stream: np.ndarray, config: TrainConfig, wire: Wire,
@@ -118,7 +111,8 @@ def held_out_nats(model: nn.Module, stream: np.ndarray, config: TrainConfig, wir
     """The sum of the model's cross-entropy over held-out bytes in nats, and how many bytes that was.
 
     Each process reads every size-th batch of windows; their sums and counts are added. The first byte of the text,
-    which nothing precedes, costs log 256.
+    which nothing precedes, costs log 256. The model is called as often on every process, because a sharded one is
+    gathered in each call: a process with no windows left reads some that do not count.
 
     Args:
         stream: uint8, shape (bytes,).
@@ -132,12 +126,14 @@ def held_out_nats(model: nn.Module, stream: np.ndarray, config: TrainConfig, wir
     if wire.rank == 0 and most is None:
         sums += sums.new_tensor([math.log(256), 1])
     at_once = max(1, config.batch // wire.size)
-    for i in range(wire.rank * at_once, len(chosen), wire.size * at_once):
-        some = chosen[i : i + at_once]
+    for turn in range(0, len(chosen), wire.size * at_once):
+        mine = chosen[turn + wire.rank * at_once :][:at_once]
+        some = mine if len(mine) else chosen[:1]
         windows = to_device(np.stack([stream[s : s + config.sequence + 1] for s in starts[some]]), wire.device)
         with autocast(config, wire.device):
             logits_BTV = model(windows[:, :-1])
-        fresh_BT = torch.from_numpy(np.arange(config.sequence) >= fresh_from[some, None]).to(wire.device)
+        since = fresh_from[some, None] if len(mine) else config.sequence
+        fresh_BT = torch.from_numpy(np.arange(config.sequence)[None] >= since).to(wire.device)
         nats = nn.functional.cross_entropy(logits_BTV[fresh_BT].float(), windows[:, 1:][fresh_BT], reduction="none")
         sums += torch.stack([nats.sum(dtype=torch.float64), fresh_BT.sum(dtype=torch.float64)])
     nats_sum, count = wire.sum_(sums).tolist()

@@ -21,10 +21,10 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from fasttrain.dist.failures import FAILED, PEER_FAILED, PeerFailed, end_process
 from fasttrain.dist.watcher import Watcher
 from fasttrain.dist.wire import Wire, WireError
-from fasttrain.parallel import DataParallel
 from fasttrain.train import recipe, text
 from fasttrain.train.config import TrainConfig
 from fasttrain.train.console import Console
+from fasttrain.train.division import callable_of, divide, wire_of
 from fasttrain.train.loop import Record, train
 from fasttrain.train.model import GPT
 
@@ -51,8 +51,8 @@ def run(directory: Path) -> None:
     watcher.catch_sigterm(on_stop=lambda: end_process(128 + signal.SIGTERM))
     with watcher.guard(), contextlib.ExitStack() as stack:
         model = GPT(config.layers, config.width, config.heads, config.sequence, config.ngrams, config.rows).to(device)
-        parallel = DataParallel(model, mesh=wire, wire=config.wire, broadcast_buffers=False)
-        optimizer = recipe.build(config, parallel)
+        parallel = divide(config, model, wire)
+        optimizer = recipe.build(config, callable_of(parallel))
         emit = _nothing
         if wire.rank == 0:
             log = stack.enter_context(open(directory / "log.jsonl", "x", buffering=1))
@@ -64,6 +64,8 @@ def run(directory: Path) -> None:
 
         train(config, parallel, optimizer, read, emit)
     watcher.close()
+    if wire_of(parallel) is not wire:
+        wire_of(parallel).close()
     wire.close()
 
 

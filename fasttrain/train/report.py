@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from fasttrain.train.config import BadInput
+from fasttrain.train.console import sent
 from fasttrain.train.journal import Record, records
 
 
@@ -116,7 +117,7 @@ def summarise(run: Run, stream: np.ndarray, wall_s: float) -> Record:
         "passes_over_text": tokens / run.header["text"]["train_bytes"],
         "tokens_per_s": median_speed(run),
         "share": mean_shares(run),
-        "wire": {name: run.wire[-1][name] for name in ("bytes", "formula")} if run.wire else None,
+        "wire": {name: run.wire[-1][name] for name in ("bytes", "formula", "exposed_s")} if run.wire else None,
         "wall_s": wall_s,
     }
 
@@ -145,8 +146,7 @@ def describe(summary: Record, header: Record) -> str:
         f"{summary['steps']} steps, {summary['tokens']:,} bytes read ({summary['passes_over_text']:.2f} passes), "
         f"{summary['tokens_per_s']:,.0f} tokens/s, {summary['wall_s']:.0f} s in all",
         f"time in steps: {shares}",
-        *([f"gradients: each process sent {wire['bytes']:,.0f} bytes a step, {wire['formula']:,.0f} by the formula"]
-          if (wire := summary["wire"]) and wire["formula"] else []),
+        *([f"communication of a process: {sent(summary['wire'])}"] if summary["wire"] else []),
     ])
 
 
