@@ -14,6 +14,8 @@ from fasttrain.parallel import DataParallel, Zero
 from fasttrain.parallel.accumulate import Accumulation
 from fasttrain.parallel.sharded import Sharded
 from fasttrain.precision.loss_scale import LossScaler, step_divided
+from fasttrain.train.clock import PhaseClock
+from fasttrain.train.traffic import Traffic
 
 Loss = Callable[[Any, Any], "Tensor | tuple[Tensor, int]"]
 
@@ -50,6 +52,13 @@ class Stepper:
         clip: largest norm of the gradient; 0 does not clip.
         context: makes the context in which `loss` runs (autocast).
         scaler: scales losses; needs an optimizer of this package.
+        clock: what measures the phases "forward_backward", "communication" (what backward did not hide) and
+            "optimizer".
+
+    Attributes:
+        steps: that were made.
+        traffic: what they have sent, and waited for; None in one process alone.
+        stop: this rank wishes to stop: the others learn of it with the next step.
 
     Raises:
         TypeError: a scaler, or a loss with items, with an optimizer of torch.
@@ -64,7 +73,8 @@ class Stepper:
     """
 
     def __init__(self, model: nn.Module | Sharded, optimizer: Any, loss: Loss, *, clip: float = 0.0,
-                 context: Callable[[], AbstractContextManager[Any]] = nullcontext, scaler: LossScaler | None = None):
+                 context: Callable[[], AbstractContextManager[Any]] = nullcontext, scaler: LossScaler | None = None,
+                 clock: PhaseClock | None = None):
         self.model: Any = model.module if isinstance(model, Sharded) else model
         self.optimizer, self.loss, self.clip, self.context, self.scaler = optimizer, loss, clip, context, scaler
         self.sharded = model if isinstance(model, Sharded) else None
@@ -76,28 +86,43 @@ class Stepper:
         if scaler is not None and not self.ours:
             raise TypeError(f"a loss scale needs an optimizer of fasttrain.optim: {type(optimizer).__name__} is not")
         self.steps = 0
-        self.stop = False  # this rank wishes to stop: the others learn of it with the next step
+        self.stop = False
+        self.clock = clock or PhaseClock(self.device)
+        self.traffic = Traffic(self.wire) if self.wire is not None else None
         self._under_way: list[_Late] = []
         self._one = torch.ones((), dtype=torch.float64, device=self.device)
 
     def run(self, micro_batches: Sequence[Any]) -> None:
         """One step. Every rank gives as many micro-batches, of its own part of the data."""
         accumulate = Accumulation(self.sharded or self.reducer or _Alone(), len(micro_batches))
-        total, items = torch.zeros((), dtype=torch.float64, device=self.device), 0
-        for micro_batch in micro_batches:
-            with accumulate():
-                with self.context():
-                    result = self.loss(self.model, micro_batch)
-                if isinstance(result, tuple):
-                    loss, count = result
-                    items += self._count(count)
-                else:
-                    loss = result / len(micro_batches)
-                total += loss.detach()
-                if self.reducer is not None:
-                    self.reducer.loss, self.reducer.stop = total, self.stop
-                (loss if self.scaler is None else self.scaler.scale(loss)).backward()
-        self._finish(total, items)
+        if self.traffic is not None:
+            self.traffic.begin()
+        with self.clock("forward_backward"):
+            total, items = torch.zeros((), dtype=torch.float64, device=self.device), 0
+            for micro_batch in micro_batches:
+                with accumulate():
+                    with self.context():
+                        result = self.loss(self.model, micro_batch)
+                    if isinstance(result, tuple):
+                        loss, count = result
+                        items += self._count(count)
+                    else:
+                        loss = result / len(micro_batches)
+                    total += loss.detach()
+                    if self.reducer is not None:
+                        self.reducer.loss, self.reducer.stop = total, self.stop
+                    (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        self._waited("forward_backward")
+        with self.clock("optimizer"):
+            self._finish(total, items)
+        self._waited("optimizer")
+        if self.traffic is not None:
+            self.traffic.end()
+
+    def _waited(self, phase: str) -> None:
+        """Count what a phase has waited for other ranks as communication."""
+        if self.traffic is not None:
+            self.clock.move(phase, "communication", self.traffic.waited())
 
     def _count(self, items: int) -> int:
         if not self.ours:

@@ -1,0 +1,87 @@
+"""The training loop, to be read in one sitting. It uses only parts that work alone in somebody else's loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+from torch import Tensor
+
+from fasttrain.train.clock import PhaseClock
+from fasttrain.train.stepper import Loss, Numbers, Stepper
+from fasttrain.train.usage import Memory
+
+Record = dict[str, Any]
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a run is: the part of its state that is the loop's own.
+
+    Attributes:
+        step: steps made, skipped ones included.
+        skipped: steps in which a gradient was not finite.
+        seconds: in the loop, over all parts of a run that was resumed.
+        loss_sum, loss_steps: of the steps since the last line of the log.
+        ended: why the loop ended; empty while it runs.
+    """
+
+    step: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
+    loss_sum: float = 0.0
+    loss_steps: int = 0
+    ended: str = ""
+
+    def state_dict(self) -> Record:
+        """JSON values."""
+        return dataclasses.asdict(self) | {"ended": ""}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned."""
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+def fit(model: Any, data: Iterable[Any], optimizer: Any, loss: Loss, *, steps: int, accumulate: int = 1,
+        clip: float = 1.0, schedule: Any = None, precision: Any = None, evaluate: Callable[[int], Record] | None = None,
+        evaluate_every: int = 0, checkpoints: Any = None, stopping: Any = None, guards: Sequence[Any] = (),
+        callbacks: Sequence[Callable[[Record], None]] = (), log_every: int = 10, tokens: int = 0,
+        flops: float = 0.0) -> Progress:
+    """Train, until `steps` are made or a guard, a signal or the end of the data says stop. Killed, it goes on where the
+    newest checkpoint is: call it again with equal arguments.
+    """
+    clock = PhaseClock(device_of(model))
+    ...
+
+
+def split(batch: Any, parts: int) -> list[Any]:
+    """A batch in micro-batches, along the first dimension of its tensors.
+
+    Arguments:
+        batch: a tensor, or a dict, list or tuple of them (of equal lengths); other values go to all parts.
+
+    Raises:
+        ValueError: it cannot be divided into as many parts of one size.
+
+    Example:
+        >>> import torch
+        >>> split({"x": torch.arange(4), "scale": 2.0}, 2)
+        [{'x': tensor([0, 1]), 'scale': 2.0}, {'x': tensor([2, 3]), 'scale': 2.0}]
+    """
+    if parts == 1:
+        return [batch]
+    if isinstance(batch, Tensor):
+        if len(batch) % parts:
+            raise ValueError(f"a batch of {len(batch)} cannot be divided into {parts} micro-batches of one size")
+        return list(batch.chunk(parts))
+    if isinstance(batch, Mapping):
+        divided = {name: split(value, parts) for name, value in batch.items()}
+        return [{name: values[i] for name, values in divided.items()} for i in range(parts)]
+    if isinstance(batch, (list, tuple)):
+        inner = [split(value, parts) for value in batch]
+        return [type(batch)(values[i] for values in inner) for i in range(parts)]
+    return [batch] * parts
