@@ -14,10 +14,10 @@ from torch import nn
 from fasttrain.dist.wire import Wire
 from fasttrain.optim import Optimizer
 from fasttrain.parallel import DataParallel, Reducer, Zero
+from fasttrain.schedules import warmup_cosine
 from fasttrain.train.clock import PhaseClock
 from fasttrain.train.config import TrainConfig
 from fasttrain.train.model import loss_of
-from fasttrain.train.schedules import warmup_cosine
 from fasttrain.train.text import Text, Windows, overlapping
 
 QUICK_WINDOWS = 64  # of a validation during the run; the one at its end reads everything
@@ -41,6 +41,7 @@ def train(config: TrainConfig, model: DataParallel, optimizer: torch.optim.Optim
     mine = config.batch // wire.size
     accumulate = model.accumulate(config.accumulate)
     reducer.record_timeline()
+    schedule = warmup_cosine(config.steps, config.warmup)
     peaks = [group["lr"] for group in optimizer.param_groups]
     params = [p for group in optimizer.param_groups for p in group["params"]]
     clock = PhaseClock(wire.device)
@@ -64,7 +65,7 @@ def train(config: TrainConfig, model: DataParallel, optimizer: torch.optim.Optim
         clock.move("forward_backward", "communication", reducer.exposed)
         with clock("optimizer"):
             clip(optimizer, params, reducer, config.clip)
-            share = warmup_cosine(step, config.steps, config.warmup)
+            share = schedule(step)
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * share
             optimizer.step()
