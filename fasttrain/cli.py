@@ -1,4 +1,4 @@
-"""The ``fasttrain`` command: ``train``, ``compare``, ``doctor``.
+"""The ``fasttrain`` command: ``train``, ``compare``, ``schedule``, ``doctor``.
 
 Exit codes: 0 done; 1 a run failed; 2 the input cannot work; 130 interrupted by Ctrl-C, 143 by SIGTERM.
 """
@@ -36,6 +36,18 @@ class Compare:
 
 
 @dataclasses.dataclass(frozen=True)
+class DrawSchedule:
+    """Draw a schedule, as "warmup(100) + cosine(1000, floor=0.1)", and say its values."""
+
+    text: Annotated[Positional[str], arg(metavar="SCHEDULE")]
+    """Functions of fasttrain.schedules, joined with + and multiplied with *."""
+    steps: int | None = None
+    """How many to draw. Without it: its length, or 1000."""
+    png: Path | None = None
+    """Also draw it here."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Doctor:
     """Say what is installed, which backend each kernel would use, and why not the others."""
 
@@ -49,6 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
             return train(command)
         if isinstance(command, Compare):
             return compare(command)
+        if isinstance(command, DrawSchedule):
+            return draw_schedule(command)
         from fasttrain import doctor
 
         return doctor.main()
@@ -58,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
         return _say("interrupted", error.args[0] if error.args else 130)
 
 
-def parse(arguments: list[str]) -> TrainConfig | Compare | Doctor:
+def parse(arguments: list[str]) -> TrainConfig | Compare | DrawSchedule | Doctor:
     """The command that `arguments` name.
 
     Raises:
@@ -67,6 +81,7 @@ def parse(arguments: list[str]) -> TrainConfig | Compare | Doctor:
     commands = (
         Annotated[TrainConfig, subcommand("train")]
         | Annotated[Compare, subcommand("compare")]
+        | Annotated[DrawSchedule, subcommand("schedule")]
         | Annotated[Doctor, subcommand("doctor")]
     )
     said = io.StringIO()
@@ -143,6 +158,30 @@ def compare(command: Compare) -> int:
             report.draw([report.read(command.first), report.read(command.second)], command.png)
         except OSError as error:
             raise BadInput(f"--png {command.png}: cannot be written: {error.strerror}") from error
+    return 0
+
+
+def draw_schedule(command: DrawSchedule) -> int:
+    """Print the curve, and draw it if asked."""
+    from fasttrain.schedules import draw
+    from fasttrain.schedules import parse as parse_schedule
+
+    if command.steps is not None and command.steps < 1:
+        raise BadInput(f"--steps {command.steps}: must be at least 1")
+    try:
+        schedule = parse_schedule(command.text)
+        last = draw.steps_of(schedule, command.steps)
+        said = [repr(schedule), draw.as_text(schedule, command.steps), "; ".join(
+            f"step {step}: {schedule(step):.6g}" for step in dict.fromkeys((0, last // 4, last // 2, last)))]
+        if command.png:
+            draw.as_png(schedule, command.png, command.steps)
+    except ValueError as error:
+        raise BadInput(str(error)) from error
+    except OverflowError as error:
+        raise BadInput(f"{command.text} becomes too large for a number") from error
+    except OSError as error:
+        raise BadInput(f"--png {command.png}: cannot be written: {error.strerror}") from error
+    print("\n".join(said))
     return 0
 
 

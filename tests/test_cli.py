@@ -27,7 +27,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ("", "Expected one of {train, compare, doctor}"),
+    ("", "Expected one of {train, compare, schedule, doctor}"),
     ("trian", "trian"),
     ("train --stpes 4", "--stpes, 4"),
     ("train --step 4", "perhaps you meant --steps"),
@@ -54,6 +54,12 @@ def elsewhere(tmp_path, monkeypatch):
     ("train --text words --out words", "--out words is not empty"),
     ("train --text words --out file", "--out file: cannot be written"),
     ("train --text words --out file/below", "--out file/below: cannot be written: Not a directory"),
+    ("train --steps 20", "--steps 20 is shorter than --warmup 50"),
+    ("schedule cosinus(10)", "there is no schedule cosinus; there are constant, warmup"),
+    ("schedule __import__('os')", "there is no schedule __import__"),
+    ("schedule 0.5*cosine(10) --steps 0", "--steps 0: must be at least 1"),
+    ("schedule cosine(10) --png nowhere/a.png", "--png nowhere/a.png: cannot be written"),
+    ("schedule exponential(9.0) --steps 9999", "exponential(9.0) becomes too large"),
     ("compare nowhere words", "nowhere is not a run"),
     ("compare empty", "SECOND"),
 ])
@@ -82,6 +88,7 @@ def test_the_line_does_not_depend_on_the_terminal(encoding):
     ("--help", ["train", "compare", "doctor"]),
     ("train --help", ["--optimizer", "--text", "torch.AdamW", "(default: 2)", "--processes"]),
     ("compare --help", ["FIRST", "SECOND"]),
+    ("schedule --help", ["SCHEDULE", "--steps", "--png"]),
 ])
 def test_help(capsys, arguments, words):
     with pytest.raises(SystemExit) as end:
@@ -90,6 +97,16 @@ def test_help(capsys, arguments, words):
     said = capsys.readouterr().out
     for word in words:
         assert word in said
+
+
+def test_a_schedule_is_drawn(elsewhere, capsys):
+    assert cli.main(["schedule", "warmup(100) + cosine(1000, floor=0.1)", "--png", "drawn.png"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "warmup(100) + cosine(1000, floor=0.1)"
+    assert said[-2].split() == ["0", "1100"]
+    assert said[-1] == "step 0: 0.01; step 275: 0.933688; step 550: 0.620396; step 1100: 0.1"
+    assert sum(line.count("*") for line in said[1:-2]) == 72
+    assert (elsewhere / "drawn.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_every_option_is_explained(capsys):

@@ -9,13 +9,17 @@ import ranks
 import torch
 
 from fasttrain.dist.wire import Wire
+<<<<<<< HEAD
 from fasttrain.optim.local import is_dtensor
+=======
+from fasttrain.parallel import DataParallel
+from fasttrain.schedules import warmup_cosine
+>>>>>>> s5-sched
 from fasttrain.train import recipe
 from fasttrain.train.config import TrainConfig
 from fasttrain.train.division import callable_of, divide
 from fasttrain.train.loop import held_out_nats, train, validation
 from fasttrain.train.model import GPT
-from fasttrain.train.schedules import warmup_cosine
 from fasttrain.train.text import Text
 
 TINY = TrainConfig(optimizer="torch.AdamW", steps=12, batch=4, sequence=32, layers=1, width=32, heads=2, warmup=3,
@@ -38,7 +42,7 @@ def run(wire, config):
     optimizer.register_step_pre_hook(lambda *_: rates.append([group["lr"] for group in optimizer.param_groups]))
     train(config, parallel, optimizer, make_text(), records.append)
     peak = recipe.settings(config)["lr"]
-    expected = [peak * warmup_cosine(step, config.steps, config.warmup) for step in range(config.steps)]
+    expected = [peak * warmup_cosine(config.steps, config.warmup)(step) for step in range(config.steps)]
     assert rates == [[lr, lr] for lr in expected], "both groups follow the schedule"
     return records, [p.detach().full_tensor() if is_dtensor(p) else p.detach() for p in model.parameters()]
 

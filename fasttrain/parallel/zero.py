@@ -170,7 +170,7 @@ class Zero(Stepping):
             A new state dict, which `load_state_dict` of the optimizer's class and of any `Zero` takes, whatever its
             stage or number of ranks; {} on the other ranks.
         """
-        self._pull()
+        self._push()  # what schedules wrote since the last step
         return zero_state.consolidate(self, to)
 
     def consolidate_state_dict(self, to: int = 0) -> None:
@@ -196,6 +196,8 @@ class Zero(Stepping):
         """
         zero_state.load(self, state_dict)
         self._remember()
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     def pieces(self) -> Iterator[tuple[str, int, int, dict[str, Any]]]:
         """For checkpoints: of each piece the parameter's name, the interval's first element and length, and its states.

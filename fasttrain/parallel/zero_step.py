@@ -172,6 +172,7 @@ class Stepping(clip.Clipped, torch.optim.Optimizer):
     def _whole_model(self, mode: str) -> None:
         self.gather()
         self._notice_writes()
+        self._push()
         getattr(self.inner, mode)()
         self._pull()
         self._share()

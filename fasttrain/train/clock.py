@@ -25,6 +25,7 @@ class PhaseClock:
     """
 
     def __init__(self, device: torch.device):
+        self.device = device
         self.on_gpu = device.type == "cuda"
         self.seconds: dict[str, float] = {}
         self.events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []

@@ -95,6 +95,9 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
                 raise BadInput(f"--{name.replace('_', '-')} {value}: must be finite and not negative")
+        if self.warmup > self.steps:
+            raise BadInput(f"--steps {self.steps} is shorter than --warmup {self.warmup}: the run would end in its "
+                           f"warmup; use a warmup of at most {self.steps} steps, or a longer run")
         if self.seed >= 1 << 63:
             raise BadInput(f"--seed {self.seed}: must be below 2**63")
         if not 0 < self.held_out < 1:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fasttrain.train.clock import PhaseClock
-from fasttrain.train.stepper import Loss, Numbers, Stepper
-from fasttrain.train.usage import Memory
+from fasttrain.train.meter import Meter
+from fasttrain.train.stepper import Loss, Stepper
 
 Record = dict[str, Any]
 
@@ -47,15 +47,50 @@ class Progress:
 
 
 def fit(model: Any, data: Iterable[Any], optimizer: Any, loss: Loss, *, steps: int, accumulate: int = 1,
-        clip: float = 1.0, schedule: Any = None, precision: Any = None, evaluate: Callable[[int], Record] | None = None,
-        evaluate_every: int = 0, checkpoints: Any = None, stopping: Any = None, guards: Sequence[Any] = (),
-        callbacks: Sequence[Callable[[Record], None]] = (), log_every: int = 10, tokens: int = 0,
-        flops: float = 0.0) -> Progress:
-    """Train, until `steps` are made or a guard, a signal or the end of the data says stop. Killed, it goes on where the
-    newest checkpoint is: call it again with equal arguments.
-    """
+        clip: float = 1.0, schedule: Any = None, precision: Any = None, tokens: int = 0,
+        evaluate: Callable[[int], Record] | None = None, evaluate_every: int = 0,
+        guards: Sequence[Any] = (), checkpoints: Any = None, stopping: Any = None,
+        callbacks: Sequence[Callable[[Record], None]] = (), log_every: int = 10) -> Progress:
+    """Train. A run that was killed goes on from its newest checkpoint: call it again with equal arguments."""
+    progress = Progress()
     clock = PhaseClock(device_of(model))
-    ...
+    stepper = Stepper(model, optimizer, loss, clip=clip, clock=clock)
+    meter = Meter(clock, tokens)
+    state = {"model": model, "optimizer": optimizer, "schedule": schedule, "data": data, "progress": progress}
+
+    def tell(event: str, **values: Any) -> None:
+        for callback in callbacks:
+            callback({"event": event, "step": progress.step, **values})
+
+    batches = iter(data)
+    begun = time.perf_counter() - progress.seconds
+    while progress.step < steps and not progress.ended:
+        with clock("data"):
+            batch = next(batches)
+        stepper.run(split(batch, accumulate))
+        progress.step += 1
+        rate = optimizer.param_groups[0]["lr"]
+        if schedule is not None:
+            schedule.step()
+        last = progress.step == steps
+        log_now = last or progress.step % log_every == 0
+        look = evaluate is not None and evaluate_every and progress.step % evaluate_every == 0 and not last
+        for numbers in stepper.arrived(all_of_them=log_now or look):
+            meter.add(numbers)
+            progress.skipped += numbers.skipped
+            progress.ended = "a request to stop" if numbers.stop else ""
+        if log_now:
+            progress.seconds = time.perf_counter() - begun
+            tell("train", lr=rate, seconds=progress.seconds, skipped=progress.skipped, **meter.read())
+        if look:
+            with meter.paused():
+                tell("validation", **evaluate(progress.step))
+    return progress
+
+
+def device_of(model: Any) -> torch.device:
+    """Where the parameters of a model lie, wrapped or not."""
+    return next(getattr(model, "module", model).parameters()).device
 
 
 def split(batch: Any, parts: int) -> list[Any]:

@@ -1,26 +1,22 @@
-"""The training loop, and validation. Every part works alone in somebody else's loop."""
+"""The main job: its data, validation and records around the loop of `fasttrain.train.fit`."""
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
-from torch import nn
 
-from fasttrain.dist.wire import Wire
 from fasttrain.parallel import DataParallel
 from fasttrain.parallel.sharded import Sharded
-from fasttrain.train.clock import PhaseClock
+from fasttrain.schedules import warmup_cosine
+from fasttrain.schedules.scheduler import Scheduler
 from fasttrain.train.config import TrainConfig
-from fasttrain.train.division import all_counted, bytes_by_formula, callable_of, clip, wire_of
+from fasttrain.train.division import all_counted, bytes_by_formula, callable_of, wire_of
+from fasttrain.train.fit import fit
 from fasttrain.train.model import loss_of
-from fasttrain.train.schedules import warmup_cosine
-from fasttrain.train.text import Text, Windows, overlapping
-from fasttrain.train.traffic import Traffic
+from fasttrain.train.text import Text, Windows
+from fasttrain.train.validation import autocast, to_device, validation
 
 QUICK_WINDOWS = 64  # of a validation during the run; the one at its end reads everything
 Record = dict[str, Any]
@@ -28,123 +24,18 @@ Record = dict[str, Any]
 
 def train(config: TrainConfig, model: DataParallel | Sharded, optimizer: torch.optim.Optimizer, text: Text,
           emit: Callable[[Record], None]) -> None:
-    """Run `config.steps` steps, and hand every record (a dict of JSON values, the same on each process) to `emit`.
+    """Run the main job, and hand every record (a dict of JSON values, the same on each process) to `emit`.
 
-    Records: ``{"event": "train", step, loss, lr, tokens_per_s, seconds, share}``, loss in nats per byte, averaged over
-    the steps since the last; ``{"event": "validation", step, bits_per_byte, bytes}``; and once
+    Records: those of `fasttrain.train.fit`, with validations in ``bits_per_byte`` over so many ``bytes``; and once
     ``{"event": "wire", step, bytes, formula, exposed_s}``: what a process sent in a step, counted and by the formula,
     and the seconds of that which nothing hid (None: not measured); means over the run.
 
     Raises:
         FloatingPointError: the loss is not finite, on every process in the same step.
     """
-    windows = Windows(text.train, config.sequence, config.seed)
     wire, called = wire_of(model), callable_of(model)
-    traffic = Traffic(wire)
-    mine = config.batch // wire.size
-    accumulate = model.accumulate(config.accumulate)
-    peaks = [group["lr"] for group in optimizer.param_groups]
-    clock = PhaseClock(wire.device)
-    losses = torch.zeros((), device=wire.device)
-    begun = logged_at = time.perf_counter()
-    logged = 0
 
-    emit(validation(0, called, text.held_out, config, wire, QUICK_WINDOWS))
-    for step in range(config.steps):
-        wire.watch.step = step
-        with clock("data"):
-            batch = to_device(windows.batch(step * config.batch + wire.rank * mine, mine), wire.device)
-        traffic.begin()
-        with clock("forward_backward"):
-            for part in batch.chunk(config.accumulate):
-                with accumulate():
-                    with autocast(config, wire.device):
-                        loss = loss_of(called, part) / config.accumulate
-                    loss.backward()
-                losses += loss.detach()
-        clock.move("forward_backward", "communication", traffic.waited())
-        with clock("optimizer"):
-            clip(optimizer, model, config.clip)
-            share = warmup_cosine(step, config.steps, config.warmup)
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = peak * share
-            optimizer.step()
-            optimizer.zero_grad()
-        clock.move("optimizer", "communication", traffic.waited())
-        traffic.end()
+    def look(step: int, most: int | None = QUICK_WINDOWS) -> Record:
+        return validation(called, text.held_out, config, wire, most)
 
-        done = step + 1
-        if done % config.log_every == 0 or done == config.steps:
-            mean_loss = wire.mean_(losses).item() / (done - logged)
-            if not math.isfinite(mean_loss):
-                raise FloatingPointError(
-                    f"the loss of steps {logged + 1} to {done} is {mean_loss}; use a lower --lr or a longer --warmup")
-            seconds = clock.take()
-            now = time.perf_counter()
-            emit({
-                "event": "train", "step": done, "loss": mean_loss, "lr": peaks[0] * share,
-                "tokens_per_s": (done - logged) * config.batch * config.sequence / (now - logged_at),
-                "seconds": now - begun,
-                "share": {phase: s / sum(seconds.values()) for phase, s in seconds.items()},
-            })
-            losses.zero_()
-            logged, logged_at = done, now
-        if done % config.validate_every == 0 and done < config.steps:
-            before = time.perf_counter()
-            emit(validation(done, called, text.held_out, config, wire, QUICK_WINDOWS))
-            logged_at += time.perf_counter() - before  # tokens/s are those of training
-    emit({"event": "wire", "step": config.steps, "formula": bytes_by_formula(config, model),
-          **traffic.per_step(all_counted(model))})
-    emit(validation(config.steps, called, text.held_out, config, wire, None))
-
-
-def validation(step: int, model: nn.Module, stream: np.ndarray, config: TrainConfig, wire: Wire,
-               most: int | None) -> Record:
-    """The validation record after `step` steps; it counts `most` windows (None: all the text)."""
-    nats, count = held_out_nats(model, stream, config, wire, most)
-    return {"event": "validation", "step": step, "bits_per_byte": nats / count / math.log(2), "bytes": count}
-
-
-@torch.no_grad()
-def held_out_nats(model: nn.Module, stream: np.ndarray, config: TrainConfig, wire: Wire,
-                  most: int | None) -> tuple[float, int]:
-    """The sum of the model's cross-entropy over held-out bytes in nats, and how many bytes that was.
-
-    Each process reads every size-th batch of windows; their sums and counts are added. The first byte of the text,
-    which nothing precedes, costs log 256. The model is called as often on every process, because a sharded one is
-    gathered in each call: a process with no windows left reads some that do not count.
-
-    Args:
-        stream: uint8, shape (bytes,).
-        most: at most so many windows, evenly spaced over the stream; None for all.
-    """
-    starts, fresh_from = overlapping(len(stream), config.sequence)
-    chosen = np.arange(len(starts))
-    if most is not None and len(starts) > most:
-        chosen = np.linspace(0, len(starts) - 1, most).astype(int)
-    sums = torch.zeros(2, dtype=torch.float64, device=wire.device)
-    if wire.rank == 0 and most is None:
-        sums += sums.new_tensor([math.log(256), 1])
-    at_once = max(1, config.batch // wire.size)
-    for turn in range(0, len(chosen), wire.size * at_once):
-        mine = chosen[turn + wire.rank * at_once :][:at_once]
-        some = mine if len(mine) else chosen[:1]
-        windows = to_device(np.stack([stream[s : s + config.sequence + 1] for s in starts[some]]), wire.device)
-        with autocast(config, wire.device):
-            logits_BTV = model(windows[:, :-1])
-        since = fresh_from[some, None] if len(mine) else config.sequence
-        fresh_BT = torch.from_numpy(np.arange(config.sequence)[None] >= since).to(wire.device)
-        nats = nn.functional.cross_entropy(logits_BTV[fresh_BT].float(), windows[:, 1:][fresh_BT], reduction="none")
-        sums += torch.stack([nats.sum(dtype=torch.float64), fresh_BT.sum(dtype=torch.float64)])
-    nats_sum, count = wire.sum_(sums).tolist()
-    return nats_sum, round(count)
-
-
-def to_device(windows: np.ndarray, device: torch.device) -> torch.Tensor:
-    """uint8 windows as integers that an embedding takes."""
-    return torch.from_numpy(windows).to(device, non_blocking=True).long()
-
-
-def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
-    """The context in which the model runs."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+    ...
