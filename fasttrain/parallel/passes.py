@@ -165,7 +165,7 @@ class Passes:
         if self._pending is not None:
             pending, self._pending = self._pending, None
             self.last = pending.read()
-            self._late_items = self.last.tokens
+            self._late_items += self.last.tokens  # of several synchronised passes of a step
             if not self.blaming.on:
                 self.blaming.on = self.last.nonfinite > 0
         return self.last

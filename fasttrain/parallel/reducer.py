@@ -23,16 +23,15 @@ from fasttrain.kernels import norm
 from fasttrain.parallel import blame, reduced, steps
 from fasttrain.parallel.buckets import Bucket
 from fasttrain.parallel.hierarchy import ranks_and_method
-from fasttrain.parallel.passes import Passes
+from fasttrain.parallel.items import Items
 from fasttrain.parallel.timeline import Timeline
 from fasttrain.parallel.watching import wire_over
 from fasttrain.parallel.wires import Method
-from fasttrain.precision.loss_scale import LossScaler, step_divided
 
 MIB = 1 << 20
 
 
-class Reducer(Passes):
+class Reducer(Items):
     """Averages the gradients of parameters over the ranks of a mesh, in the backward pass itself.
 
     After a backward pass, `p.grad` is the mean over ranks, as after torch's DistributedDataParallel; a parameter that
@@ -137,44 +136,6 @@ class Reducer(Passes):
         self._backwards = 0
         self._start()
         self._finish(late=False)
-
-    def count(self, items: int) -> None:
-        """Count items (tokens) whose losses were added up, not averaged, in this rank's backward passes of this step.
-
-        `step` then divides by their number over all ranks, which only the synchronised backward pass finds out.
-        """
-        self._items += items
-
-    def step(self, optimizer: Any, max_norm: float | None = None, scaler: LossScaler | None = None) -> Tensor:
-        """Step with the mean over all items that were counted on all ranks: `p.grad` is their sum over ranks / ranks.
-
-        The factor enters the step's coefficients; no gradient is rewritten. Where something is not finite every rank
-        skips the step.
-
-        Arguments:
-            optimizer: of this package.
-            max_norm: clip the mean's norm to this.
-            scaler: by which the losses were scaled, if they were; it is updated.
-
-        Returns:
-            The norm of the mean gradient before clipping, float32 of shape ().
-
-        Raises:
-            TypeError: the optimizer is not of this package.
-            RuntimeError: nothing was counted.
-        """
-        if not hasattr(optimizer, "step_scaled"):
-            raise TypeError(f"{type(optimizer).__name__} cannot divide by a number of items that is known late: take "
-                            "one of fasttrain.optim, or average the loss on each rank and do not count()")
-        if self.idle:
-            items, self._items = self._items, 0
-        else:
-            self._read()  # also on a GPU, on a rank that counted nothing itself
-            items, self._late_items = self._late_items, 0
-        if not items:
-            raise RuntimeError("no items were counted: call count() before each backward pass, or optimizer.step()")
-        scale = torch.tensor(items / self.wire.size, dtype=torch.float64, device=self.wire.device)
-        return step_divided(scale, self.statistics(), optimizer, max_norm, scaler)
 
     def grad_ready(self, p: Tensor) -> None:
         """Tell that a gradient is complete, where no hook of autograd does (a pipeline that splits backward)."""
