@@ -14,9 +14,9 @@ from fasttrain.optim import Optimizer
 from fasttrain.schedules import warmup_cosine
 from fasttrain.train import recipe
 from fasttrain.train.config import TrainConfig
-from fasttrain.train.loop import validation
 from fasttrain.train.model import GPT, loss_of
 from fasttrain.train.text import Text, Windows
+from fasttrain.train.validation import validation
 
 
 class Wide(nn.Module):
@@ -75,4 +75,4 @@ def train(config: TrainConfig, text: Text, model: Wide, optimizer: Optimizer, st
 
 def bits_per_byte(config: TrainConfig, text: Text, model: Wide) -> float:
     """How well the model predicts the whole of the text that it has not seen."""
-    return validation(config.steps, model, text.held_out, config, Alone(), None)["bits_per_byte"]
+    return validation(model, text.held_out, config, Alone(), None)["bits_per_byte"]

@@ -9,18 +9,15 @@ import ranks
 import torch
 
 from fasttrain.dist.wire import Wire
-<<<<<<< HEAD
 from fasttrain.optim.local import is_dtensor
-=======
-from fasttrain.parallel import DataParallel
 from fasttrain.schedules import warmup_cosine
->>>>>>> s5-sched
 from fasttrain.train import recipe
 from fasttrain.train.config import TrainConfig
 from fasttrain.train.division import callable_of, divide
-from fasttrain.train.loop import held_out_nats, train, validation
+from fasttrain.train.loop import train
 from fasttrain.train.model import GPT
 from fasttrain.train.text import Text
+from fasttrain.train.validation import held_out_nats, validation
 
 TINY = TrainConfig(optimizer="torch.AdamW", steps=12, batch=4, sequence=32, layers=1, width=32, heads=2, warmup=3,
                    log_every=4, validate_every=6)
@@ -116,7 +113,7 @@ def test_a_sharded_model_learns_the_same(options):
     sent = records[-2]
     gradient = 2 if config.wire == "bf16" else 4
     assert sent["formula"] == (2 * 4 * config.accumulate + gradient) * sum(p.numel() for p in weights) / 2
-    assert sent["bytes"] == sent["formula"]
+    assert 0 < sent["bytes"] - sent["formula"] < 200, "loss and wish to stop of each step"
     assert 0 < sent["exposed_s"] < records[-3]["seconds"] / 6
 
 
@@ -200,7 +197,7 @@ def bigram_bits(wire):
     text = torch.from_numpy(stream.copy()).long()
     log_p = model(text[:-1]).log_softmax(-1)
     expected = -log_p.gather(1, text[1:, None]).double().sum().item() + math.log(256)
-    quick = validation(5, model, stream, TINY, wire, most=3)
+    quick = validation(model, stream, TINY, wire, most=3)
     return nats, count, expected, quick
 
 
@@ -209,6 +206,5 @@ def test_validation_counts_every_byte_once(size):
     for nats, count, expected, quick in ranks.run(bigram_bits, size):
         assert count == 500
         assert nats == pytest.approx(expected, rel=1e-6)
-        assert quick["step"] == 5
         assert quick["bytes"] < 100
         assert quick["bits_per_byte"] == pytest.approx(expected / 500 / math.log(2), rel=0.2)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fasttrain.precision.loss_scale import LossScaler
 from fasttrain.train.clock import PhaseClock
 from fasttrain.train.meter import Meter
 from fasttrain.train.stepper import Loss, Stepper
+from fasttrain.train.traffic import Traffic
 
 Record = dict[str, Any]
 
@@ -46,17 +49,29 @@ class Progress:
             setattr(self, name, value)
 
 
+class Fitted(NamedTuple):
+    """How a run ended.
+
+    Attributes:
+        progress: how far it came, and why it ended.
+        traffic: what its steps have sent; None in one process alone.
+    """
+
+    progress: Progress
+    traffic: Traffic | None
+
+
 def fit(model: Any, data: Iterable[Any], optimizer: Any, loss: Loss, *, steps: int, accumulate: int = 1,
-        clip: float = 1.0, schedule: Any = None, precision: Any = None, tokens: int = 0,
+        clip: float = 1.0, schedule: Any = None, tokens: int = 0,
+        context: Callable[[], AbstractContextManager[Any]] = nullcontext, scaler: LossScaler | None = None,
         evaluate: Callable[[int], Record] | None = None, evaluate_every: int = 0,
         guards: Sequence[Any] = (), checkpoints: Any = None, stopping: Any = None,
-        callbacks: Sequence[Callable[[Record], None]] = (), log_every: int = 10) -> Progress:
+        callbacks: Sequence[Callable[[Record], None]] = (), log_every: int = 10) -> Fitted:
     """Train. A run that was killed goes on from its newest checkpoint: call it again with equal arguments."""
     progress = Progress()
     clock = PhaseClock(device_of(model))
-    stepper = Stepper(model, optimizer, loss, clip=clip, clock=clock)
+    stepper = Stepper(model, optimizer, loss, clip=clip, context=context, scaler=scaler, clock=clock)
     meter = Meter(clock, tokens)
-    state = {"model": model, "optimizer": optimizer, "schedule": schedule, "data": data, "progress": progress}
 
     def tell(event: str, **values: Any) -> None:
         for callback in callbacks:
@@ -85,7 +100,7 @@ def fit(model: Any, data: Iterable[Any], optimizer: Any, loss: Loss, *, steps: i
         if look:
             with meter.paused():
                 tell("validation", **evaluate(progress.step))
-    return progress
+    return Fitted(progress, stepper.traffic)
 
 
 def device_of(model: Any) -> torch.device:

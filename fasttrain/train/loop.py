@@ -38,4 +38,17 @@ def train(config: TrainConfig, model: DataParallel | Sharded, optimizer: torch.o
     def look(step: int, most: int | None = QUICK_WINDOWS) -> Record:
         return validation(called, text.held_out, config, wire, most)
 
-    ...
+    def batches() -> Iterator[torch.Tensor]:
+        windows, mine = Windows(text.train, config.sequence, config.seed), config.batch // wire.size
+        for step in range(config.steps):
+            yield to_device(windows.batch(step * config.batch + wire.rank * mine, mine), wire.device)
+
+    emit({"event": "validation", "step": 0, **look(0)})
+    traffic = fit(
+        model, batches(), optimizer, loss_of, steps=config.steps, accumulate=config.accumulate, clip=config.clip,
+        schedule=Scheduler(optimizer, lr=warmup_cosine(config.steps, config.warmup)),
+        context=lambda: autocast(config, wire.device), tokens=config.batch * config.sequence,
+        evaluate=look, evaluate_every=config.validate_every, callbacks=[emit], log_every=config.log_every).traffic
+    emit({"event": "wire", "step": config.steps, "formula": bytes_by_formula(config, model),
+          **traffic.per_step(all_counted(model))})
+    emit({"event": "validation", "step": config.steps, **look(config.steps, None)})

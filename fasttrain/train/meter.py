@@ -58,8 +58,8 @@ class Meter:
         self.begun += time.perf_counter() - before
 
     def read(self) -> Record:
-        """``loss`` (NaN if all steps were skipped), ``grad_norm`` of the last, ``tokens_per_s``, ``share`` of each phase,
-        ``memory_gb``, ``peak_gb``, and ``mfu`` where the peak is known."""
+        """``loss`` (NaN if all steps were skipped), ``grad_norm`` of the last, ``tokens_per_s``, ``memory_gb``,
+        ``peak_gb``, ``mfu`` where the peak is known, and ``share`` of each phase."""
         phases, now = self.clock.take(), time.perf_counter()
         each = (now - self.begun) / max(1, self.steps)
         record = {"loss": self.loss_sum / self.losses if self.losses else float("nan"), "grad_norm": self.norm,
