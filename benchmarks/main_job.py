@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fasttrain.data import Windows
 from fasttrain.dist.wire import Wire
 from fasttrain.optim import Optimizer
 from fasttrain.train import recipe
@@ -16,7 +17,7 @@ from fasttrain.train.config import TrainConfig
 from fasttrain.train.loop import validation
 from fasttrain.train.model import GPT, loss_of
 from fasttrain.train.schedules import warmup_cosine
-from fasttrain.train.text import Text, Windows
+from fasttrain.train.text import Text
 
 
 class Wide(nn.Module):

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from fasttrain.data.order import overlapping
+from fasttrain.data.windows import Windows
 from fasttrain.dist.wire import Wire
 from fasttrain.optim import Optimizer
 from fasttrain.parallel import DataParallel, Reducer, Zero
@@ -18,7 +20,7 @@ from fasttrain.train.clock import PhaseClock
 from fasttrain.train.config import TrainConfig
 from fasttrain.train.model import loss_of
 from fasttrain.train.schedules import warmup_cosine
-from fasttrain.train.text import Text, Windows, overlapping
+from fasttrain.train.text import Text
 
 QUICK_WINDOWS = 64  # of a validation during the run; the one at its end reads everything
 Record = dict[str, Any]
