@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fasttrain.data import Windows
 from fasttrain.dist.wire import Wire
 from fasttrain.optim import Optimizer
 from fasttrain.schedules import warmup_cosine
 from fasttrain.train import recipe
 from fasttrain.train.config import TrainConfig
 from fasttrain.train.model import GPT, loss_of
-from fasttrain.train.text import Text, Windows
+from fasttrain.train.text import Text
 from fasttrain.train.validation import validation
 
 

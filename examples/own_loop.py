@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from fasttrain.data import Windows
 from fasttrain.optim import AdamW
 from fasttrain.schedules import Scheduler, warmup_cosine
 from fasttrain.train import text
 from fasttrain.train.clock import PhaseClock
-from fasttrain.train.text import Windows
 
 STEPS, BATCH, LENGTH, PEAK = 200, 16, 32, 1e-2
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from fasttrain.data import Loader, Windows
 from fasttrain.parallel import DataParallel
 from fasttrain.parallel.sharded import Sharded
 from fasttrain.schedules import warmup_cosine
@@ -15,8 +16,8 @@ from fasttrain.train.config import TrainConfig
 from fasttrain.train.division import all_counted, bytes_by_formula, callable_of, wire_of
 from fasttrain.train.fit import fit
 from fasttrain.train.model import loss_of
-from fasttrain.train.text import Text, Windows
-from fasttrain.train.validation import autocast, to_device, validation
+from fasttrain.train.text import Text
+from fasttrain.train.validation import autocast, validation
 
 QUICK_WINDOWS = 64  # of a validation during the run; the one at its end reads everything
 Record = dict[str, Any]
@@ -38,14 +39,12 @@ def train(config: TrainConfig, model: DataParallel | Sharded, optimizer: torch.o
     def look(step: int, most: int | None = QUICK_WINDOWS) -> Record:
         return validation(called, text.held_out, config, wire, most)
 
-    def batches() -> Iterator[torch.Tensor]:
-        windows, mine = Windows(text.train, config.sequence, config.seed), config.batch // wire.size
-        for step in range(config.steps):
-            yield to_device(windows.batch(step * config.batch + wire.rank * mine, mine), wire.device)
-
     emit({"event": "validation", "step": 0, **look(0)})
-    traffic = fit(
-        model, batches(), optimizer, loss_of, steps=config.steps, accumulate=config.accumulate, clip=config.clip,
+    windows = Windows(text.train, config.sequence, config.seed)
+    data = Loader(windows, config.batch, rank=wire.rank, world=wire.size, device=wire.device)
+    with data:
+        traffic = fit(
+        model, data, optimizer, lambda model, batch: loss_of(model, batch["tokens"].long()), steps=config.steps, accumulate=config.accumulate, clip=config.clip,
         schedule=Scheduler(optimizer, lr=warmup_cosine(config.steps, config.warmup)),
         context=lambda: autocast(config, wire.device), tokens=config.batch * config.sequence,
         evaluate=look, evaluate_every=config.validate_every, callbacks=[emit], log_every=config.log_every).traffic

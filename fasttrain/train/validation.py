@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from fasttrain.data.order import overlapping
 from fasttrain.dist.wire import Wire
 from fasttrain.train.config import TrainConfig
-from fasttrain.train.text import overlapping
 
 Record = dict[str, Any]
 

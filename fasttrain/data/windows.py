@@ -1,0 +1,142 @@
+"""Training samples: windows of a stream of tokens, each a pure function of (seed, number)."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+import xxhash
+
+from fasttrain.data.errors import DataError, TooSmall
+from fasttrain.data.order import mix, mix_each, permuted, permuted_each
+
+MOST_TRIES = 64  # other windows for one that is damaged
+
+
+class Source(Protocol):
+    """What a `Loader` reads from. It is pickled to worker processes.
+
+    Attributes:
+        per_pass: samples of one pass over the data.
+        vocabulary: one more than the largest token there may be.
+    """
+
+    per_pass: int
+    vocabulary: int
+
+    def reseeded(self, seed: int) -> Source:
+        """The same samples in another order."""
+        ...
+
+    def fetch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """Samples of these numbers (int64, any, not negative): arrays whose first dimension is that of `indices`."""
+        ...
+
+    def fingerprint(self) -> dict[str, Any]:
+        """JSON values: equal ones mean that all samples are equal."""
+        ...
+
+
+class Windows:
+    """Training samples: sample i is a pure function of (seed, i), with no table and no state.
+
+    One pass cuts the stream (from an offset that differs from pass to pass) into windows of `length` tokens, and takes
+    each once, in an order that is a keyed bijection of their numbers. Sample i belongs to pass ``i // len(self)``.
+
+    Args:
+        stream: tokens, shape (n,), at least ``2 * length + 1`` of them: an array, or a `TokenDataset`.
+        length: tokens in one sequence.
+        seed: of the order.
+        positions: also give each token's position in its document; the stream is a `TokenDataset`.
+
+    Raises:
+        TooSmall: the stream has fewer tokens than that.
+
+    Example:
+        >>> windows = Windows(np.arange(50, dtype=np.uint8), length=8, seed=0)
+        >>> windows.batch(first=0, count=4).shape
+        (4, 9)
+        >>> windows.fetch(np.array([10**12]))["tokens"].shape
+        (1, 9)
+    """
+
+    def __init__(self, stream: Any, length: int, seed: int = 0, positions: bool = False):
+        if length < 1:
+            raise DataError(f"windows of {length} tokens: a window needs at least one")
+        self.stream, self.length, self.seed, self.positions = stream, length, seed, positions
+        self.per_pass = (len(stream) - 1) // length - 1
+        if self.per_pass < 1:
+            raise TooSmall(f"a stream of {len(stream)} tokens is too short for windows of {length}: it must have at "
+                           f"least {2 * length + 1}; use shorter windows or more data")
+        if positions and isinstance(stream, np.ndarray):
+            raise DataError("positions=True needs to know where documents end: give a TokenDataset, not an array")
+        self.vocabulary = (np.iinfo(stream.dtype).max + 1 if isinstance(stream, np.ndarray) else stream.vocabulary)
+
+    def __len__(self) -> int:
+        return self.per_pass
+
+    def reseeded(self, seed: int) -> Windows:
+        """The same windows in another order."""
+        return Windows(self.stream, self.length, seed, self.positions)
+
+    def start(self, i: int) -> int:
+        """Where sample i begins in the stream."""
+        turn, place = divmod(i, self.per_pass)
+        key = mix(mix(self.seed) ^ turn)
+        return mix(key) % self.length + self.length * permuted(place, self.per_pass, key)
+
+    def starts(self, indices: np.ndarray) -> np.ndarray:
+        """`start` of each; int64, shape as `indices`."""
+        turns, places = np.divmod(indices, self.per_pass)
+        keys = mix_each(np.uint64(mix(self.seed)) ^ turns.astype(np.uint64))
+        offsets = (mix_each(keys) % np.uint64(self.length)).astype(np.int64)
+        return offsets + self.length * permuted_each(places, self.per_pass, keys)
+
+    def batch(self, first: int, count: int) -> np.ndarray:
+        """Samples first, first + 1, ...: shape (count, length + 1). The extra token is the last target."""
+        return self.fetch(np.arange(first, first + count))["tokens"]
+
+    def fetch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """Samples of these numbers.
+
+        Returns:
+            ``tokens``: (b, length + 1), of the stream's dtype. With `positions` also ``positions``: int32, (b, length),
+            of each input in its document; where a document does not begin in the window, counted from the window's
+            begin. Of a `TokenDataset` that skips what is damaged also ``replaced``: bool, (b,), whether another window
+            stands for this one: another function of (seed, number, files) alone, so every rank would choose the same.
+        """
+        starts = self.starts(indices)
+        if isinstance(self.stream, np.ndarray):
+            return {"tokens": np.stack([self.stream[s : s + self.length + 1] for s in starts.tolist()])}
+        given: dict[str, np.ndarray] = {}
+        if self.stream.on_bad == "skip":
+            given["replaced"] = self._replace(indices, starts)
+        given["tokens"] = self.stream.gather(starts, self.length + 1)
+        if self.positions:
+            given["positions"] = self.stream.positions(starts, self.length)
+        return given
+
+    def _replace(self, indices: np.ndarray, starts: np.ndarray) -> np.ndarray:
+        """Put other windows of the same pass, drawn by hash, in the place of damaged ones; which were."""
+        bad = np.array([not self._sound(start) for start in starts.tolist()])
+        for place in np.flatnonzero(bad):
+            i = int(indices[place])
+            first = i - i % self.per_pass
+            for attempt in range(MOST_TRIES):
+                other = first + mix(mix(mix(self.seed) ^ i) + attempt) % self.per_pass
+                starts[place] = self.start(other)
+                if self._sound(int(starts[place])):
+                    break
+            else:
+                raise DataError(f"sample {i} is damaged, and so are {MOST_TRIES} others drawn in its place: too little "
+                                f"of {self.stream} is sound; restore its files")
+        return bad
+
+    def _sound(self, start: int) -> bool:
+        return self.stream.sound(start, self.length + 1, self.positions)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides the samples: the order's version, data, seed, length."""
+        array = isinstance(self.stream, np.ndarray)
+        data = xxhash.xxh3_128_hexdigest(self.stream.data) if array else self.stream.fingerprint
+        return {"order": 1, "data": data, "seed": self.seed, "length": self.length}
