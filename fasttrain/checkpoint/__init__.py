@@ -7,11 +7,12 @@ and optimizers. Names are imported when they are asked for.
 from importlib import import_module
 from typing import Any
 
-_NAMES = {
-    "fasttrain.checkpoint.files": "Piece write_rank publish complete leftovers Found Reader Stored Lock Files DISK "
-                                  "CheckpointError NotACheckpoint Incomplete Damaged Malformed Locked NoSpace",
-}  # module: what it gives
-_WHERE = {name: module for module, names in _NAMES.items() for name in names.split()}
+_NAMES = {  # module: what it gives
+    "files": "Piece write_rank publish complete newest leftovers Found Reader Stored Lock Keep prune clean preflight "
+             "verify Damage inspect Writer Job Files DISK CheckpointError NotACheckpoint Incomplete Damaged Malformed "
+             "Locked NoSpace WriterDied",
+}
+_WHERE = {name: f"fasttrain.checkpoint.{module}" for module, names in _NAMES.items() for name in names.split()}
 
 __all__ = [*_WHERE]
 

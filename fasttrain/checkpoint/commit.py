@@ -8,10 +8,10 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-from fasttrain.checkpoint import manifest, tree
+from fasttrain.checkpoint import manifest
 from fasttrain.checkpoint.disk import DISK, Files, write_whole
-from fasttrain.checkpoint.errors import CheckpointError, Incomplete
-from fasttrain.checkpoint.find import candidates, peek, step_name
+from fasttrain.checkpoint.errors import Damaged, Incomplete
+from fasttrain.checkpoint.find import listed, step_name
 
 POLL_S = 0.01, 0.25  # first and longest
 
@@ -42,10 +42,14 @@ def publish(directory: Path, part: Path, step: int, world: int, *, deadline_s: f
     if type(step) is not int or step < 0:
         raise ValueError(f"step must be a non-negative integer, not {step!r}")
     measured = dict(metrics or {})
-    tree.check(measured, "metrics")
+    if wrong := {name: value for name, value in measured.items() if type(value) not in (int, float)}:
+        raise TypeError(f"metrics are numbers, not {wrong}: retention compares them")
     directory = Path(directory)
     ranks = _wait(part, world, deadline_s, waiting)
-    sequence = 1 + max((_sequence(path) for path in candidates(directory)), default=0)
+    before = listed(directory)
+    # One for each that cannot be read: what cannot be read now may be read later, and must not be newer then.
+    sequence = 1 + max((found.sequence for found in before if found.sequence > 0), default=0)
+    sequence += sum(found.sequence < 0 for found in before)
     content = {"format": manifest.FORMAT, "producer": manifest.PRODUCER, "step": step, "sequence": sequence,
                "world": world, "time": datetime.now(UTC).isoformat(timespec="seconds"), "metrics": measured,
                "ranks": ranks}
@@ -89,13 +93,7 @@ def _rank(part: Path, rank: int, world: int) -> dict:
     read = manifest.read_rank(path, content, rank, world)
     for name, file in read.files.items():
         size = (part / name).stat().st_size
-        if size != file["size"]:
-            raise manifest.Damaged(part / name, f"{size:,} bytes where {file['size']:,} were written")
-    return {"file": path.name, "size": len(content), "xxh3": manifest.digest(content)}
-
-
-def _sequence(path: Path) -> int:
-    """The place of a checkpoint in the order of all; of one whose manifest cannot be read none."""
-    with suppress(CheckpointError):
-        return peek(path)["sequence"]
-    return 0
+        if size != file.size:
+            raise Damaged(part / name, f"{size:,} bytes where {file.size:,} were written")
+    return {"file": path.name, "size": len(content), "xxh3": manifest.digest(content),
+            "files": {name: file.size for name, file in read.files.items()}}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -59,6 +60,15 @@ class Files:
 
 
 DISK = Files()
+
+
+def make_directories(path: Path, files: Files = DISK) -> None:
+    """Make a directory and those above it, durably; they may be there."""
+    if not path.is_dir():
+        make_directories(path.parent, files)
+        with suppress(FileExistsError):  # another process was faster; a file of that name fails below
+            files.make_directory(path)
+        files.sync_directory(path.parent)
 
 
 def write_whole(path: Path, content: bytes, files: Files = DISK) -> None:

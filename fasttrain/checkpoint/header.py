@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fasttrain.checkpoint.errors import Malformed
-from fasttrain.checkpoint.manifest import parse
+from fasttrain.checkpoint.manifest import need, parse
 from fasttrain.checkpoint.pieces import SIZES
 
 LIMIT = 32 << 20  # bytes of a header; a larger one is neither written nor read
@@ -60,36 +59,30 @@ def read(path: Path, content: memoryview) -> dict[str, Entry]:
         entries[key] = _entry(path, key, entry, length)
     at = length
     for key, found in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
-        if found.offset != at:
-            raise Malformed(path, f"begins at byte {found.offset}, where {at} was to be: tensors overlap or leave a "
-                                  f"hole", key)
+        need(path, found.offset == at, f"begins at byte {found.offset}, where {at} was to be: tensors overlap or leave "
+                                       f"a hole", key)
         at += found.nbytes
-    if at != len(content):
-        raise Malformed(path, f"its tensors end at byte {at}, but it has {len(content)}")
+    need(path, at == len(content), f"its tensors end at byte {at}, but it has {len(content)}")
     return entries
 
 
 def header_size(path: Path, first: bytes, size: int) -> int:
     """Where the data begins, by the first eight bytes of a file of `size` bytes."""
-    if len(first) < 8:
-        raise Malformed(path, f"{size} bytes are no safetensors file")
+    need(path, len(first) == 8, f"{size} bytes are no safetensors file")
     length = struct.unpack("<Q", first)[0]
-    if length > LIMIT:
-        raise Malformed(path, f"a header of {length:,} bytes; at most {LIMIT:,} are read")
-    if 8 + length > size:
-        raise Malformed(path, f"a header of {length:,} bytes in a file of {size:,}")
+    need(path, length <= LIMIT, f"a header of {length:,} bytes; at most {LIMIT:,} are read")
+    need(path, 8 + length <= size, f"a header of {length:,} bytes in a file of {size:,}")
     return 8 + length
 
 
 def _entry(path: Path, key: str, entry: Any, begin: int) -> Entry:
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise Malformed(path, f"its entry is {str(entry)[:100]}", key)
+    need(path, isinstance(entry, dict) and set(entry) == {"dtype", "shape", "data_offsets"},
+         f"its entry is {str(entry)[:100]}", key)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in SIZES:
-        raise Malformed(path, f"unknown dtype {dtype!r}", key)
+    need(path, isinstance(dtype, str) and dtype in SIZES, f"unknown dtype {dtype!r}", key)
     for numbers in (shape, offsets):
-        if not isinstance(numbers, list) or any(type(n) is not int or n < 0 for n in numbers):
-            raise Malformed(path, f"shape {shape!r} and offsets {offsets!r} are no lists of counts", key)
-    if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * SIZES[dtype]:
-        raise Malformed(path, f"offsets {offsets} do not fit shape {shape} of {dtype}", key)
+        need(path, isinstance(numbers, list) and all(type(n) is int and n >= 0 for n in numbers),
+             f"shape {str(shape)[:100]} and offsets {str(offsets)[:100]} are no lists of counts", key)
+    need(path, len(offsets) == 2 and offsets[1] - offsets[0] == math.prod(shape) * SIZES[dtype],
+         f"offsets {offsets} do not fit shape {shape} of {dtype}", key)
     return Entry(dtype, tuple(shape), begin + offsets[0], offsets[1] - offsets[0])

@@ -12,6 +12,7 @@ import weakref
 from datetime import UTC, datetime
 from pathlib import Path
 
+from fasttrain.checkpoint.disk import make_directories
 from fasttrain.checkpoint.errors import CheckpointError, Locked
 
 NAME = "lock"
@@ -37,7 +38,7 @@ class Lock:
 
     def __init__(self, directory: str | os.PathLike[str]):
         self.directory = Path(directory)
-        self.directory.mkdir(parents=True, exist_ok=True)
+        make_directories(self.directory)
         self.recovered: str | None = None
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         self._file: int | None = os.open(self.directory / NAME, flags, 0o644)

@@ -6,10 +6,10 @@ import json
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import xxhash
 
@@ -22,29 +22,37 @@ FORMAT = 1
 NAME = "manifest.json"
 LIMIT = 256 << 20  # bytes of a manifest; a larger one is neither written nor read
 PRODUCER = f"fasttrain {__version__}"
-RANK_FILE = re.compile(r"rank-(\d{5})-of-(\d{5})(-\d+)?\.(json|safetensors)")
 _HEAD = re.compile(rb'\{"xxh3_128": "([0-9a-f]{32})",\n')
 _DIGEST = re.compile(r"[0-9a-f]{32}")
+Kind = TypeVar("Kind", int, str, dict, list)
 
 
 @dataclass(frozen=True)
 class Part:
-    """Some elements of a tensor, and where their bytes lie."""
+    """Some elements of a tensor, and where their bytes lie: each `chunk` of them has a checksum."""
 
     region: Region
     file: str
     offset: int
     nbytes: int
-    xxh3: str
     chunks: tuple[str, ...]
     chunk: int
 
 
 @dataclass(frozen=True)
-class RankManifest:
-    """What one rank has written: its files by name (size, header, xxh3), the parts of its tensors, its values."""
+class DataFile:
+    """A safetensors file of a rank: bytes in all, bytes of its header, and that header's checksum."""
 
-    files: dict[str, dict[str, Any]]
+    size: int
+    header: int
+    header_xxh3: str
+
+
+@dataclass(frozen=True)
+class RankManifest:
+    """What one rank has written: its files by name, the parts of its tensors, its values."""
+
+    files: dict[str, DataFile]
     tensors: list[tuple[str, str, Part]]  # name, dtype
     values: dict[str, Any]
 
@@ -54,9 +62,19 @@ def stem(rank: int, world: int) -> str:
     return f"rank-{rank:05}-of-{world:05}"
 
 
+def data_name(rank: int, world: int, number: int) -> str:
+    """The name of a rank's data file."""
+    return f"{stem(rank, world)}{f'-{number}' if number else ''}.safetensors"
+
+
 def digest(content: Any) -> str:
     """The checksum of some bytes, as it is written."""
     return xxhash.xxh3_128_hexdigest(content)
+
+
+def combined(digests: Sequence[str]) -> str:
+    """The checksum of what was hashed in pieces: of one its own, else the xxh3 of all theirs one after another."""
+    return digests[0] if len(digests) == 1 else digest(b"".join(map(bytes.fromhex, digests)))
 
 
 def encode(content: Mapping[str, Any]) -> bytes:
@@ -80,13 +98,20 @@ def decode(path: Path, content: bytes) -> dict[str, Any]:
 
     Raises:
         Damaged: a byte of it changed.
+        NotACheckpoint: a later version wrote it.
     """
     head = _HEAD.match(content)
     if head is None:
-        raise Damaged(path, f"its first line is not a checksum ({len(content)} bytes are there)")
+        raise Damaged(path, f"its first line is not a checksum ({len(content):,} bytes are there)")
     if digest(memoryview(content)[head.end():]) != head[1].decode():
-        raise Damaged(path, "its content is not what its checksum says")
-    return parse(path, content)
+        raise Damaged(path, "its content is not what its checksum says (xxh3 differs)")
+    tree = parse(path, content)
+    version = take(path, tree, "format", int)
+    need(path, version >= 1, f"format is {version}")
+    if version > FORMAT:
+        raise NotACheckpoint(f"{path}: written in format {version} by {tree.get('producer')!r}; this is {PRODUCER}, "
+                             f"which reads formats up to {FORMAT}: install that version or a newer one")
+    return tree
 
 
 def parse(path: Path, content: bytes) -> dict[str, Any]:
@@ -95,8 +120,7 @@ def parse(path: Path, content: bytes) -> dict[str, Any]:
         tree = json.loads(content, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise Malformed(path, f"no JSON that can be read: {error}") from error
-    if not isinstance(tree, dict):
-        raise Malformed(path, "no JSON object")
+    need(path, isinstance(tree, dict), "no JSON object")
     return tree
 
 
@@ -112,12 +136,10 @@ def read_file(path: Path) -> bytes:
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
             found = os.fstat(file.fileno())
-            if not stat.S_ISREG(found.st_mode):
-                raise Malformed(path, "no plain file")
-            if found.st_size > LIMIT:
-                raise Malformed(path, f"{found.st_size:,} bytes; a manifest has at most {LIMIT:,}")
+            need(path, stat.S_ISREG(found.st_mode), "no plain file")
+            need(path, found.st_size <= LIMIT, f"{found.st_size:,} bytes; a manifest has at most {LIMIT:,}")
             return file.read()
-    except (FileNotFoundError, NotADirectoryError) as error:
+    except FileNotFoundError as error:
         raise Incomplete(f"{path}: not there") from error
     except OSError as error:
         raise Damaged(path, f"cannot be read: {error.strerror}") from error
@@ -126,75 +148,68 @@ def read_file(path: Path) -> bytes:
 def read_rank(path: Path, content: bytes, rank: int, world: int) -> RankManifest:
     """A rank's manifest, every entry checked."""
     tree = decode(path, content)
-    check_format(path, tree)
-    _need(path, tree.get("rank") == rank and tree.get("world") == world,
-          f"it is rank {tree.get('rank')!r}'s of {tree.get('world')!r}, not rank {rank}'s of {world}")
-    files, chunk, values, tensors = (tree.get(key) for key in ("files", "chunk", "values", "tensors"))
-    _need(path, isinstance(values, dict) and isinstance(files, dict) and isinstance(tensors, list),
-          "members are missing")
-    _need(path, type(chunk) is int and 1 <= chunk <= 1 << 30, f"chunk is {chunk!r}")
-    for name, file in files.items():  # type: ignore[union-attr]
-        match = RANK_FILE.fullmatch(name)
-        _need(path, match is not None and name.startswith(stem(rank, world)) and name.endswith(".safetensors"),
-              f"{name!r} is no name of a file of this rank")
-        _need(path, isinstance(file, dict) and _count(file.get("size")) and _count(file.get("header"))
-              and 8 <= file["header"] <= file["size"] and _is_digest(file.get("xxh3"))
-              and _is_digest(file.get("header_xxh3")), f"entry of {name} makes no sense")
-    found = [_tensor(path, entry, files, chunk) for entry in tensors]  # type: ignore[union-attr]
-    _do_not_overlap(path, found)
-    return RankManifest(files, found, values)  # type: ignore[arg-type]
+    whose = take(path, tree, "rank", int), take(path, tree, "world", int)
+    need(path, whose == (rank, world), f"it is that of rank {whose[0]} of {whose[1]}, not of rank {rank} of {world}")
+    chunk = take(path, tree, "chunk", int)
+    need(path, 1 <= chunk <= 1 << 30, f"chunks of {chunk} bytes")
+    files = {}
+    for number, (name, entry) in enumerate(take(path, tree, "files", dict).items()):
+        need(path, name == data_name(rank, world, number) and isinstance(entry, dict),
+             f"{name!r} is not how a file of this rank is named")
+        files[name] = file = DataFile(take(path, entry, "size", int), take(path, entry, "header", int),
+                                      checksum(path, entry.get("header_xxh3")))
+        checksum(path, entry.get("xxh3"))
+        need(path, 8 <= file.header <= file.size, f"{name} is to have a header of {file.header} in {file.size} bytes")
+    tensors = [_tensor(path, entry, files, chunk) for entry in take(path, tree, "tensors", list)]
+    _do_not_overlap(path, tensors)
+    return RankManifest(files, tensors, take(path, tree, "values", dict))
 
 
-def _tensor(path: Path, entry: Any, files: dict[str, Any], chunk: int) -> tuple[str, str, Part]:
-    _need(path, isinstance(entry, dict), "an entry of tensors is no object")
-    name, dtype, file, offset, nbytes = (entry.get(key) for key in ("name", "dtype", "file", "offset", "nbytes"))
-    _need(path, isinstance(name, str), f"a tensor is named {name!r}")
-    _need(path, dtype in SIZES, f"tensor {name!r} has the unknown dtype {dtype!r}")
-    _need(path, file in files, f"tensor {name!r} lies in {file!r}, which is not listed")
+def _tensor(path: Path, entry: Any, files: dict[str, DataFile], chunk: int) -> tuple[str, str, Part]:
+    need(path, isinstance(entry, dict), "an entry of its tensors is no object")
+    name, dtype, file = (take(path, entry, key, str) for key in ("name", "dtype", "file"))
+    need(path, dtype in SIZES, f"unknown dtype {dtype!r}", name)
+    need(path, file in files, f"it is to lie in {file!r}, which is not among the files", name)
     try:
-        region = Region(entry.get("shape"), entry.get("span"), entry.get("box"))  # type: ignore[arg-type]
+        region = Region(*(entry.get(key) for key in ("shape", "span", "box")))
     except ValueError as error:
-        raise Malformed(path, f"tensor {name!r}: {error}") from error
-    _need(path, _count(offset) and nbytes == region.elements * SIZES[dtype] and type(nbytes) is int
-          and offset >= files[file]["header"] and offset + nbytes <= files[file]["size"],
-          f"tensor {name!r} of {nbytes!r} bytes at {offset!r} does not fit its shape or its file")
+        raise Malformed(path, str(error), name) from error
+    offset, nbytes = take(path, entry, "offset", int), take(path, entry, "nbytes", int)
+    need(path, nbytes == region.elements * SIZES[dtype] and offset >= files[file].header
+         and offset + nbytes <= files[file].size,
+         f"{nbytes} bytes at {offset} fit neither its {region.elements} elements nor its file", name)
     count = -(-nbytes // chunk)
-    chunks = entry.get("chunks", [entry.get("xxh3")] if count == 1 else [])
-    _need(path, isinstance(chunks, list) and len(chunks) == count and all(map(_is_digest, chunks))
-          and entry.get("xxh3") == combined(chunks), f"tensor {name!r}: its checksums do not belong together")
-    return name, dtype, Part(region, file, offset, nbytes, entry["xxh3"], tuple(chunks), chunk)
+    chunks = take(path, entry, "chunks", list) if count > 1 else [entry.get("xxh3")] * count
+    need(path, len(chunks) == count, f"{len(chunks)} checksums of {count} chunks", name)
+    chunks = [checksum(path, one, name) for one in chunks]
+    need(path, entry.get("xxh3") == combined(chunks), "its checksums do not belong together", name)
+    return name, dtype, Part(region, file, offset, nbytes, tuple(chunks), chunk)
 
 
 def _do_not_overlap(path: Path, tensors: list[tuple[str, str, Part]]) -> None:
     ends: dict[str, tuple[int, str]] = {}
     for name, _, part in sorted(tensors, key=lambda entry: (entry[2].offset, entry[2].nbytes)):
         end, before = ends.get(part.file, (0, ""))
-        _need(path, part.offset >= end, f"tensors {before!r} and {name!r} overlap in {part.file}")
+        need(path, part.offset >= end, f"overlaps {before!r} in {part.file}", name)
         ends[part.file] = part.offset + part.nbytes, name
 
 
-def combined(digests: list[str]) -> str:
-    """The checksum of what was hashed in chunks: of one chunk its own, else the xxh3 of all chunks' one after another."""
-    return digests[0] if len(digests) == 1 else digest(b"".join(bytes.fromhex(one) for one in digests))
+def take(path: Path, tree: dict[str, Any], key: str, kind: type[Kind]) -> Kind:
+    """A member of a manifest, if it is what it must be; integers are counts."""
+    value = tree.get(key)
+    if type(value) is not kind or (isinstance(value, int) and value < 0):
+        raise Malformed(path, f"{key} is {str(value)[:100]!r}, no {'count' if kind is int else kind.__name__}")
+    return value
 
 
-def check_format(path: Path, tree: dict[str, Any]) -> None:
-    """Refuse what another version has to read."""
-    version = tree.get("format")
-    _need(path, type(version) is int and version >= 1, f"format is {version!r}")
-    if version > FORMAT:  # type: ignore[operator]
-        raise NotACheckpoint(f"{path}: written in format {version} by {tree.get('producer')!r}; this is {PRODUCER}, "
-                             f"which reads formats up to {FORMAT}: install that version or a newer one")
+def checksum(path: Path, value: Any, tensor: str | None = None) -> str:
+    """A checksum of a manifest, if it is one."""
+    if not isinstance(value, str) or not _DIGEST.fullmatch(value):
+        raise Malformed(path, f"{str(value)[:100]!r} is no checksum", tensor)
+    return value
 
 
-def _count(value: Any) -> bool:
-    return type(value) is int and value >= 0
-
-
-def _is_digest(value: Any) -> bool:
-    return isinstance(value, str) and _DIGEST.fullmatch(value) is not None
-
-
-def _need(path: Path, holds: bool, otherwise: str) -> None:
+def need(path: Path, holds: bool, otherwise: str, tensor: str | None = None) -> None:
+    """Refuse a file of which something does not hold."""
     if not holds:
-        raise Malformed(path, otherwise)
+        raise Malformed(path, otherwise, tensor)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import mmap
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,8 +13,9 @@ import numpy as np
 from fasttrain.checkpoint import find, manifest
 from fasttrain.checkpoint.errors import Damaged, Incomplete, Malformed
 from fasttrain.checkpoint.manifest import Part
+from fasttrain.checkpoint.mapped import check_header, check_size, chunk_of, is_good, map_file, unmap
 from fasttrain.checkpoint.pieces import SIZES
-from fasttrain.checkpoint.regions import Box, Region, intersection
+from fasttrain.checkpoint.regions import Box, Region, intersection, overlap
 
 _WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}  # to move elements by, whatever they mean
 
@@ -54,27 +53,22 @@ class Reader:
     def __init__(self, path: str | os.PathLike[str], verify: bool = True):
         self.path = Path(path)
         told = find.peek(self.path)
-        ranks = find.ranks(self.path, told)
         self.step: int = told["step"]
         self.sequence: int = told["sequence"]
         self.world: int = told["world"]
         self.metrics: dict[str, float] = told["metrics"]
         self._verify = verify
+        ranks = []
+        for rank, (entry, content) in enumerate(zip(told["ranks"], find.contents(self.path, told), strict=True)):
+            ranks.append(manifest.read_rank(self.path / entry["file"], content, rank, self.world))
+            manifest.need(self.path / entry["file"],
+                          {name: file.size for name, file in ranks[-1].files.items()} == entry["files"],
+                          f"it tells of other files than {manifest.NAME}")
         self._values = [read.values for read in ranks]
         self._files = {name: file for read in ranks for name, file in read.files.items()}
         self._maps: dict[str, memoryview] = {}
         self._verified: dict[tuple[str, int], set[int]] = {}
-        gathered: dict[str, tuple[str, list[Part]]] = {}
-        for rank, read in enumerate(ranks):
-            for name, dtype, part in read.tensors:
-                before, parts = gathered.setdefault(name, (dtype, []))
-                if before != dtype or (parts and parts[0].region.shape != part.region.shape):
-                    raise Malformed(self.path / f"{manifest.stem(rank, self.world)}.json",
-                                    f"{dtype} of shape {part.region.shape}, but another rank's part is of {before} and "
-                                    f"{parts[0].region.shape}", name)
-                parts.append(part)
-        self.tensors: Mapping[str, Stored] = {name: Stored(dtype, parts[0].region.shape, tuple(parts))
-                                              for name, (dtype, parts) in sorted(gathered.items())}
+        self.tensors: Mapping[str, Stored] = dict(sorted(_gathered(self.path, ranks).items()))
 
     def values(self, rank: int = 0) -> dict[str, Any]:
         """The tree of JSON that a rank saved. It is the caller's own to change only after a copy."""
@@ -117,7 +111,9 @@ class Reader:
                 got += self._interval(name, part, wanted, size, into, covered)
             else:
                 got += self._boxes(name, part, wanted, size, into, covered)
-        if got != wanted.elements or _overlap(covered):
+        if overlap(covered):
+            raise Malformed(self.path, f"its {len(stored.parts)} parts overlap", name)
+        if got != wanted.elements:
             raise Incomplete(f"{self.path}: tensor {name!r}: {wanted.elements:,} elements were asked for, and its "
                              f"{len(stored.parts)} parts hold {got:,} of them")
         return into
@@ -150,9 +146,7 @@ class Reader:
     def close(self) -> None:
         """Give the mapped files back. Views that `read` returned are no part of them."""
         for view in self._maps.values():
-            mapped: Any = view.obj
-            view.release()
-            mapped.close()
+            unmap(view)
         self._maps.clear()
 
     def __enter__(self) -> Reader:
@@ -210,37 +204,36 @@ class Reader:
         if not self._verify:
             return
         seen = self._verified.setdefault((part.file, part.offset), set())
-        for chunk in range(low // part.chunk, -(-high // part.chunk)):
-            if chunk in seen:
-                continue
-            first, last = chunk * part.chunk, min((chunk + 1) * part.chunk, part.nbytes)
-            data = self._map(part.file)[part.offset + first : part.offset + last]
-            if manifest.digest(data) != part.chunks[chunk]:
-                raise Damaged(self.path / part.file, f"bytes {first:,} to {last:,} are not those that were written "
-                                                     f"(xxh3 differs)", name)
-            seen.add(chunk)
+        for index in range(low // part.chunk, -(-high // part.chunk)):
+            if index not in seen and not is_good(self._map(part.file), part, index):
+                first, last = chunk_of(part, index)
+                raise Damaged(self.path / part.file, f"bytes {first:,} to {last:,} of {part.nbytes:,} are not those "
+                                                     f"that were written (xxh3 differs)", name)
+            seen.add(index)
 
     def _map(self, file: str) -> memoryview:
         """A file, mapped when it is first needed; its size and header are compared with the manifest."""
         if file not in self._maps:
             path, told = self.path / file, self._files[file]
-            try:
-                descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            except FileNotFoundError as error:
-                raise Incomplete(f"{path}: not there") from error
-            except OSError as error:
-                raise Damaged(path, f"cannot be read: {error.strerror}") from error
-            try:
-                size = os.fstat(descriptor).st_size
-                if size != told["size"]:
-                    raise Damaged(path, f"{size:,} bytes where {told['size']:,} were written")
-                view = memoryview(mmap.mmap(descriptor, size, access=mmap.ACCESS_READ))
-            finally:
-                os.close(descriptor)
-            if self._verify and manifest.digest(view[: told["header"]]) != told["header_xxh3"]:
-                raise Damaged(path, "its header is not what was written (xxh3 differs)")
+            view = map_file(path)
+            check_size(path, view, told)
+            if self._verify:
+                check_header(path, view, told)
             self._maps[file] = view
         return self._maps[file]
+
+
+def _gathered(path: Path, ranks: list[manifest.RankManifest]) -> dict[str, Stored]:
+    """The parts that all ranks hold of each tensor."""
+    gathered: dict[str, Stored] = {}
+    for rank, read in enumerate(ranks):
+        for name, dtype, part in read.tensors:
+            shape, file = part.region.shape, path / f"{manifest.stem(rank, len(ranks))}.json"
+            before = gathered.get(name, Stored(dtype, shape, ()))
+            manifest.need(file, (before.dtype, before.shape) == (dtype, shape),
+                          f"{dtype} of shape {shape}, but {before.dtype} of {before.shape} in another part", name)
+            gathered[name] = Stored(dtype, shape, (*before.parts, part))
+    return gathered
 
 
 def _flat(out: memoryview | np.ndarray | None, nbytes: int, name: str) -> memoryview:
@@ -275,11 +268,3 @@ def _needed(source: tuple[slice, ...], shape: tuple[int, ...], size: int, chunk:
     first = sum(part.start * int(stride) for part, stride in zip(source, strides, strict=True))
     last = sum((part.stop - 1) * int(stride) for part, stride in zip(source, strides, strict=True))
     yield first * size, (last + 1) * size
-
-
-def _overlap(boxes: list[Box]) -> bool:
-    """Whether two of these share an element: then the number of elements proves nothing."""
-    ordered = sorted(boxes)
-    if ordered and len(ordered[0][0]) <= 1:
-        return any(a[0][0] + a[1][0] > b[0][0] for a, b in itertools.pairwise(ordered) if a[0])
-    return any(intersection(a, b) for index, a in enumerate(ordered) for b in ordered[index + 1 :])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,6 +113,27 @@ def intersection(one: Box, other: Box) -> Box | None:
     lower = tuple(map(max, one[0], other[0]))
     extent = tuple(min(a + m, b + n) - low for a, m, b, n, low in zip(*one, *other, lower, strict=True))
     return (lower, extent) if all(size > 0 for size in extent) else None
+
+
+def overlap(boxes: Sequence[Box]) -> bool:
+    """Whether two of these boxes share an element."""
+    ordered = sorted(boxes)
+    if ordered and len(ordered[0][0]) == 1:
+        return any(a[0][0] + a[1][0] > b[0][0] for a, b in itertools.pairwise(ordered))
+    return any(intersection(a, b) for a, b in itertools.combinations(ordered, 2))
+
+
+def tiling(regions: Sequence[Region]) -> str | None:
+    """What keeps parts of one tensor from making the whole of it, in words; None if nothing does."""
+    held, whole = sum(region.elements for region in regions), math.prod(regions[0].shape)
+    if all(region.box is None for region in regions):
+        spans = [region.span or (0, whole) for region in regions]
+        boxes: list[Box] = [((first,), (length,)) for first, length in spans if length]
+    else:
+        boxes = [box for region in regions for _, box in region.blocks() if math.prod(box[1])]
+    if overlap(boxes):
+        return "its parts overlap"
+    return f"its parts hold {held:,} of {whole:,} elements" if held != whole else None
 
 
 def _sizes(values: Any, what: str, count: int | None = None) -> tuple[int, ...]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +13,7 @@ from fasttrain.checkpoint import header, manifest, tree
 from fasttrain.checkpoint.disk import DISK, Files, write_whole
 from fasttrain.checkpoint.errors import NoSpace
 from fasttrain.checkpoint.pieces import SIZES, Piece
+from fasttrain.checkpoint.space import FULL, free_bytes
 
 CHUNK = 16 << 20  # bytes with a checksum of their own: what a partial read has to verify
 BLOCK = 1 << 20  # bytes hashed and then written while they lie in the cache
@@ -63,7 +62,7 @@ def write_rank(part: Path, rank: int, world: int, pieces: Sequence[Piece], value
     # By size of element, so that every tensor is aligned; by name, so that equal states make equal files.
     ordered = sorted(pieces, key=lambda piece: (-SIZES[piece.dtype], piece.key))
     total = sum(piece.nbytes for piece in ordered)
-    plan = [(f"{manifest.stem(rank, world)}{f'-{number}' if number else ''}.safetensors", group)
+    plan = [(manifest.data_name(rank, world, number), group)
             for number, group in enumerate(_groups(ordered, file_bytes))]
     headers = [header.encode((piece.key, piece.dtype, piece.region.extent, piece.nbytes) for piece in group)
                for _, group in plan]
@@ -90,15 +89,12 @@ def write_rank(part: Path, rank: int, world: int, pieces: Sequence[Piece], value
         for path in (ours, ours.with_name(ours.name + ".tmp"), *(part / name for name, _ in plan)):
             with suppress(OSError):
                 files.unlink(path)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise NoSpace(part, total, free_bytes(part), f"writing failed ({error.strerror})") from error
+        free = free_bytes(part)
+        with suppress(OSError):
+            files.remove_directory(part)  # unless another rank has written
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise NoSpace(part.parent, total, free, f"writing failed ({error.strerror})") from error
         raise
-
-
-def free_bytes(path: Path) -> int:
-    """Bytes that this user may still write there."""
-    found = os.statvfs(path)
-    return found.f_bavail * found.f_frsize
 
 
 def _groups(pieces: list[Piece], limit: int) -> Iterator[list[Piece]]:
