@@ -1,0 +1,270 @@
+"""Reading a checkpoint: memory-mapped, only the bytes that are asked for, verified before they are given out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fasttrain.checkpoint import find, manifest
+from fasttrain.checkpoint.errors import Damaged, Incomplete, Malformed
+from fasttrain.checkpoint.manifest import Part
+from fasttrain.checkpoint.mapped import check_header, check_size, chunk_of, is_good, map_file, unmap
+from fasttrain.checkpoint.pieces import SIZES
+from fasttrain.checkpoint.regions import Box, Region, intersection, overlap
+
+_WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}  # to move elements by, whatever they mean
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of a checkpoint: its dtype (safetensors' name), its whole shape, and where its parts lie."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole tensor."""
+        return Region(self.shape).elements * SIZES[self.dtype]
+
+
+class Reader:
+    """A checkpoint, open for reading.
+
+    Arguments:
+        path: of one checkpoint: ``DIRECTORY/step-...``.
+        verify: compare every chunk (16 MiB) of a tensor with its checksum when it is first read. Manifests are always
+            verified.
+
+    Attributes:
+        path, step, sequence, world, metrics: as in `Found`.
+        tensors: every tensor by its name.
+
+    Raises:
+        NotACheckpoint, Incomplete, Damaged: what is wrong with it, and in which file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], verify: bool = True):
+        self.path = Path(path)
+        told = find.peek(self.path)
+        self.step: int = told["step"]
+        self.sequence: int = told["sequence"]
+        self.world: int = told["world"]
+        self.metrics: dict[str, float] = told["metrics"]
+        self._verify = verify
+        ranks = []
+        for rank, (entry, content) in enumerate(zip(told["ranks"], find.contents(self.path, told), strict=True)):
+            ranks.append(manifest.read_rank(self.path / entry["file"], content, rank, self.world))
+            manifest.need(self.path / entry["file"],
+                          {name: file.size for name, file in ranks[-1].files.items()} == entry["files"],
+                          f"it tells of other files than {manifest.NAME}")
+        self._values = [read.values for read in ranks]
+        self._files = {name: file for read in ranks for name, file in read.files.items()}
+        self._maps: dict[str, memoryview] = {}
+        self._verified: dict[tuple[str, int], set[int]] = {}
+        self.tensors: Mapping[str, Stored] = dict(sorted(_gathered(self.path, ranks).items()))
+
+    def values(self, rank: int = 0) -> dict[str, Any]:
+        """The tree of JSON that a rank saved. It is the caller's own to change only after a copy."""
+        if not 0 <= rank < self.world:
+            raise ValueError(f"{self.path} was written by ranks 0 to {self.world - 1}, not {rank}")
+        return self._values[rank]
+
+    def read(self, name: str, span: tuple[int, int] | None = None, box: Box | None = None,
+             out: memoryview | np.ndarray | None = None) -> memoryview:
+        """Elements of a tensor: all of it, an interval of its row-major order, or a box.
+
+        Arguments:
+            name: one of `tensors`.
+            span: first element and number of elements; or
+            box: lower corner and extent.
+            out: where to write the bytes: writable, contiguous, of exactly that size. None: newly allocated.
+
+        Returns:
+            A flat view of the bytes of `out`.
+
+        Raises:
+            KeyError: there is no such tensor.
+            ValueError: no such span or box, or `out` does not fit.
+            Damaged: bytes are not those that were written; `out` may hold some of the others.
+            Incomplete: the checkpoint does not hold these elements.
+        """
+        if name not in self.tensors:
+            raise KeyError(f"{self.path} has no tensor {name!r}")
+        stored = self.tensors[name]
+        wanted = Region(stored.shape, span, box)
+        size = SIZES[stored.dtype]
+        into = _flat(out, wanted.elements * size, name)
+        got = 0
+        covered: list[Box] = []
+        for part in stored.parts:
+            if wanted.span is None and wanted.box is None and part.region == wanted:
+                self._copy(name, part, 0, part.nbytes, into)
+                return into
+            if {wanted.box, part.region.box} == {None}:
+                got += self._interval(name, part, wanted, size, into, covered)
+            else:
+                got += self._boxes(name, part, wanted, size, into, covered)
+        if overlap(covered):
+            raise Malformed(self.path, f"its {len(stored.parts)} parts overlap", name)
+        if got != wanted.elements:
+            raise Incomplete(f"{self.path}: tensor {name!r}: {wanted.elements:,} elements were asked for, and its "
+                             f"{len(stored.parts)} parts hold {got:,} of them")
+        return into
+
+    def verify(self, name: str, span: tuple[int, int] | None = None, box: Box | None = None) -> None:
+        """Verify elements of a tensor without copying them; what is read of it afterwards is not verified again.
+
+        Raises:
+            KeyError, ValueError, Damaged, Incomplete: as `read`.
+        """
+        if name not in self.tensors:
+            raise KeyError(f"{self.path} has no tensor {name!r}")
+        stored = self.tensors[name]
+        wanted = Region(stored.shape, span, box)
+        size = SIZES[stored.dtype]
+        got = 0
+        for part in stored.parts:
+            theirs = list(part.region.blocks())
+            for _, mine in wanted.blocks():
+                for at, held in theirs:
+                    if (shared := intersection(mine, held)) is None:
+                        continue
+                    got += int(np.prod(shared[1], dtype=np.int64))
+                    for low, high in _needed(_slices(shared, held), held[1], size, part.chunk):
+                        self._check(name, part, at * size + low, at * size + high)
+        if got < wanted.elements:
+            raise Incomplete(f"{self.path}: tensor {name!r}: {wanted.elements:,} elements were asked for, and its "
+                             f"{len(stored.parts)} parts hold {got:,} of them")
+
+    def close(self) -> None:
+        """Give the mapped files back. Views that `read` returned are no part of them."""
+        for view in self._maps.values():
+            unmap(view)
+        self._maps.clear()
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _interval(self, name: str, part: Part, wanted: Region, size: int, into: memoryview, covered: list[Box]) -> int:
+        """What an interval and a part that is one have in common."""
+        first, length = wanted.span or (0, wanted.elements)
+        begin, there = part.region.span or (0, part.region.elements)
+        low, high = max(first, begin), min(first + length, begin + there)
+        if low >= high:
+            return 0
+        covered.append(((low,), (high - low,)))
+        self._copy(name, part, (low - begin) * size, (high - begin) * size,
+                   into[(low - first) * size : (high - first) * size])
+        return high - low
+
+    def _boxes(self, name: str, part: Part, wanted: Region, size: int, into: memoryview, covered: list[Box]) -> int:
+        """What they have in common, box by box: an interval is a few boxes too."""
+        got = 0
+        theirs = [(at, box) for at, box in part.region.blocks()]
+        for to, mine in wanted.blocks():
+            for at, box in theirs:
+                shared = intersection(mine, box)
+                if shared is None:
+                    continue
+                covered.append(shared)
+                source, target = _slices(shared, box), _slices(shared, mine)
+                for low, high in _needed(source, box[1], size, part.chunk):
+                    self._check(name, part, at * size + low, at * size + high)
+                word = _WORDS[size]
+                elements = int(np.prod(box[1], dtype=np.int64))
+                begin = part.offset + at * size
+                held = np.frombuffer(self._map(part.file)[begin : begin + elements * size], word).reshape(box[1])
+                count = int(np.prod(mine[1], dtype=np.int64))
+                given = np.frombuffer(into[to * size : (to + count) * size], word).reshape(mine[1])
+                given[target] = held[source]
+                del held
+                got += int(np.prod(shared[1], dtype=np.int64))
+        return got
+
+    def _copy(self, name: str, part: Part, low: int, high: int, into: memoryview) -> None:
+        """Bytes of a part, each chunk verified before it is copied."""
+        data = self._map(part.file)
+        for begin in range(low // part.chunk * part.chunk, high, part.chunk):
+            first, last = max(low, begin), min(high, begin + part.chunk)
+            self._check(name, part, first, last)
+            into[first - low : last - low] = data[part.offset + first : part.offset + last]
+
+    def _check(self, name: str, part: Part, low: int, high: int) -> None:
+        """Verify the chunks that these bytes of a part lie in, if they were not yet."""
+        if not self._verify:
+            return
+        seen = self._verified.setdefault((part.file, part.offset), set())
+        for index in range(low // part.chunk, -(-high // part.chunk)):
+            if index not in seen and not is_good(self._map(part.file), part, index):
+                first, last = chunk_of(part, index)
+                raise Damaged(self.path / part.file, f"bytes {first:,} to {last:,} of {part.nbytes:,} are not those "
+                                                     f"that were written (xxh3 differs)", name)
+            seen.add(index)
+
+    def _map(self, file: str) -> memoryview:
+        """A file, mapped when it is first needed; its size and header are compared with the manifest."""
+        if file not in self._maps:
+            path, told = self.path / file, self._files[file]
+            view = map_file(path)
+            check_size(path, view, told)
+            if self._verify:
+                check_header(path, view, told)
+            self._maps[file] = view
+        return self._maps[file]
+
+
+def _gathered(path: Path, ranks: list[manifest.RankManifest]) -> dict[str, Stored]:
+    """The parts that all ranks hold of each tensor."""
+    gathered: dict[str, Stored] = {}
+    for rank, read in enumerate(ranks):
+        for name, dtype, part in read.tensors:
+            shape, file = part.region.shape, path / f"{manifest.stem(rank, len(ranks))}.json"
+            before = gathered.get(name, Stored(dtype, shape, ()))
+            manifest.need(file, (before.dtype, before.shape) == (dtype, shape),
+                          f"{dtype} of shape {shape}, but {before.dtype} of {before.shape} in another part", name)
+            gathered[name] = Stored(dtype, shape, (*before.parts, part))
+    return gathered
+
+
+def _flat(out: memoryview | np.ndarray | None, nbytes: int, name: str) -> memoryview:
+    """Where to write, as bytes."""
+    if out is None:
+        out = np.empty(nbytes, np.uint8)
+    view = memoryview(out)  # type: ignore[arg-type]
+    if view.readonly or not view.c_contiguous or view.nbytes != nbytes:
+        raise ValueError(f"out must be writable and contiguous and have {nbytes} bytes for what is read of {name!r}; "
+                         f"it has {view.nbytes}{', read-only' * view.readonly}{', strided' * (not view.c_contiguous)}")
+    return view.cast("B") if nbytes else memoryview(bytearray())
+
+
+def _slices(inner: Box, outer: Box) -> tuple[slice, ...]:
+    """Where a box lies in the array of another."""
+    return tuple(slice(low - base, low - base + size)
+                 for low, size, base in zip(inner[0], inner[1], outer[0], strict=True))
+
+
+def _needed(source: tuple[slice, ...], shape: tuple[int, ...], size: int, chunk: int) -> Iterator[tuple[int, int]]:
+    """Intervals of bytes of an array that hold these elements; gaps are left out where they are larger than a chunk."""
+    if not shape:
+        yield 0, size
+        return
+    row = size * int(np.prod(shape[1:], dtype=np.int64))
+    if len(shape) > 1 and row > chunk:
+        for index in range(source[0].start, source[0].stop):
+            yield from ((index * row + low, index * row + high)
+                        for low, high in _needed(source[1:], shape[1:], size, chunk))
+        return
+    strides = np.cumprod([1, *shape[:0:-1]], dtype=np.int64)[::-1]
+    first = sum(part.start * int(stride) for part, stride in zip(source, strides, strict=True))
+    last = sum((part.stop - 1) * int(stride) for part, stride in zip(source, strides, strict=True))
+    yield first * size, (last + 1) * size
