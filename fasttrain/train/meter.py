@@ -24,7 +24,9 @@ class Meter:
         peak: operations per second that its device can do at most; None: not known.
 
     Attributes:
-        loss_sum, losses: of the steps since the last line; part of a run's state.
+        loss_sum, losses: of the steps since the last line.
+        last_loss: the mean in the last line.
+        seconds: of all lines, also of the parts of a run before it was resumed.
 
     Example:
         >>> import torch
@@ -40,7 +42,8 @@ class Meter:
         self.clock, self.tokens, self.flops, self.peak = clock, tokens, flops, peak
         self.memory = Memory(clock.device)
         self.loss_sum, self.losses, self.steps = 0.0, 0, 0
-        self.norm = float("nan")
+        self.norm = self.last_loss = float("nan")
+        self.seconds = 0.0
         self.begun = time.perf_counter()
 
     def add(self, numbers: Numbers) -> None:
@@ -61,12 +64,25 @@ class Meter:
         """``loss`` (NaN if all steps were skipped), ``grad_norm`` of the last, ``tokens_per_s``, ``memory_gb``,
         ``peak_gb``, ``mfu`` where the peak is known, and ``share`` of each phase."""
         phases, now = self.clock.take(), time.perf_counter()
+        self.seconds += now - self.begun
         each = (now - self.begun) / max(1, self.steps)
-        record = {"loss": self.loss_sum / self.losses if self.losses else float("nan"), "grad_norm": self.norm,
-                  "tokens_per_s": self.tokens / each, **self.memory.now()}
+        self.last_loss = self.loss_sum / self.losses if self.losses else float("nan")
+        record = {"loss": self.last_loss, "grad_norm": self.norm, "tokens_per_s": self.tokens / each,
+                  "seconds": self.seconds, **self.memory.now()}
         if self.peak and self.flops:
             record["mfu"] = self.flops / each / self.peak
         total = sum(phases.values())
         record["share"] = {phase: seconds / total for phase, seconds in phases.items()}
         self.loss_sum, self.losses, self.steps, self.begun = 0.0, 0, 0, now
         return record
+
+    def state_dict(self) -> Record:
+        """JSON values: what the next line adds up."""
+        return {"loss_sum": self.loss_sum, "losses": self.losses, "last_loss": self.last_loss,
+                "seconds": self.seconds + time.perf_counter() - self.begun}
+
+    def load_state_dict(self, state: Record) -> None:
+        """Take over what `state_dict` returned; speed and shares begin anew."""
+        self.loss_sum, self.losses, self.last_loss = state["loss_sum"], state["losses"], state["last_loss"]
+        self.seconds, self.steps, self.begun = state["seconds"], 0, time.perf_counter()
+        self.clock.take()

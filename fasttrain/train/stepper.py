@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fasttrain.dist.wire import Wire
+from fasttrain.guards.later import Arrived, Later
+from fasttrain.guards.nonfinite import MOST_NAMES, nonfinite
 from fasttrain.parallel import DataParallel, Zero
 from fasttrain.parallel.accumulate import Accumulation
 from fasttrain.parallel.sharded import Sharded
@@ -21,7 +23,7 @@ Loss = Callable[[Any, Any], "Tensor | tuple[Tensor, int]"]
 
 
 class Numbers(NamedTuple):
-    """What a step has come to: the same on every rank.
+    """What a step has come to: the same on every rank, but for the names.
 
     Attributes:
         step: counted from 1.
@@ -29,6 +31,8 @@ class Numbers(NamedTuple):
         norm: of the mean gradient, before it was clipped.
         skipped: the gradient, or the loss, was not finite, and no parameter was changed.
         stop: how many ranks wish to stop.
+        scale: the loss scale of the step; 1.0 without a scaler.
+        names: of the parameters whose gradients are not finite here, where a step was skipped on the CPU.
     """
 
     step: int
@@ -36,6 +40,8 @@ class Numbers(NamedTuple):
     norm: float
     skipped: bool
     stop: int
+    scale: float = 1.0
+    names: tuple[str, ...] = ()
 
 
 class Stepper:
@@ -57,6 +63,7 @@ class Stepper:
 
     Attributes:
         steps: that were made.
+        stepping: parameters are being changed: an exception that comes now leaves them half-way.
         traffic: what they have sent, and waited for; None in one process alone.
         stop: this rank wishes to stop: the others learn of it with the next step.
 
@@ -89,7 +96,9 @@ class Stepper:
         self.stop = False
         self.clock = clock or PhaseClock(self.device)
         self.traffic = Traffic(self.wire) if self.wire is not None else None
-        self._under_way: list[_Late] = []
+        self.stepping = False
+        self._later = Later(delay=int(self.device.type == "cuda"))
+        self._arrived: list[Arrived] = []
         self._one = torch.ones((), dtype=torch.float64, device=self.device)
 
     def run(self, micro_batches: Sequence[Any]) -> None:
@@ -134,13 +143,19 @@ class Stepper:
         return items
 
     def _finish(self, loss: Tensor, items: int) -> None:
-        norm, bad = self._step(items) if self.ours else self._step_of_torch()
-        sums, stop = self._over_ranks(loss, items)
-        self.optimizer.zero_grad()
+        loss, stop = self._over_ranks(loss, items)
+        scale = None if self.scaler is None else self.scaler.scale_on(self.device).clone()
+        self.stepping = True
+        norm, bad = self._step(loss, items) if self.ours else self._step_of_torch()
         self.steps += 1
-        self._under_way.append(_Late(self.steps, torch.stack([sums, norm.double(), bad.double(), stop])))
+        self.stepping = False
+        names = nonfinite(self.model.named_parameters()) if self.device.type == "cpu" and bad else ()
+        self.optimizer.zero_grad()
+        arrived = self._later.put(self.steps, tuple(names)[:MOST_NAMES], loss=loss, norm=norm, bad=bad, stop=stop,
+                                  scale=scale)
+        self._arrived += [arrived] if arrived else []
 
-    def _step(self, items: int) -> tuple[Tensor, Tensor]:
+    def _step(self, loss: Tensor, items: int) -> tuple[Tensor, Tensor]:
         """With an optimizer of this package: its norm, and whether it was skipped."""
         owner = self.sharded or self.reducer
         if self.reducer is None or isinstance(self.optimizer, Zero):
@@ -149,6 +164,7 @@ class Stepper:
             statistics = self.reducer.statistics()
         most = self.clip or None
         if not items:
+            statistics = statistics[0], statistics[1] | ~torch.isfinite(loss)
             norm = step_divided(self._one, statistics, self.optimizer, most, self.scaler)
         elif owner is not None:
             norm = owner.step(self.optimizer, most, self.scaler)
@@ -188,30 +204,24 @@ class Stepper:
             return sums.loss / (sums.tokens if items else self.reducer.wire.size), sums.stop
         return loss / (items or 1), stop
 
+    def state_dict(self) -> dict[str, int]:
+        """How many steps were made."""
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on after so many steps."""
+        self.steps = state["steps"]
+
     def arrived(self, all_of_them: bool = False) -> list[Numbers]:
         """The numbers of steps that have not been asked for yet.
 
         On a GPU those of the newest step stay out, so that nobody waits for the device; `all_of_them` waits.
         """
-        late = self.device.type == "cuda" and not all_of_them
-        taken = self._under_way[: len(self._under_way) - late]
-        del self._under_way[: len(taken)]
-        return [one.read() for one in taken]
-
-
-class _Late:
-    """The numbers of a step, on their way to the host."""
-
-    def __init__(self, step: int, numbers: Tensor):
-        self.step = step
-        self.numbers = numbers.to("cpu", non_blocking=True)
-        self.event = torch.cuda.current_stream().record_event() if numbers.is_cuda else None
-
-    def read(self) -> Numbers:
-        if self.event is not None:
-            self.event.synchronize()
-        loss, norm, bad, stop = self.numbers.tolist()
-        return Numbers(self.step, loss, norm, bool(bad), int(stop))
+        taken, self._arrived = self._arrived, []
+        if all_of_them:
+            taken += self._later.flush()
+        return [Numbers(one.step, one.values["loss"], one.values["norm"], bool(one.values["bad"]),
+                        int(one.values["stop"]), one.values["scale"] or 1.0, one.note) for one in taken]
 
 
 class _Alone:
