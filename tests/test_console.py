@@ -21,6 +21,12 @@ def test_lines():
     assert line(VALIDATION, 100) == "step   7/100  validation 2.5000 bits/byte over 1,234 bytes"
 
 
+def test_a_new_start():
+    again = {"event": "restart", "step": 0, "number": 1}
+    assert line(again, 100) == "step   0/100  started again (once by now), from the beginning: there is no checkpoint"
+    assert line({**again, "step": 7, "number": 2}, 100) == "step   7/100  started again (2 times by now), from step 7"
+
+
 def test_what_was_sent():
     wire = {"event": "wire", "step": 7, "bytes": 123456.5, "formula": 123000.0, "exposed_s": 0.0024}
     assert line(wire, 100) == ("step   7/100  communication: 123,456 bytes a step, 123,000 by the formula; "

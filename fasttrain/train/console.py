@@ -14,6 +14,10 @@ def line(record: dict[str, Any], steps: int) -> str:
     head = f"step {record['step']:>{len(str(steps))}}/{steps}"
     if record["event"] == "validation":
         return f"{head}  validation {record['bits_per_byte']:.4f} bits/byte over {record['bytes']:,} bytes"
+    if record["event"] == "restart":
+        times = "once" if record["number"] == 1 else f"{record['number']} times"
+        where = f"from step {record['step']}" if record["step"] else "from the beginning: there is no checkpoint"
+        return f"{head}  started again ({times} by now), {where}"
     if record["event"] == "wire":
         return f"{head}  communication: {sent(record)}"
     shares = "  ".join(f"{SHORT[phase]} {share:.1%}" for phase, share in record["share"].items())
@@ -64,7 +68,7 @@ class Console:
         text = line(record, self.steps)
         if not self.bar:
             print(text, flush=True)
-        elif record["event"] in ("validation", "wire"):
+        elif record["event"] != "train":
             self.bar.console.print(text, highlight=False)
             self.bar.refresh()
         else:
