@@ -8,19 +8,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import json
 import signal
 import sys
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 from tyro.conf import Positional, arg, subcommand
 
-from fasttrain import __version__
 from fasttrain.train.config import BadInput, TrainConfig
+from fasttrain.train.place import Place, place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +54,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command with `arguments` (default: those of the process) and return its exit code."""
     signal.signal(signal.SIGTERM, _terminated)
     try:
-        command = parse(sys.argv[1:] if arguments is None else arguments)
+        arguments = sys.argv[1:] if arguments is None else arguments
+        here = place() if arguments[:1] == ["train"] else None
+        command = parse(arguments, here)
         if isinstance(command, TrainConfig):
-            return train(command)
+            return train(command, here)
         if isinstance(command, Compare):
             return compare(command)
         if isinstance(command, DrawSchedule):
@@ -72,14 +72,15 @@ def main(arguments: list[str] | None = None) -> int:
         return _say("interrupted", error.args[0] if error.args else 130)
 
 
-def parse(arguments: list[str]) -> TrainConfig | Compare | DrawSchedule | Doctor:
-    """The command that `arguments` name.
+def parse(arguments: list[str], here: Place | None = None) -> TrainConfig | Compare | DrawSchedule | Doctor:
+    """The command that `arguments` name. By default it trains in two processes, or in those that torchrun has started.
 
     Raises:
         BadInput: they name none. tyro explains that in a box of several lines; this is the first of them.
     """
+    defaults = TrainConfig() if here is None else TrainConfig(processes=here.world)
     commands = (
-        Annotated[TrainConfig, subcommand("train")]
+        Annotated[TrainConfig, subcommand("train", default=defaults)]
         | Annotated[Compare, subcommand("compare")]
         | Annotated[DrawSchedule, subcommand("schedule")]
         | Annotated[Doctor, subcommand("doctor")]
@@ -113,37 +114,30 @@ def _first_section(box: str) -> str:
     return f"{said}; see --help"
 
 
-def train(config: TrainConfig) -> int:
-    """Check everything, run the processes, and report."""
+def train(config: TrainConfig, here: Place | None) -> int:
+    """Check everything, run the processes, and report; or, where torchrun has started this one, be one of them."""
     begun = time.perf_counter()
     from fasttrain.train import recipe, report, text
+
+    if here is not None:
+        config.check_started_by_torchrun(here.world, here.most_restarts)
+    config.check(None if here is None else here.here)
+    recipe.check(config)
+    if here is not None:
+        from fasttrain.train import rank
+
+        rank.join(config, here)
+        return 0
     from fasttrain.train.launch import RunFailed, launch
 
-    config.check()
-    recipe.check(config)
     read = text.load(config.text, config.held_out, config.sequence)
-    out = report.make_directory(config.out, config.optimizer)
-    header = {
-        "versions": {"fasttrain": __version__, "torch": metadata.version("torch"), "python": sys.version.split()[0]},
-        "config": config.as_json(),
-        "text": {
-            "train_bytes": len(read.train), "train_files": read.train_files,
-            "held_out_bytes": len(read.held_out), "held_out_files": read.held_out_files, "sha256": read.sha256,
-        },
-    }
-    (out / "config.json").write_text(json.dumps(header, indent=1) + "\n")
+    out = report.begin(config, report.header(config, read))
     print(f"{config.processes} processes on {config.device}, {config.optimizer}; writing to {out}", flush=True)
     try:
-        launch(out, config.processes, config.threads)
+        launch(out, config.processes, config.threads, config.max_restarts)
     except RunFailed as error:
         return _say(str(error), 1)
-
-    run = report.read(out)
-    report.draw([run], out / "run.png")
-    summary = report.summarise(run, read.held_out, time.perf_counter() - begun)
-    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    print(report.describe(summary, header))
-    print(f"written: {', '.join(sorted(str(p) for p in out.iterdir()))}")
+    print(report.conclude(out, read.held_out, time.perf_counter() - begun))
     return 0
 
 

@@ -13,6 +13,7 @@ import pytest
 import fasttrain
 from fasttrain import cli
 from fasttrain.train import report
+from fasttrain.train.place import Place
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +37,7 @@ def elsewhere(tmp_path, monkeypatch):
     ("train --lr nan", "--lr nan: must be finite"),
     ("train --lr -1", "--lr -1.0: must be finite and not negative"),
     ("train --seed -1", "--seed -1"),
+    ("train --max-restarts -1", "--max-restarts -1: must be finite and not negative"),
     ("train --held-out 1", "--held-out 1.0"),
     ("train --sequence 1", "--sequence 1"),
     ("train --device tpu", "invalid choice 'tpu'"),
@@ -72,6 +74,43 @@ def test_bad_input(elsewhere, capsys, arguments, message):
     assert said.err.count("\n") == 1
     assert message in said.err
     assert sorted(elsewhere.rglob("*")) == before, "bad input must leave nothing behind"
+
+
+UNDER_TORCHRUN = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
+                  "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+
+
+@pytest.mark.parametrize("arguments, environment, message", [
+    ("--processes 3", {}, "--processes 3 under torchrun, which has started 4: leave it out"),
+    ("--max-restarts 1", {}, "--max-restarts 1 under torchrun: give it to torchrun, before -m"),
+    ("", {"TORCHELASTIC_MAX_RESTARTS": "2"}, "torchrun with --max-restarts needs --out DIRECTORY"),
+    ("--batch 6", {}, "--processes 4 with --batch 6"),
+    ("", {"LOCAL_WORLD_SIZE": "4096", "WORLD_SIZE": "4096"}, "--processes 4096"),
+    ("", {"LOCAL_RANK": None}, "WORLD_SIZE and LOCAL_WORLD_SIZE and MASTER_ADDR and MASTER_PORT but not LOCAL_RANK"),
+    ("", {"RANK": "first"}, "is no number"),
+])
+def test_bad_input_under_torchrun(elsewhere, capsys, monkeypatch, arguments, environment, message):
+    for name, value in {**UNDER_TORCHRUN, **environment}.items():
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    assert cli.main(["train", *arguments.split()]) == 2
+    said = capsys.readouterr()
+    assert (said.out, said.err.count("\n")) == ("", 1)
+    assert message in said.err
+    assert not (elsewhere / "runs").exists()
+
+
+def test_torchrun_gives_the_number_of_processes(monkeypatch):
+    joined = []
+    monkeypatch.setattr("fasttrain.train.rank.join", lambda *given: joined.append(given))
+    for name, value in {**UNDER_TORCHRUN, "TORCHELASTIC_RESTART_COUNT": "3"}.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(["train", "--steps", "7", "--processes", "4"]) == 0
+    (config, here), = joined
+    assert (config.steps, config.processes) == (7, 4)
+    assert here == Place(rank=1, world=4, local_rank=1, here=2, restarts=3)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])

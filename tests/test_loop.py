@@ -29,15 +29,15 @@ def make_text():
     return Text(stream[:-500], stream[-500:], 1, 1, "")
 
 
-def run(wire, config):
+def run(wire, config, text=None, ngrams=2, rows=64):
     torch.manual_seed(config.seed)
-    model = GPT(config.layers, config.width, config.heads, config.sequence, ngrams=2, rows=64).to(wire.device)
+    model = GPT(config.layers, config.width, config.heads, config.sequence, ngrams, rows).to(wire.device)
     parallel = divide(config, model, wire)
     records = []
     optimizer = recipe.build(config, callable_of(parallel))
     rates = []
     optimizer.register_step_pre_hook(lambda *_: rates.append([group["lr"] for group in optimizer.param_groups]))
-    train(config, parallel, optimizer, make_text(), records.append)
+    train(config, parallel, optimizer, text or make_text(), records.append)
     peak = recipe.settings(config)["lr"]
     expected = [peak * warmup_cosine(config.steps, config.warmup)(step) for step in range(config.steps)]
     assert rates == [[lr, lr] for lr in expected], "both groups follow the schedule"

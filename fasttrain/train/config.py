@@ -58,7 +58,9 @@ class TrainConfig:
     """Rows of the embedding of each length of run; runs share them by hash."""
 
     processes: int = 2
-    """Data-parallel processes, started by torchrun."""
+    """Data-parallel processes. Under torchrun: as many as it has started."""
+    max_restarts: int = 0
+    """How often all processes are started again when one of them fails."""
     threads: int = 1
     """Threads in each process."""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -81,8 +83,11 @@ class TrainConfig:
     validate_every: int = 100
     """Steps between two quick validations; the whole held-out text is read once, at the end."""
 
-    def check(self) -> None:
+    def check(self, here: int | None = None) -> None:
         """Refuse what cannot work. Imports torch only where the answer depends on it.
+
+        Args:
+            here: how many of the processes are on this machine; None: all.
 
         Raises:
             BadInput: names the option, what it was, and what to do.
@@ -91,7 +96,7 @@ class TrainConfig:
                      "accumulate", "log_every", "validate_every"):
             if getattr(self, name) < 1:
                 raise BadInput(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
-        for name in ("lr", "weight_decay", "clip", "warmup", "seed"):
+        for name in ("lr", "weight_decay", "clip", "warmup", "seed", "max_restarts"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
                 raise BadInput(f"--{name.replace('_', '-')} {value}: must be finite and not negative")
@@ -109,9 +114,9 @@ class TrainConfig:
                 f"--width {self.width} with --heads {self.heads}: each head needs an even number of features; "
                 f"use a width that is a multiple of {2 * self.heads}"
             )
-        self._check_processes()
+        self._check_processes(self.processes if here is None else here)
 
-    def _check_processes(self) -> None:
+    def _check_processes(self, here: int) -> None:
         if self.batch % self.processes:
             raise BadInput(
                 f"--processes {self.processes} with --batch {self.batch}: a step must give every process the same "
@@ -140,11 +145,26 @@ class TrainConfig:
             kind = "GPU"
             if places == 0:
                 raise BadInput("--device cuda: this torch finds no GPU; use --device cpu")
-        if self.processes > most:
+        if here > most:
             raise BadInput(
-                f"--processes {self.processes} on {places} {kind}{'s' if places > 1 else ''}: they would only wait for "
-                f"each other; use at most {most}"
+                f"--processes {here} on {places} {kind}{'s' if places > 1 else ''}: they would only wait for each "
+                f"other; use at most {most}"
             )
+
+    def check_started_by_torchrun(self, world: int, most_restarts: int) -> None:
+        """Refuse options that contradict torchrun, which has started this process as one of `world`.
+
+        Raises:
+            BadInput: as `check`.
+        """
+        if self.processes != world:
+            raise BadInput(f"--processes {self.processes} under torchrun, which has started {world}: leave it out, or "
+                           f"give torchrun the number (--nnodes times --nproc-per-node)")
+        if self.max_restarts:
+            raise BadInput(f"--max-restarts {self.max_restarts} under torchrun: give it to torchrun, before -m")
+        if most_restarts and self.out is None:
+            raise BadInput("torchrun with --max-restarts needs --out DIRECTORY here: a process that is started again "
+                           "must find what the last one wrote")
 
     def as_json(self) -> dict[str, Any]:
         """The options as JSON values; `from_json` is the inverse."""

@@ -49,7 +49,8 @@ class Journal:
 
 
 def records(path: Path) -> list[Record]:
-    """The records of a run, those of an abandoned part left out: what came after the step at which it was resumed.
+    """The records of a run, without abandoned parts: what came after the step at which it was resumed, or of which it
+    began again.
 
     Raises:
         OSError: the file cannot be read.
@@ -58,8 +59,9 @@ def records(path: Path) -> list[Record]:
     found: list[Record] = []
     for text in _whole_lines(path.read_bytes()).splitlines():
         record = json.loads(text, object_hook=_numbers)
-        if record["event"] == "resume":
-            found = [earlier for earlier in found if earlier["step"] <= record["step"]]
+        if record["event"] in ("resume", "begin"):
+            kept = record["step"] if record["event"] == "resume" else -1
+            found = [earlier for earlier in found if earlier["step"] <= kept or earlier["event"] == "restart"]
         found.append(record)
     return found
 

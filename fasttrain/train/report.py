@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import lzma
+import sys
 import zlib
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 
-from fasttrain.train.config import BadInput
+from fasttrain import __version__
+from fasttrain.train.config import BadInput, TrainConfig
 from fasttrain.train.console import sent
 from fasttrain.train.journal import Record, records
+from fasttrain.train.text import Text
 
 
 def make_directory(out: Path | None, optimizer: str) -> Path:
@@ -41,6 +45,54 @@ def make_directory(out: Path | None, optimizer: str) -> Path:
     except OSError as error:
         raise BadInput(f"--out {out}: cannot be written: {error.strerror}; give another directory") from error
     return out
+
+
+def header(config: TrainConfig, read: Text) -> Record:
+    """What ``config.json`` holds: options, versions, and which text."""
+    return {
+        "versions": {"fasttrain": __version__, "torch": metadata.version("torch"), "python": sys.version.split()[0]},
+        "config": config.as_json(),
+        "text": {
+            "train_bytes": len(read.train), "train_files": read.train_files,
+            "held_out_bytes": len(read.held_out), "held_out_files": read.held_out_files, "sha256": read.sha256,
+        },
+    }
+
+
+def begin(config: TrainConfig, header: Record) -> Path:
+    """Make the directory of a run, with its ``config.json``, and return it.
+
+    Raises:
+        BadInput: as `make_directory`.
+    """
+    out = make_directory(config.out, config.optimizer)
+    (out / "config.json").write_text(json.dumps(header, indent=1) + "\n")
+    return out
+
+
+def check_same(directory: Path, header: Record) -> None:
+    """Refuse to go on in a directory if the run in it is another one. The number of processes may have changed.
+
+    Raises:
+        BadInput: it has other options or another text.
+    """
+    found = json.loads((directory / "config.json").read_text())
+    free = ("processes", "text", "out")
+    for name, value in header["config"].items():
+        if name not in free and (there := found["config"].get(name)) != value:
+            raise BadInput(f"--out {directory} holds a run with --{name.replace('_', '-')} {there}, not {value}; a run "
+                           "that is started again needs its own options, a new one a new directory")
+    if found["text"]["sha256"] != header["text"]["sha256"]:
+        raise BadInput(f"--out {directory} holds a run on another text; give a new directory")
+
+
+def conclude(directory: Path, held_out: np.ndarray, wall_s: float) -> str:
+    """Draw and sum up a complete run, and return what to say of it."""
+    run = read(directory)
+    draw([run], directory / "run.png")
+    summary = summarise(run, held_out, wall_s)
+    (directory / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    return f"{describe(summary, run.header)}\nwritten: {', '.join(sorted(str(p) for p in directory.iterdir()))}"
 
 
 @dataclass(frozen=True)
