@@ -82,6 +82,19 @@ class TrainConfig:
     """Steps between two lines of the log."""
     validate_every: int = 100
     """Steps between two quick validations; the whole held-out text is read once, at the end."""
+    ema: float | None = None
+    """Validate with an exponential average of the weights, of this decay (0.999, say)."""
+    patience: int = 0
+    """Quick validations in a row that may be no better before the run ends early; 0: it does not."""
+    bad_steps: int = 10
+    """Skipped steps in a row, for gradients that are not finite, that end the run."""
+
+    resume: Literal["never", "auto"] = "never"
+    """auto: go on with the run in --out (without it: the newest unfinished one of these options), if there is one."""
+    save_every: int = 250
+    """Steps between two checkpoints, beside which training goes on; 0: none are saved."""
+    keep: int = 2
+    """The newest checkpoints that stay, beside the best."""
 
     def check(self, here: int | None = None) -> None:
         """Refuse what cannot work. Imports torch only where the answer depends on it.
@@ -93,10 +106,10 @@ class TrainConfig:
             BadInput: names the option, what it was, and what to do.
         """
         for name in ("steps", "batch", "sequence", "layers", "width", "heads", "ngrams", "rows", "processes", "threads",
-                     "accumulate", "log_every", "validate_every"):
+                     "accumulate", "log_every", "validate_every", "bad_steps", "keep"):
             if getattr(self, name) < 1:
                 raise BadInput(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
-        for name in ("lr", "weight_decay", "clip", "warmup", "seed", "max_restarts"):
+        for name in ("lr", "weight_decay", "clip", "warmup", "seed", "max_restarts", "patience", "save_every"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
                 raise BadInput(f"--{name.replace('_', '-')} {value}: must be finite and not negative")

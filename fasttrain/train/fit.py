@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 
 from fasttrain.checkpoint.checkpointer import Checkpointer
+from fasttrain.checkpoint.loading import Loaded
 from fasttrain.checkpoint.rng import Rng
-from fasttrain.guards.nonfinite import NonFinite
+from fasttrain.guards.bad_steps import NonFinite
 from fasttrain.guards.spikes import LossSpikes, SpikeDecision
 from fasttrain.guards.stopping import EarlyStopping, Gap
+from fasttrain.precision.loss_scale import LossScaler
 from fasttrain.train.batches import split
 from fasttrain.train.clock import PhaseClock
 from fasttrain.train.keeper import Keeper
@@ -69,7 +71,8 @@ class Loop:
         accumulate: micro-batches of a step (`split`).
         clip: largest norm of the gradient; 0 does not clip.
         schedule: what is stepped after each step: a `fasttrain.schedules.Scheduler`, or torch's.
-        precision: a `fasttrain.precision.Precision`; None: as the model is.
+        context: makes the context in which `loss` runs (autocast).
+        scaler: scales losses, in float16; `fasttrain.precision.Precision` has both.
         evaluate: from the number of steps to a dict of numbers, the same on every rank; called every `evaluate_every`.
         metric: the one of them that guards and `Keep(best=)` look at; lower is better unless a guard says otherwise.
         bad_steps: a `fasttrain.guards.NonFinite`: ends the run after so many skipped steps in a row.
@@ -88,18 +91,18 @@ class Loop:
     """
 
     def __init__(self, model: Any, data: Any, optimizer: Any, loss: Loss, *, steps: int, accumulate: int = 1,
-                 clip: float = 1.0, schedule: Any = None, precision: Any = None,
+                 clip: float = 1.0, schedule: Any = None,
+                 context: Callable[[], AbstractContextManager[Any]] = nullcontext, scaler: LossScaler | None = None,
                  evaluate: Callable[[int], Record] | None = None, evaluate_every: int = 0, metric: str = "loss",
                  bad_steps: NonFinite | None = None, spikes: LossSpikes | None = None,
-                 early: EarlyStopping | None = None, gap: Gap | None = None, checkpoints: Checkpointer | None = None, stopping: Any = None,
+                 early: EarlyStopping | None = None, gap: Gap | None = None,
+                 checkpoints: Checkpointer | None = None, stopping: Any = None,
                  keeps: Mapping[str, Any] | None = None, tokens: int = 0, flops: float = 0.0, peak: float | None = None,
                  profile: Any = None, callbacks: Sequence[Callable[[Record], None]] = (), log_every: int = 10):
         if spikes is not None and spikes.patience is not None and (checkpoints is None or not hasattr(data, "rewind")):
             raise ValueError("spikes with patience go back to a checkpoint and past batches: give checkpoints, and "
                              "data that can rewind (fasttrain.data.Loader), or LossSpikes(patience=None)")
         clock = PhaseClock(device_of(model))
-        context = nullcontext if precision is None else precision.context(clock.device)
-        scaler = None if precision is None else precision.scaler
         self.stepper = Stepper(model, optimizer, loss, clip=clip, context=context, scaler=scaler, clock=clock)
         self.meter = Meter(clock, tokens, flops, peak)
         self.data, self.optimizer, self.schedule, self.accumulate = data, optimizer, schedule, accumulate
@@ -114,10 +117,23 @@ class Loop:
         self.steps, self.step, self.ended, self.metrics = steps, 0, "", Record()
         self._places: dict[int, tuple[int, int]] = {}  # of steps under way: their batches' first sample, and how many
         self._spike: SpikeDecision | None = None
+        self._begun = False
+
+    def begin(self) -> Loaded | None:
+        """Load the newest checkpoint that can be used, and return what was loaded; `run` does it if you do not."""
+        self._begun = True
+        if (loaded := self.keeper.resume()) is not None:
+            self.step, self.metrics = self.stepper.steps, dict(loaded.metrics)
+            passed_over = "".join(f"; {path.name} cannot be used: {reason}" for path, reason in loaded.skipped)
+            self.tell("resume", text=f"resumed from {loaded.path.name}{passed_over}")
+        elif self.spikes is not None and self.spikes.patience is not None:
+            self._save()  # to go back to
+        return loaded
 
     def run(self) -> Fitted:
         """All steps that are left, from the newest checkpoint on."""
-        self._begin()
+        if not self._begun:
+            self.begin()
         batches = iter(self.data)
         try:
             while self.step < self.steps and not self.ended:
@@ -129,14 +145,6 @@ class Loop:
                 self.keeper.save_after(error, self.step, self.step == self.stepper.steps, self.metrics)
             raise
         return Fitted(self.step, self.ended or "done", self.metrics, self.stepper.traffic)
-
-    def _begin(self) -> None:
-        if (loaded := self.keeper.resume()) is not None:
-            self.step, self.metrics = self.stepper.steps, dict(loaded.metrics)
-            passed_over = "".join(f"; {path.name} cannot be used: {reason}" for path, reason in loaded.skipped)
-            self.tell("resume", text=f"resumed from {loaded.path.name}{passed_over}")
-        elif self.spikes is not None and self.spikes.patience is not None:
-            self._save()  # to go back to
 
     def _next(self, batches: Iterator[Any]) -> Any:
         with self.meter.clock("data"):

@@ -8,7 +8,7 @@ from typing import Any
 from fasttrain.checkpoint.checkpointer import Checkpointer
 from fasttrain.checkpoint.loading import Loaded
 from fasttrain.dist.wire import Wire
-from fasttrain.guards.nonfinite import TooManyBadSteps
+from fasttrain.guards.bad_steps import TooManyBadSteps
 
 KNOWN = 100  # saved steps that are remembered
 Record = dict[str, Any]
@@ -96,7 +96,7 @@ class Keeper:
         """
         before = [step for step in self.saved if step < since]
         if self.checkpoints is None or not before:
-            raise RuntimeError(f"the loss went up at step {since}, and there is no checkpoint of before: save more often")
+            raise RuntimeError(f"the loss went up at step {since}, and no checkpoint is older: save more often")
         self.checkpoints.load({**self.state, "data": _Rewound(self.state["data"], first, count)}, which=before[-1])
         return before[-1]
 

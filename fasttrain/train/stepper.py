@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fasttrain.dist.wire import Wire
 from fasttrain.guards.later import Arrived, Later
-from fasttrain.guards.nonfinite import MOST_NAMES, nonfinite
+from fasttrain.guards.bad_steps import MOST_NAMES, nonfinite
 from fasttrain.parallel import DataParallel, Zero
 from fasttrain.parallel.accumulate import Accumulation
 from fasttrain.parallel.sharded import Sharded
