@@ -100,6 +100,11 @@ class LossScaler:
             torch._amp_update_scale_(self._scale, self._growth, found.float(), self.growth_factor, self.backoff_factor,
                                      self.growth_interval)
 
+    @property
+    def scale_on_device(self) -> Tensor:
+        """The scale as it is now, float32 of shape (), a copy; nothing waits for the device."""
+        return self._scale.clone()
+
     def get_scale(self) -> float:
         """The scale as a number; waits for the device."""
         return self._scale.item()

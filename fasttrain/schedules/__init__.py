@@ -5,18 +5,8 @@ Only `Scheduler` needs torch; it is imported when it is asked for.
 
 from typing import TYPE_CHECKING, Any
 
-from fasttrain.schedules.pieces import (
-    cosine,
-    exponential,
-    inverse_sqrt,
-    linear,
-    multi_step,
-    points,
-    polynomial,
-    restarts,
-    step_decay,
-    warmup,
-)
+from fasttrain.schedules.falls import exponential, multi_step, points, step_decay
+from fasttrain.schedules.pieces import cosine, inverse_sqrt, linear, polynomial, restarts, warmup
 from fasttrain.schedules.plateau import Plateau
 from fasttrain.schedules.runs import cyclic, decay, one_cycle, warmup_cosine, warmup_stable_decay
 from fasttrain.schedules.schedule import Schedule, as_schedule, constant, first, function, rounded

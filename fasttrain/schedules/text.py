@@ -6,18 +6,8 @@ import ast
 from collections.abc import Callable
 from typing import Any
 
-from fasttrain.schedules.pieces import (
-    cosine,
-    exponential,
-    inverse_sqrt,
-    linear,
-    multi_step,
-    points,
-    polynomial,
-    restarts,
-    step_decay,
-    warmup,
-)
+from fasttrain.schedules.falls import exponential, multi_step, points, step_decay
+from fasttrain.schedules.pieces import cosine, inverse_sqrt, linear, polynomial, restarts, warmup
 from fasttrain.schedules.runs import cyclic, decay, one_cycle, warmup_cosine, warmup_stable_decay
 from fasttrain.schedules.schedule import Schedule, constant, first, rounded
 

@@ -75,11 +75,9 @@ def build(config: TrainConfig, model: Any, **options: Any) -> Any:
         options: further arguments of the optimizer, as those of `fasttrain.precision.storage`.
     """
     chosen = settings(config)
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [(n, p) for n, p in named if p.ndim >= 2]},
-        {"params": [(n, p) for n, p in named if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    from fasttrain.guards.decay import decay_groups  # torch, which `check` need not load
+
+    groups = decay_groups(model)
     kind = optimizer_class(config.optimizer)
     if config.zero in (1, 2):
         from fasttrain.parallel import Zero
