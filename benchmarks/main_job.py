@@ -62,7 +62,7 @@ def make(config: TrainConfig, dtype: torch.dtype, options: Mapping[str, Any]) ->
 def train(config: TrainConfig, text: Text, model: Wide, optimizer: Optimizer, steps: int | None = None) -> None:
     """The first `steps` steps of the job, or all of them."""
     windows = Windows(text.train, config.sequence, config.seed)
-    schedule = warmup_cosine(config.steps, config.warmup)
+    schedule = warmup_cosine(config.steps, config.rise)
     peaks = [group["lr"] for group in optimizer.param_groups]
     for step in range(config.steps if steps is None else steps):
         batch = torch.from_numpy(windows.batch(step * config.batch, config.batch)).long()

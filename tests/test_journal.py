@@ -33,6 +33,15 @@ def test_every_cut_of_the_file_is_read_and_continued(tmp_path):
         path.unlink()
 
 
+def test_a_run_that_began_again_keeps_only_that_it_did(tmp_path):
+    write(tmp_path / "log", step(1), {"event": "restart", "step": 0, "number": 1},
+          {"event": "begin", "step": 0, "text": ""}, step(1, again=True), step(2),
+          {"event": "restart", "step": 0, "number": 2}, {"event": "resume", "step": 1, "text": ""}, step(2, again=True))
+    assert [(r["event"], r["step"], "again" in r) for r in records(tmp_path / "log")] == [
+        ("restart", 0, False), ("begin", 0, False), ("train", 1, True), ("restart", 0, False), ("resume", 1, False),
+        ("train", 2, True)]
+
+
 def test_numbers_that_json_has_not(tmp_path):
     write(tmp_path / "log", step(1, loss=math.nan, share={"data": math.inf}), step(2, loss=-math.inf))
     for text in (tmp_path / "log").read_text().splitlines():

@@ -39,7 +39,7 @@ def run(wire, config, text=None, ngrams=2, rows=64):
     optimizer.register_step_pre_hook(lambda *_: rates.append([group["lr"] for group in optimizer.param_groups]))
     train(config, parallel, optimizer, text or make_text(), records.append)
     peak = recipe.settings(config)["lr"]
-    expected = [peak * warmup_cosine(config.steps, config.warmup)(step) for step in range(config.steps)]
+    expected = [peak * warmup_cosine(config.steps, config.rise)(step) for step in range(config.steps)]
     assert rates == [[lr, lr] for lr in expected], "both groups follow the schedule"
     return records, [p.detach().full_tensor() if is_dtensor(p) else p.detach() for p in model.parameters()]
 
@@ -131,8 +131,8 @@ def test_a_sharded_model_on_other_numbers_of_ranks(size):
 
 @pytest.mark.parametrize("zero", [0, 1, 2])
 def test_one_rank_sends_nothing(zero):
-    records, _ = ranks.run(run, 1, dataclasses.replace(TINY, optimizer="AdamW", steps=2, zero=zero))[0]
-    assert {name: records[-2][name] for name in ("event", "bytes", "formula")} == {
+    records, _ = ranks.run(run, 1, dataclasses.replace(TINY, optimizer="AdamW", steps=2, warmup=1, zero=zero))[0]
+    assert {name: records[-1][name] for name in ("event", "bytes", "formula")} == {
         "event": "wire", "bytes": 0, "formula": 0}
     assert records[-2]["exposed_s"] >= 0
 
@@ -168,7 +168,7 @@ def test_on_a_gpu_it_learns_the_same(two):
 
 
 def explode(wire):
-    with pytest.raises(FloatingPointError, match=r"the loss of steps 1 to 4 is (nan|inf)"):
+    with pytest.raises(FloatingPointError, match="10 steps in a row had a loss or gradients that are not finite, after step 1: the last is step 11"):
         run(wire, dataclasses.replace(TINY, optimizer="torch.SGD", lr=1e30, clip=0.0))
     return True
 

@@ -37,8 +37,9 @@ class TrainConfig:
     """Decay of the matrices (gains are never decayed). Without it: one that suits the optimizer."""
     clip: float = 1.0
     """Largest gradient norm; 0 does not clip."""
-    warmup: int = 50
-    """Steps in which the learning rate rises; it then falls to zero along a cosine."""
+    warmup: int | None = None
+    """Steps in which the learning rate rises; it then falls to zero along a cosine. Without it: 50, or a tenth of the
+    steps if that is fewer."""
 
     steps: int = 1000
     """Optimizer steps."""
@@ -96,6 +97,11 @@ class TrainConfig:
     keep: int = 2
     """The newest checkpoints that stay, beside the best."""
 
+    @property
+    def rise(self) -> int:
+        """Steps of the warmup."""
+        return min(50, self.steps // 10) if self.warmup is None else self.warmup
+
     def check(self, here: int | None = None) -> None:
         """Refuse what cannot work. Imports torch only where the answer depends on it.
 
@@ -113,7 +119,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
                 raise BadInput(f"--{name.replace('_', '-')} {value}: must be finite and not negative")
-        if self.warmup > self.steps:
+        if self.rise > self.steps:
             raise BadInput(f"--steps {self.steps} is shorter than --warmup {self.warmup}: the run would end in its "
                            f"warmup; use a warmup of at most {self.steps} steps, or a longer run")
         if self.seed >= 1 << 63:

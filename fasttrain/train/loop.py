@@ -63,10 +63,11 @@ def train(config: TrainConfig, model: DataParallel | Sharded, optimizer: torch.o
         loop = Loop(
             model, data, optimizer, lambda model, batch: loss_of(model, batch["tokens"].long()), steps=config.steps,
             accumulate=config.accumulate, clip=config.clip, context=lambda: autocast(config, wire.device),
-            schedule=Scheduler(optimizer, lr=warmup_cosine(config.steps, config.warmup)),
+            schedule=Scheduler(optimizer, lr=warmup_cosine(config.steps, config.rise)),
             evaluate=look, evaluate_every=config.validate_every, metric="bits_per_byte", checkpoints=checkpoints,
             bad_steps=NonFinite(most=config.bad_steps),
-            early=EarlyStopping(config.patience) if config.patience else None, tokens=config.batch * config.sequence, callbacks=[emit], log_every=config.log_every)
+            early=EarlyStopping(config.patience) if config.patience else None,
+            tokens=config.batch * config.sequence, callbacks=[emit], log_every=config.log_every)
         if loop.begin() is None:
             if again:
                 emit({"event": "begin", "step": 0, "text": "from the beginning: there is no checkpoint"})

@@ -67,7 +67,7 @@ def work(config: TrainConfig, here: Place, begin: Callable[[Wire], tuple[Text, P
                 times = "once" if here.restarts == 1 else f"{here.restarts} times"
                 emit({"event": "restart", "step": 0, "number": here.restarts,
                       "text": f"started again ({times} by now)"})
-        train(config, parallel, optimizer, read, emit, again=here.restarts > 0)
+        train(config, parallel, optimizer, read, emit, directory, again=here.restarts > 0)
     watcher.close()
     if wire_of(parallel) is not wire:
         wire_of(parallel).close()

@@ -29,7 +29,8 @@ def make_directory(out: Path | None, optimizer: str) -> Path:
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
             if any(out.iterdir()):
-                raise BadInput(f"--out {out} is not empty; give a new directory, or remove what is there")
+                raise BadInput(f"--out {out} is not empty; give a new directory, remove what is there, or go on with "
+                               "the run in it by --resume auto")
         else:
             number = 1
             while True:
@@ -59,15 +60,46 @@ def header(config: TrainConfig, read: Text) -> Record:
     }
 
 
+FREE = ("processes", "text", "out", "resume", "max_restarts", "threads", "log_every", "save_every", "keep")
+
+
 def begin(config: TrainConfig, header: Record) -> Path:
-    """Make the directory of a run, with its ``config.json``, and return it.
+    """Make the directory of a run, with its ``config.json``, and return it; or, by `--resume auto`, that of a run there.
 
     Raises:
-        BadInput: as `make_directory`.
+        BadInput: as `make_directory`, or as `check_same`.
     """
+    if config.resume == "auto" and (there := resumable(config, header)) is not None:
+        return there
     out = make_directory(config.out, config.optimizer)
     (out / "config.json").write_text(json.dumps(header, indent=1) + "\n")
     return out
+
+
+def resumable(config: TrainConfig, header: Record) -> Path | None:
+    """The directory of a run that `--resume auto` goes on with: `out`, or the newest in ``runs`` that is not finished.
+
+    Raises:
+        BadInput: as `check_same`, where `out` was given.
+    """
+    if config.out is not None:
+        if not (config.out / "config.json").exists():
+            return None
+        check_same(config.out, header)
+        return config.out
+    for directory in sorted(Path("runs").glob(f"{config.optimizer}-*"), key=lambda run: _number(run), reverse=True):
+        if (directory / "config.json").exists() and not (directory / "summary.json").exists():
+            try:
+                check_same(directory, header)
+            except BadInput:
+                continue  # of other options: not the one that is meant
+            return directory
+    return None
+
+
+def _number(run: Path) -> int:
+    last = run.name.rpartition("-")[2]
+    return int(last) if last.isdecimal() else 0
 
 
 def check_same(directory: Path, header: Record) -> None:
@@ -77,9 +109,8 @@ def check_same(directory: Path, header: Record) -> None:
         BadInput: it has other options or another text.
     """
     found = json.loads((directory / "config.json").read_text())
-    free = ("processes", "text", "out")
     for name, value in header["config"].items():
-        if name not in free and (there := found["config"].get(name)) != value:
+        if name not in FREE and (there := found["config"].get(name)) != value:
             raise BadInput(f"--out {directory} holds a run with --{name.replace('_', '-')} {there}, not {value}; a run "
                            "that is started again needs its own options, a new one a new directory")
     if found["text"]["sha256"] != header["text"]["sha256"]:

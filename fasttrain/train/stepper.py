@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fasttrain.dist.wire import Wire
-from fasttrain.guards.later import Arrived, Later
 from fasttrain.guards.bad_steps import MOST_NAMES, nonfinite
+from fasttrain.guards.later import Arrived, Later
 from fasttrain.parallel import DataParallel, Zero
 from fasttrain.parallel.accumulate import Accumulation
 from fasttrain.parallel.sharded import Sharded
