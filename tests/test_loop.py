@@ -134,7 +134,7 @@ def test_one_rank_sends_nothing(zero):
     records, _ = ranks.run(run, 1, dataclasses.replace(TINY, optimizer="AdamW", steps=2, warmup=1, zero=zero))[0]
     assert {name: records[-1][name] for name in ("event", "bytes", "formula")} == {
         "event": "wire", "bytes": 0, "formula": 0}
-    assert records[-2]["exposed_s"] >= 0
+    assert records[-1]["exposed_s"] >= 0
 
 
 def test_same_seed_same_bits(two):
@@ -168,7 +168,7 @@ def test_on_a_gpu_it_learns_the_same(two):
 
 
 def explode(wire):
-    with pytest.raises(FloatingPointError, match="10 steps in a row had a loss or gradients that are not finite, after step 1: the last is step 11"):
+    with pytest.raises(FloatingPointError, match="10 steps in a row had a loss .*, after step 2: the last is step 12"):
         run(wire, dataclasses.replace(TINY, optimizer="torch.SGD", lr=1e30, clip=0.0))
     return True
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
-SHORT = {"data": "data", "forward_backward": "fwd+bwd", "communication": "comm", "optimizer": "opt"}
+SHORT = {"data": "data", "forward_backward": "fwd+bwd", "communication": "comm", "optimizer": "opt", "checkpoint": "save"}
 
 
 def line(record: dict[str, Any], steps: int) -> str:

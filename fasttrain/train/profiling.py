@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
-PHASES = ("data", "forward_backward", "optimizer")
+PHASES = ("data", "forward_backward", "optimizer", "checkpoint")
 SHOWN = 12  # operations in the table
 
 

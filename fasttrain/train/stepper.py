@@ -83,6 +83,7 @@ class Stepper:
                  context: Callable[[], AbstractContextManager[Any]] = nullcontext, scaler: LossScaler | None = None,
                  clock: PhaseClock | None = None):
         self.model: Any = model.module if isinstance(model, Sharded) else model
+        self.bare: nn.Module = model.module if isinstance(model, (DataParallel, Sharded)) else model
         self.optimizer, self.loss, self.clip, self.context, self.scaler = optimizer, loss, clip, context, scaler
         self.sharded = model if isinstance(model, Sharded) else None
         self.reducer = model.reducer if isinstance(model, DataParallel) else None
@@ -149,7 +150,7 @@ class Stepper:
         norm, bad = self._step(loss, items) if self.ours else self._step_of_torch()
         self.steps += 1
         self.stepping = False
-        names = nonfinite(self.model.named_parameters()) if self.device.type == "cpu" and bad else ()
+        names = nonfinite(self.bare.named_parameters()) if self.device.type == "cpu" and bad else ()
         self.optimizer.zero_grad()
         arrived = self._later.put(self.steps, tuple(names)[:MOST_NAMES], loss=loss, norm=norm, bad=bad, stop=stop,
                                   scale=scale)
