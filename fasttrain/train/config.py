@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 
+PROFILED = 13  # steps that --profile needs
+
+
 class BadInput(ValueError):
     """Something the user gave cannot work. The command line prints it as one line and ends with exit code 2."""
 
@@ -72,6 +75,11 @@ class TrainConfig:
     """Divide the optimizer's states (1), the reduced gradients too (2), the parameters too (3), over the processes."""
     accumulate: int = 1
     """Backward passes of one step; only the last one communicates."""
+    recompute: str | None = None
+    """Activations that are computed again in backward, to save memory: full (all of each block), selective (not products
+    and attention), or 2, 3, ...: every so many blocks."""
+    compile: bool = False
+    """Compile each block with torch.compile."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 runs the model under autocast; parameters and optimizer stay fp32."""
     seed: int = 0
@@ -89,6 +97,15 @@ class TrainConfig:
     """Quick validations in a row that may be no better before the run ends early; 0: it does not."""
     bad_steps: int = 10
     """Skipped steps in a row, for gradients that are not finite, that end the run."""
+
+    config: Path | None = None
+    """A TOML file with options, under the names that they have here; those of the command line go before it."""
+    dry_run: bool = False
+    """Make a few steps, say how much memory and time the whole run would take, and leave nothing behind."""
+    profile: bool = False
+    """Record steps 11 to 13 with torch's profiler: profile/trace.json in --out, and a table of where they went."""
+    tensorboard: bool = False
+    """Write every number for TensorBoard, too: tensorboard/ in --out."""
 
     resume: Literal["never", "auto"] = "never"
     """auto: go on with the run in --out (without it: the newest unfinished one of these options), if there is one."""
@@ -133,6 +150,11 @@ class TrainConfig:
                 f"--width {self.width} with --heads {self.heads}: each head needs an even number of features; "
                 f"use a width that is a multiple of {2 * self.heads}"
             )
+        if self.recompute is not None and self.recompute not in ("full", "selective") and not (
+                self.recompute.isdecimal() and int(self.recompute) > 0):
+            raise BadInput(f"--recompute {self.recompute}: it is full, selective, or every how many blocks")
+        if self.profile and self.steps < PROFILED:
+            raise BadInput(f"--profile with --steps {self.steps}: it records steps 11 to {PROFILED}; use at least as many")
         self._check_processes(self.processes if here is None else here)
 
     def _check_processes(self, here: int) -> None:
@@ -192,5 +214,5 @@ class TrainConfig:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> TrainConfig:
         """The options back from `as_json`."""
-        paths = {k: Path(values[k]) for k in ("text", "out") if values[k] is not None}
+        paths = {k: Path(values[k]) for k in ("text", "out", "config") if values[k] is not None}
         return cls(**{**values, **paths})

@@ -22,6 +22,7 @@ from fasttrain.train.meter import Meter
 from fasttrain.train.stepper import Loss, Numbers, Stepper
 from fasttrain.train.traffic import Traffic
 
+ASKED = "asked to stop"
 Record = dict[str, Any]
 
 
@@ -30,7 +31,7 @@ class Fitted(NamedTuple):
 
     Attributes:
         step: steps made, over all parts of a run that was resumed.
-        reason: "done", what a guard said, or "asked to stop: ...".
+        reason: "done", what a guard said, or `ASKED`.
         metrics: of the last evaluation.
         traffic: what the steps have sent; None in one process alone.
     """
@@ -210,7 +211,7 @@ class Loop:
             self.tell("skipped", text=f"skipped step {judged.step}, loss {judged.loss}, samples {first} to "
                                       f"{first + count - 1}: a gradient is not finite{named}")
         if numbers.stop:
-            self.ended = "asked to stop"
+            self.ended = ASKED
         if self.spikes is not None and judged.kind != "overflow":
             decision = self.spikes.update(numbers.step, numbers.loss, batch=[numbers.step, first, count])
             if decision.spike:
@@ -218,7 +219,8 @@ class Loop:
                                         f"deviations above {decision.middle}")
             if decision.stop:
                 self.ended = f"the loss went up at step {numbers.step} again, after {self.spikes.most} rollbacks"
-            self._spike = decision if decision.rollback else None
+            if decision.rollback:
+                self._spike = decision
 
     def _evaluate(self) -> None:
         assert self.evaluate is not None

@@ -21,13 +21,15 @@ from fasttrain.dist.failures import FAILED, INTERRUPTED, PEER_FAILED, PeerFailed
 from fasttrain.dist.watcher import Watcher
 from fasttrain.dist.wire import Wire, WireError
 from fasttrain.train import recipe, report, text
-from fasttrain.train.config import BadInput, TrainConfig
+from fasttrain.train.config import PROFILED, BadInput, TrainConfig
 from fasttrain.train.console import Console
 from fasttrain.train.division import callable_of, divide, wire_of
 from fasttrain.train.journal import Journal, Record
 from fasttrain.train.loop import train
 from fasttrain.train.meeting import meet
-from fasttrain.train.model import GPT
+from fasttrain.train.making import make
+from fasttrain.train.profiling import Profile
+from fasttrain.train.tensorboard import TensorBoard
 from fasttrain.train.place import Place, place
 from fasttrain.train.text import Text
 
@@ -50,29 +52,39 @@ def work(config: TrainConfig, here: Place, begin: Callable[[Wire], tuple[Text, P
     watcher.catch_sigterm(on_stop=lambda: end_process(128 + signal.SIGTERM))
     with watcher.guard(), contextlib.ExitStack() as stack:
         read, directory = begin(wire)
-        model = GPT(config.layers, config.width, config.heads, config.sequence, config.ngrams, config.rows).to(device)
-        parallel = divide(config, model, wire)
+        parallel = divide(config, make(config, device), wire)
         optimizer = recipe.build(config, callable_of(parallel))
-        emit = _nothing
+        emit, profile = _nothing, None
         if wire.rank == 0:
             journal = Journal(directory / "log.jsonl")
             stack.callback(journal.close)
             console = stack.enter_context(Console(config.steps))
 
+            listeners: list[Callable[[Record], None]] = [journal.write, console.show]
+            if config.tensorboard:
+                board = TensorBoard(directory / "tensorboard")
+                stack.callback(board.close)
+                listeners.append(board)
+            if config.profile:
+                (directory / "profile").mkdir(exist_ok=True)
+                profile = stack.enter_context(Profile(directory / "profile", device=device))
+
             def emit(record: Record) -> None:
-                journal.write(record)
-                console.show(record)
+                for listener in listeners:
+                    listener(record)
 
             if here.restarts:
                 times = "once" if here.restarts == 1 else f"{here.restarts} times"
                 emit({"event": "restart", "step": 0, "number": here.restarts,
                       "text": f"started again ({times} by now)"})
-        train(config, parallel, optimizer, read, emit, directory, again=here.restarts > 0)
+        reason = train(config, parallel, optimizer, read, emit, directory, again=here.restarts > 0, profile=profile)
+        if profile is not None and profile.text is not None:
+            emit({"event": "profile", "step": PROFILED, "text": profile.text})
     watcher.close()
     if wire_of(parallel) is not wire:
         wire_of(parallel).close()
     wire.close()
-    return read, directory
+    return read, directory, reason
 
 
 def settle(config: TrainConfig, here: Place) -> torch.device:
@@ -130,7 +142,7 @@ def join(config: TrainConfig, here: Place) -> None:
     """
     begun = time.perf_counter()
     with told(here.rank):
-        read, directory = work(config, here, partial(meet, config, here))
+        read, directory, reason = work(config, here, partial(meet, config, here))
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if here.rank == 0:
             print(report.conclude(directory, read.held_out, time.perf_counter() - begun))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import lzma
+import shutil
 import sys
+import tempfile
 import zlib
 from dataclasses import dataclass
 from importlib import metadata
@@ -69,10 +71,13 @@ def begin(config: TrainConfig, header: Record) -> Path:
     Raises:
         BadInput: as `make_directory`, or as `check_same`.
     """
-    if config.resume == "auto" and (there := resumable(config, header)) is not None:
-        return there
-    out = make_directory(config.out, config.optimizer)
-    (out / "config.json").write_text(json.dumps(header, indent=1) + "\n")
+    if config.dry_run:
+        out = Path(tempfile.mkdtemp(prefix="fasttrain-dry-run-"))
+    elif config.resume != "auto" or (out := resumable(config, header)) is None:
+        out = make_directory(config.out, config.optimizer)
+    fresh = out / ".config.json"  # of a run that goes on: options that do not change its numbers may be others now
+    fresh.write_text(json.dumps(header, indent=1) + "\n")
+    fresh.replace(out / "config.json")
     return out
 
 
@@ -118,7 +123,13 @@ def check_same(directory: Path, header: Record) -> None:
 
 
 def conclude(directory: Path, held_out: np.ndarray, wall_s: float) -> str:
-    """Draw and sum up a complete run, and return what to say of it."""
+    """Draw and sum up a complete run, and return what to say of it; of a dry run, which is removed, what it has found."""
+    if (config := TrainConfig.from_json(json.loads((directory / "config.json").read_text())["config"])).dry_run:
+        found = records(directory / "log.jsonl")[-1]
+        shutil.rmtree(directory)
+        from fasttrain.train.dry import describe as describe_dry_run  # torch, which a summary does not need
+
+        return describe_dry_run(found, config)
     run = read(directory)
     draw([run], directory / "run.png")
     summary = summarise(run, held_out, wall_s)
@@ -144,7 +155,7 @@ class Run:
     def final(self) -> Record | None:
         """The validation over the whole held-out text that ends a complete run."""
         last = self.validation[-1] if self.validation else None
-        return last if last and last["step"] == self.config["steps"] else None
+        return last if last and (last.get("whole") or last["step"] == self.config["steps"]) else None
 
 
 def read(directory: Path) -> Run:
