@@ -170,7 +170,6 @@ class Zero(Stepping):
             A new state dict, which `load_state_dict` of the optimizer's class and of any `Zero` takes, whatever its
             stage or number of ranks; {} on the other ranks.
         """
-        self._pull()
         return zero_state.consolidate(self, to)
 
     def consolidate_state_dict(self, to: int = 0) -> None:
