@@ -74,7 +74,7 @@ class OfOptimizer:
         told = {"kind": "optimizer", "class": self.class_name, "state": states,
                 "more": encoding.encode(more, take, "more"),
                 "groups": [{"names": [self.names[id(p)] for p in own], "options": encoding.encode(
-                    {key: value for key, value in group.items() if key not in OWN}, take, f"groups/{index}")}
+                    {key: group[key] for key in sorted(group) if key not in OWN}, take, f"groups/{index}")}
                     for index, (group, own) in enumerate(zip(groups, params, strict=True))]}
         if self.everyone.index > 0:
             told = {"kind": "optimizer", "state": states} if isinstance(self.optimizer, Zero) else None  # type: ignore
