@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import ranks
-from checkpointed import STORED, Run, assert_same
+from checkpointed import Run, assert_same
 
 from fasttrain.checkpoint import Checkpointer, Reader
 
@@ -33,7 +33,7 @@ def loads(wire: Any, folder: str, stage: int | None, stored: str, fresh: bool) -
         loaded = checkpoints.load(run.state(position=None))
         assert loaded is not None
         assert (loaded.step, loaded.values["position"]) == (STEPS, (STEPS, "kept"))
-        again = checkpoints.save(STEPS, run.state(position=(STEPS, "kept")))
+        again = checkpoints.save(STEPS + 1, run.state(position=(STEPS, "kept")))
         again.wait()
     return run.whole(), loaded.bytes_read
 
@@ -47,7 +47,7 @@ COVERING = [
     (None, 1, 3, 4, "adafactor"), (3, 1, 2, 2, "8-byte"),
 ]  # fmt: skip
 EVERYTHING = [(*a, *b, stored) for a, b, stored in itertools.product(
-    itertools.product((0, 1, 2, 3), (1, 2, 4)), itertools.product((0, 1, 2, 3), (1, 2, 4)), STORED)]
+    itertools.product((0, 1, 2, 3), (1, 2, 4)), ("fp32", "8-byte"))]
 
 
 def check(before: int | None, world: int, after: int | None, other: int, stored: str, folder: Path) -> None:

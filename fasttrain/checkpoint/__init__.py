@@ -16,6 +16,7 @@ _NAMES = {  # module: what it gives
     "state": "Mismatch",
     "rng": "Rng",
     "of_object": "PerRank",
+    "stopping": "Stopping",
 }
 _WHERE = {name: f"fasttrain.checkpoint.{module}" for module, names in _NAMES.items() for name in names.split()}
 

@@ -118,7 +118,7 @@ class OfValue:
 
     def save(self) -> tuple[list[Part], Any]:
         parts: list[Part] = []
-        told = encoding.encode(self.value, taker(f"{self.key}/", parts, self.everyone, False), self.key)
+        told = encoding.encode(self.value, taker("", parts, self.everyone, False), self.key)
         return parts, {"kind": "value", "value": told}
 
 

@@ -17,7 +17,7 @@ from fasttrain.optim import Optimizer, statedict
 from fasttrain.optim.local import as_whole, is_dtensor, local
 from fasttrain.parallel import Zero
 from fasttrain.precision.codecs import array_shapes, code_dtype, codec
-from fasttrain.precision.storage import is_plain
+from fasttrain.precision.storage import DEFAULTS, describe, is_plain
 
 OWN = ("params", "param_names")  # of a group: not its options
 
@@ -74,7 +74,7 @@ class OfOptimizer:
         told = {"kind": "optimizer", "class": self.class_name, "state": states,
                 "more": encoding.encode(more, take, "more"),
                 "groups": [{"names": [self.names[id(p)] for p in own], "options": encoding.encode(
-                    {key: value for key, value in group.items() if key not in OWN}, take, f"groups/{index}")}
+                    {key: group[key] for key in sorted(group) if key not in OWN}, take, f"groups/{index}")}
                     for index, (group, own) in enumerate(zip(groups, params, strict=True))]}
         if self.everyone.index > 0:
             told = {"kind": "optimizer", "state": states} if isinstance(self.optimizer, Zero) else None  # type: ignore
@@ -150,7 +150,15 @@ class OfOptimizer:
                 return (f"{self.key}: group {index} has parameters of the checkpoint's groups "
                         f"{', '.join(map(str, homes))}, whose options differ: make the groups as they were saved")
             own = {key: value for key, value in group.items() if key not in OWN}
-            made.append(own if not options else {**own, **encoding.decode(options[0], given(saved, self._device()))})
+            loaded = encoding.decode(options[0], given(saved, self._device())) if options else {}
+            if not isinstance(self.inner, Optimizer):
+                kept = {key: value for key, value in loaded.items() if key in DEFAULTS}
+                if not is_plain(kept):
+                    return (f"{self.key}: the checkpoint's was kept with {describe(kept)}, which torch's "
+                            f"{self.class_name} does not know: load it into fasttrain.optim.{self.class_name} with these "
+                            "options, and convert that one's state dict (fasttrain.optim.convert)")
+                loaded = {key: value for key, value in loaded.items() if key not in kept}
+            made.append({**own, **loaded})
         return made
 
     def _device(self) -> torch.device | str:

@@ -32,6 +32,7 @@ class Passes:
         self.wire, self.layout = wire, layout
         self.sequence = 0
         self.last: Outcome | None = None
+        self.earlier: Outcome | None = None  # the one before
         self.timeline: Timeline | None = None
         self.syncing = True          # what the next backward pass does: `no_sync`
         self.joining = False         # within `join`: ranks without data answer the others
@@ -164,11 +165,19 @@ class Passes:
         """What the ranks did: at once on the CPU, a step later on a GPU, which is not waited for."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
-            self.last = pending.read()
+            self.earlier, self.last = self.last, pending.read()
             self._late_items += self.last.tokens  # of several synchronised passes of a step
             if not self.blaming.on:
                 self.blaming.on = self.last.nonfinite > 0
         return self.last
+
+    @property
+    def known(self) -> Outcome | None:
+        """The newest outcome that every rank has read, to decide by alike: on a GPU that of the step before the last.
+
+        There a rank reads a step's own outcome only if it has to, which others need not have.
+        """
+        return self.last if self.wire.device.type == "cpu" or self._pending is not None else self.earlier
 
     def _check_unchanged(self) -> None:
         for name, p, shape in zip(self.names, self.params, self._shapes, strict=True):
