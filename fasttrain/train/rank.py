@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
+from fasttrain.dist import attempt
 from fasttrain.dist.failures import FAILED, INTERRUPTED, PEER_FAILED, PeerFailed, end_process
 from fasttrain.dist.watcher import Watcher
 from fasttrain.dist.wire import Wire, WireError
@@ -55,15 +56,16 @@ def work(config: TrainConfig, here: Place, begin: Callable[[Wire], tuple[Text, P
         emit = _nothing
         if wire.rank == 0:
             first = 0  # the step from which a process that was started again goes on
-            log = stack.enter_context(report.open_log(directory, first if here.restarts else None))
+            restarts = attempt.current() - 1
+            log = stack.enter_context(report.open_log(directory, first if restarts else None))
             console = stack.enter_context(Console(config.steps))
 
             def emit(record: Record) -> None:
                 log.write(json.dumps(record) + "\n")
                 console.show(record)
 
-            if here.restarts:
-                emit({"event": "restart", "step": first, "number": here.restarts})
+            if restarts:
+                emit({"event": "restart", "step": first, "number": restarts})
         train(config, parallel, optimizer, read, emit)
     watcher.close()
     if wire_of(parallel) is not wire:
@@ -127,7 +129,7 @@ def join(config: TrainConfig, here: Place) -> None:
     """
     begun = time.perf_counter()
     with told(here.rank):
-        read, directory = work(config, here, partial(meet, config, here))
+        read, directory = work(config, here, partial(meet, config))
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if here.rank == 0:
             print(report.conclude(directory, read.held_out, time.perf_counter() - begun))
