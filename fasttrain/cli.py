@@ -137,6 +137,8 @@ def train(config: TrainConfig, here: Place | None) -> int:
         launch(out, config.processes, config.threads, config.max_restarts)
     except RunFailed as error:
         return _say(str(error), 1)
+    if (said := report.stopped(out)) is not None:
+        return _say(said, 143)
     print(report.conclude(out, read.held_out, time.perf_counter() - begun))
     return 0
 

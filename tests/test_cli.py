@@ -105,12 +105,12 @@ def test_bad_input_under_torchrun(elsewhere, capsys, monkeypatch, arguments, env
 def test_torchrun_gives_the_number_of_processes(monkeypatch):
     joined = []
     monkeypatch.setattr("fasttrain.train.rank.join", lambda *given: joined.append(given))
-    for name, value in {**UNDER_TORCHRUN, "TORCHELASTIC_RESTART_COUNT": "3"}.items():
+    for name, value in {**UNDER_TORCHRUN, "TORCHELASTIC_MAX_RESTARTS": "3"}.items():
         monkeypatch.setenv(name, value)
-    assert cli.main(["train", "--steps", "7", "--processes", "4"]) == 0
+    assert cli.main(["train", "--steps", "7", "--processes", "4", "--out", "run"]) == 0
     (config, here), = joined
     assert (config.steps, config.processes) == (7, 4)
-    assert here == Place(rank=1, world=4, local_rank=1, here=2, restarts=3)
+    assert here == Place(rank=1, world=4, local_rank=1, here=2, most_restarts=3)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])

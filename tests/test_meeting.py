@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ import ranks
 
 from fasttrain.train.config import BadInput, TrainConfig
 from fasttrain.train.meeting import meet
-from fasttrain.train.place import Place
 
 CONFIG = TrainConfig(sequence=16)
 
@@ -32,9 +32,10 @@ def met(wire: Any, folder: Path, own: dict[str, Any], restarts: int = 0) -> Any:
         if words:
             text_in(mine["text"], words)
         mine |= own
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(restarts)
     config = dataclasses.replace(CONFIG, **mine)
     try:
-        read, directory = meet(config, Place(wire.rank, wire.size, 0, 1, restarts), wire)
+        read, directory = meet(config, wire)
     except BadInput as error:
         return str(error)
     return read.sha256, directory

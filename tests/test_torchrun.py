@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ranks
 import test_loop
-from test_launch import ROOT, TINY, finish
+from test_launch import ROOT, TINY, finish, processes_of, wait_for
 
 from fasttrain.train import report, text
 from fasttrain.train.config import TrainConfig
@@ -84,6 +86,27 @@ def test_hosts_with_other_texts_end_with_the_reason(tmp_path: Path) -> None:
         assert "BadInput" in errors or "not started alike: the text is " in errors
     assert "not started alike: the text is " in "".join(errors for *_, errors in ended)
     assert not any((host / "run").exists() for host in hosts)
+
+
+@pytest.mark.slow
+def test_two_hosts_start_again(tmp_path: Path) -> None:
+    """The process of one is killed: that of the other ends of it, and both go on, from the first step."""
+    hosts = [words(tmp_path / name) for name in ("one", "other")]
+    options = ("--steps", "300", "--log-every", "50", "--out", str(tmp_path / "run"))
+
+    def kill_one() -> None:
+        log = tmp_path / "run" / "log.jsonl"
+        wait_for(lambda: log.exists() and '"train"' in log.read_text(), "the first line of the log")
+        os.kill(next(pid for pid, rank in processes_of(tmp_path).items() if rank == 1), signal.SIGKILL)
+
+    with ThreadPoolExecutor() as pool:
+        killed = pool.submit(kill_one)
+        ended = two_hosts(*hosts, options=(options, options), more=("--max-restarts=2",))
+        killed.result()
+    assert [code for code, *_ in ended] == [0, 0], ended
+    said = "".join(out for _, out, _ in ended)
+    assert "step   0/300  started again (once by now), from the beginning: there is no checkpoint" in said
+    assert (tmp_path / "run" / "summary.json").exists()
 
 
 @pytest.mark.slow

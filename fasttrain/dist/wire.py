@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from fasttrain.dist import exchange
+from fasttrain.dist import attempt, exchange
 from fasttrain.dist.scratch import Scratch
 from fasttrain.dist.stages import Lines, OnDevice, Stage, Staged, Ticket
 from fasttrain.dist.work import Ended, Nobody, Post, Single, Waits, Watch, WireError, Work
@@ -42,7 +42,7 @@ class Wire:
         watch: the `fasttrain.dist.watcher.Watcher` of this process: an error then says which rank failed, and why. It
             may be set later, as a watcher is made when torch.distributed has been initialized.
         options: handed to ``torch.distributed.init_process_group`` if that has not been called. Without any, rank, size
-            and address come from the environment, as torchrun sets it.
+            and address come from the environment, as torchrun sets it (`fasttrain.dist.attempt`).
 
     Attributes:
         rank, size: within the group.
@@ -67,7 +67,8 @@ class Wire:
             if self.backend == "nccl":
                 options["device_id"] = device
             options["timeout"] = timedelta(seconds=timeout_s)
-            self._try("meeting the other processes", lambda: dist.init_process_group(self.backend, **options))
+            self._try("meeting the other processes", lambda: dist.init_process_group(
+                self.backend, **attempt.options(options, timeout_s)))
         elif options:
             raise ValueError(f"{', '.join(options)} came too late: torch.distributed is initialized; give no options")
         self.ranks = ranks_of(group)

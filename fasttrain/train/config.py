@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-
 PROFILED = 13  # steps that --profile needs
+ASKED = "asked to stop"  # why a run has ended that may go on
 
 
 class BadInput(ValueError):

@@ -11,18 +11,19 @@ import torch
 from fasttrain.checkpoint.checkpointer import Checkpointer
 from fasttrain.checkpoint.loading import Loaded
 from fasttrain.checkpoint.rng import Rng
+from fasttrain.checkpoint.stopping import Stopping
 from fasttrain.guards.bad_steps import NonFinite
 from fasttrain.guards.spikes import LossSpikes, SpikeDecision
 from fasttrain.guards.stopping import EarlyStopping, Gap
 from fasttrain.precision.loss_scale import LossScaler
 from fasttrain.train.batches import split
 from fasttrain.train.clock import PhaseClock
+from fasttrain.train.config import ASKED
 from fasttrain.train.keeper import Keeper
 from fasttrain.train.meter import Meter
 from fasttrain.train.stepper import Loss, Numbers, Stepper
 from fasttrain.train.traffic import Traffic
 
-ASKED = "asked to stop"
 Record = dict[str, Any]
 
 
@@ -97,7 +98,7 @@ class Loop:
                  evaluate: Callable[[int], Record] | None = None, evaluate_every: int = 0, metric: str = "loss",
                  bad_steps: NonFinite | None = None, spikes: LossSpikes | None = None,
                  early: EarlyStopping | None = None, gap: Gap | None = None,
-                 checkpoints: Checkpointer | None = None, stopping: Any = None,
+                 checkpoints: Checkpointer | None = None, stopping: Stopping | None = None,
                  keeps: Mapping[str, Any] | None = None, tokens: int = 0, flops: float = 0.0, peak: float | None = None,
                  profile: Any = None, callbacks: Sequence[Callable[[Record], None]] = (), log_every: int = 10):
         if spikes is not None and spikes.patience is not None and (checkpoints is None or not hasattr(data, "rewind")):
@@ -158,7 +159,7 @@ class Loop:
         return batch
 
     def _make_step(self, batch: Any) -> None:
-        self.stepper.stop = self.stopping is not None and bool(self.stopping.asked)
+        self.stepper.stop = self.stopping is not None and self.stopping.asked
         self.stepper.run(split(batch, self.accumulate))
         self.keeper.taken()
         self.step = self.stepper.steps

@@ -12,6 +12,7 @@ import torch
 
 from fasttrain.checkpoint.checkpointer import Checkpointer
 from fasttrain.checkpoint.retention import Keep
+from fasttrain.checkpoint.stopping import Stopping
 from fasttrain.data import Loader, Windows
 from fasttrain.guards.averages import ema
 from fasttrain.guards.bad_steps import NonFinite
@@ -20,10 +21,10 @@ from fasttrain.parallel import DataParallel
 from fasttrain.parallel.sharded import Sharded
 from fasttrain.schedules import warmup_cosine
 from fasttrain.schedules.scheduler import Scheduler
-from fasttrain.train.config import TrainConfig
+from fasttrain.train.config import ASKED, TrainConfig
 from fasttrain.train.division import all_counted, bytes_by_formula, callable_of, wire_of
 from fasttrain.train.dry import STEPS, dry_run
-from fasttrain.train.fit import ASKED, Loop
+from fasttrain.train.fit import Loop
 from fasttrain.train.making import flops_of_step
 from fasttrain.train.model import loss_of
 from fasttrain.train.profiling import Profile
@@ -37,7 +38,7 @@ Record = dict[str, Any]
 
 def train(config: TrainConfig, model: DataParallel | Sharded, optimizer: torch.optim.Optimizer, text: Text,
           emit: Callable[[Record], None], directory: Path | None = None, again: bool = False,
-          profile: Profile | None = None) -> str:
+          stopping: Stopping | None = None, profile: Profile | None = None) -> str:
     """Run the main job, and hand every record (a dict of JSON values, the same on each process) to `emit`.
 
     Records: those of `fasttrain.train.fit`, with validations in ``bits_per_byte`` over so many ``bytes``; and once
@@ -48,6 +49,7 @@ def train(config: TrainConfig, model: DataParallel | Sharded, optimizer: torch.o
     Arguments:
         directory: of the run, the same on every rank, where checkpoints are saved and found; None: nowhere.
         again: the run was begun before, and its log holds records of that.
+        stopping: hears of signals that ask to stop.
         profile: of this process.
 
     Returns:
@@ -84,18 +86,19 @@ def train(config: TrainConfig, model: DataParallel | Sharded, optimizer: torch.o
         loop = make_loop(
             steps=config.steps, evaluate=lambda step: look(whole=step == config.steps),
             evaluate_every=config.validate_every, metric="bits_per_byte", checkpoints=checkpoints,
-            early=EarlyStopping(config.patience) if config.patience else None, profile=profile, callbacks=[emit],
+            early=EarlyStopping(config.patience) if config.patience else None, profile=profile, stopping=stopping, callbacks=[emit],
             flops=flops_of_step(config) if peak else 0.0, peak=peak, log_every=config.log_every)
         if loop.begin() is None:
             if again:
                 emit({"event": "begin", "step": 0, "text": "from the beginning: there is no checkpoint"})
             emit({"event": "validation", "step": 0, **look()})
         ended = loop.run()
-        if ended.reason != "done":
-            emit({"event": "end", "step": ended.step, "text": ended.reason})
         if ended.reason not in ("done", ASKED):
+            emit({"event": "end", "step": ended.step, "text": ended.reason})
             emit({"event": "validation", "step": ended.step, "whole": True, **look(whole=True)})
     if ended.traffic is not None and ended.traffic.steps:
         emit({"event": "wire", "step": ended.step, "formula": bytes_by_formula(config, model),
               **ended.traffic.per_step(all_counted(model))})
+    if ended.reason == ASKED:
+        emit({"event": "end", "step": ended.step, "text": ASKED})
     return ended.reason

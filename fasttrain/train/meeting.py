@@ -6,17 +6,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fasttrain.dist import attempt
 from fasttrain.dist.wire import Wire
 from fasttrain.train import report, text
 from fasttrain.train.config import BadInput, TrainConfig
-from fasttrain.train.place import Place
 from fasttrain.train.text import Text
 
 OF_A_HOST = ("text", "out")  # where the text lies may differ, what it says not; only the first rank writes
 
 
-def meet(config: TrainConfig, place: Place, wire: Wire) -> tuple[Text, Path]:
+def meet(config: TrainConfig, wire: Wire) -> tuple[Text, Path]:
     """Load the text on every rank, compare what the ranks are about to do, and have the first one make the directory.
+
+    When all have been started again it goes on in the directory that is there.
 
     A rank that raises here tells the others why (`fasttrain.dist.watcher`).
 
@@ -33,7 +35,7 @@ def meet(config: TrainConfig, place: Place, wire: Wire) -> tuple[Text, Path]:
     directory = ""
     if wire.rank == 0:
         out = config.out
-        if place.restarts and out is not None and (out / "config.json").exists():
+        if attempt.current() > 1 and out is not None and (out / "config.json").exists():
             report.check_same(out, header)
         else:
             out = report.begin(config, header)

@@ -18,14 +18,13 @@ class Place:
     Attributes:
         rank, world: among all processes.
         local_rank, here: among those of its host.
-        restarts, most_restarts: how often torchrun has started all processes again, and may.
+        most_restarts: how often torchrun may start all processes again.
     """
 
     rank: int
     world: int
     local_rank: int
     here: int
-    restarts: int = 0
     most_restarts: int = 0
 
 
@@ -38,7 +37,7 @@ def place(environment: Mapping[str, str] = os.environ) -> Place | None:
     Example:
         >>> place({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
         ...        "MASTER_ADDR": "node0", "MASTER_PORT": "29500"})
-        Place(rank=3, world=4, local_rank=1, here=2, restarts=0, most_restarts=0)
+        Place(rank=3, world=4, local_rank=1, here=2, most_restarts=0)
     """
     if "RANK" not in environment and "WORLD_SIZE" not in environment:
         return None
@@ -46,7 +45,7 @@ def place(environment: Mapping[str, str] = os.environ) -> Place | None:
         found = " and ".join(name for name in NEEDED if name in environment)
         raise BadInput(f"the environment has {found} but not {', '.join(missing)}: start this command with torchrun, "
                        "which sets all of them, or unset RANK and WORLD_SIZE")
-    names = (*NEEDED[:4], "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS")
+    names = (*NEEDED[:4], "TORCHELASTIC_MAX_RESTARTS")
     try:
         return Place(*(int(environment.get(name, 0)) for name in names))
     except ValueError as error:

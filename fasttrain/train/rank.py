@@ -13,30 +13,31 @@ import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
+from fasttrain.checkpoint.stopping import Stopping
+from fasttrain.dist import attempt
 from fasttrain.dist.failures import FAILED, INTERRUPTED, PEER_FAILED, PeerFailed, end_process
 from fasttrain.dist.watcher import Watcher
 from fasttrain.dist.wire import Wire, WireError
 from fasttrain.train import recipe, report, text
-from fasttrain.train.config import PROFILED, BadInput, TrainConfig
-from fasttrain.train.console import Console
+from fasttrain.train.config import ASKED, PROFILED, BadInput, TrainConfig
 from fasttrain.train.division import callable_of, divide, wire_of
-from fasttrain.train.journal import Journal, Record
 from fasttrain.train.loop import train
-from fasttrain.train.meeting import meet
 from fasttrain.train.making import make
-from fasttrain.train.profiling import Profile
-from fasttrain.train.tensorboard import TensorBoard
+from fasttrain.train.meeting import meet
 from fasttrain.train.place import Place, place
+from fasttrain.train.profiling import Profile
+from fasttrain.train.telling import telling
 from fasttrain.train.text import Text
 
 BAD_INPUT = 2
 
 
-def work(config: TrainConfig, here: Place, begin: Callable[[Wire], tuple[Text, Path]]) -> tuple[Text, Path]:
+def work(config: TrainConfig, here: Place, begin: Callable[[Wire], tuple[Text, Path]]) -> Ended:
     """Everything that a rank does, from meeting the others to the last record of the loop.
 
     Args:
@@ -44,7 +45,7 @@ def work(config: TrainConfig, here: Place, begin: Callable[[Wire], tuple[Text, P
             the first rank's host.
 
     Returns:
-        What `begin` did.
+        How it ended.
     """
     device = settle(config, here)
     wire = Wire(device)
@@ -54,37 +55,34 @@ def work(config: TrainConfig, here: Place, begin: Callable[[Wire], tuple[Text, P
         read, directory = begin(wire)
         parallel = divide(config, make(config, device), wire)
         optimizer = recipe.build(config, callable_of(parallel))
-        emit, profile = _nothing, None
-        if wire.rank == 0:
-            journal = Journal(directory / "log.jsonl")
-            stack.callback(journal.close)
-            console = stack.enter_context(Console(config.steps))
-
-            listeners: list[Callable[[Record], None]] = [journal.write, console.show]
-            if config.tensorboard:
-                board = TensorBoard(directory / "tensorboard")
-                stack.callback(board.close)
-                listeners.append(board)
-            if config.profile:
-                (directory / "profile").mkdir(exist_ok=True)
-                profile = stack.enter_context(Profile(directory / "profile", device=device))
-
-            def emit(record: Record) -> None:
-                for listener in listeners:
-                    listener(record)
-
-            if here.restarts:
-                times = "once" if here.restarts == 1 else f"{here.restarts} times"
-                emit({"event": "restart", "step": 0, "number": here.restarts,
-                      "text": f"started again ({times} by now)"})
-        reason = train(config, parallel, optimizer, read, emit, directory, again=here.restarts > 0, profile=profile)
+        restarts = attempt.current() - 1
+        tell = stack.enter_context(telling(config, directory, wire.rank == 0, restarts))
+        profile = None
+        if config.profile and wire.rank == 0:
+            (directory / "profile").mkdir(exist_ok=True)
+            profile = stack.enter_context(Profile(directory / "profile", device=device))
+        stopping = stack.enter_context(Stopping(wire))
+        ended = train(config, parallel, optimizer, read, tell, directory, restarts > 0, stopping, profile)
         if profile is not None and profile.text is not None:
-            emit({"event": "profile", "step": PROFILED, "text": profile.text})
+            tell({"event": "profile", "step": PROFILED, "text": profile.text})
     watcher.close()
     if wire_of(parallel) is not wire:
         wire_of(parallel).close()
     wire.close()
-    return read, directory, reason
+    return Ended(read, directory, ended, stopping.exit_code if ended == ASKED else 0)
+
+
+class Ended(NamedTuple):
+    """Attributes:
+        text, directory: what `begin` gave.
+        reason: why the loop ended.
+        exit_code: with which the process should.
+    """
+
+    text: Text
+    directory: Path
+    reason: str
+    exit_code: int
 
 
 def settle(config: TrainConfig, here: Place) -> torch.device:
@@ -100,10 +98,6 @@ def settle(config: TrainConfig, here: Place) -> torch.device:
     device = torch.device("cuda", here.local_rank)
     torch.cuda.set_device(device)
     return device
-
-
-def _nothing(record: Record) -> None:
-    """What the other ranks do with a record."""
 
 
 # --- Started by our own command: `fasttrain.train.launch` -------------------------------------------------------------
@@ -142,10 +136,14 @@ def join(config: TrainConfig, here: Place) -> None:
     """
     begun = time.perf_counter()
     with told(here.rank):
-        read, directory, reason = work(config, here, partial(meet, config, here))
+        ended = work(config, here, partial(meet, config))
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if here.rank == 0:
-            print(report.conclude(directory, read.held_out, time.perf_counter() - begun))
+        if here.rank == 0 and ended.reason == ASKED:
+            print(f"fasttrain: {report.stopped(ended.directory)}", file=sys.stderr)
+        elif here.rank == 0:
+            print(report.conclude(ended.directory, ended.text.held_out, time.perf_counter() - begun))
+        if ended.exit_code:
+            sys.exit(ended.exit_code)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from fasttrain import __version__
-from fasttrain.train.config import BadInput, TrainConfig
+from fasttrain.train.config import ASKED, BadInput, TrainConfig
 from fasttrain.train.console import sent
 from fasttrain.train.journal import Record, records
 from fasttrain.train.text import Text
@@ -120,6 +120,15 @@ def check_same(directory: Path, header: Record) -> None:
                            "that is started again needs its own options, a new one a new directory")
     if found["text"]["sha256"] != header["text"]["sha256"]:
         raise BadInput(f"--out {directory} holds a run on another text; give a new directory")
+
+
+def stopped(directory: Path) -> str | None:
+    """What to say of a run that was asked to stop, and did; None of one that came to its end."""
+    last = records(directory / "log.jsonl")[-1]
+    if last["event"] != "end" or last["text"] != ASKED:
+        return None
+    return (f"asked to stop, after step {last['step']}, which is saved; the same command with --resume auto and "
+            f"--out {directory} goes on")
 
 
 def conclude(directory: Path, held_out: np.ndarray, wall_s: float) -> str:
