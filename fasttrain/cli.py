@@ -18,6 +18,7 @@ import tyro
 from tyro.conf import Positional, arg, subcommand
 
 from fasttrain.train.config import BadInput, TrainConfig
+from fasttrain.train.options import config_argument, from_file
 from fasttrain.train.place import Place, place
 
 
@@ -31,6 +32,16 @@ class Compare:
     """The directory of another."""
     png: Path | None = None
     """Also draw both loss curves here."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Write one HTML page, which needs no other file, with the numbers and curves of one or more runs."""
+
+    runs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN...")]
+    """Directories of runs, finished or not."""
+    out: Path = Path("report.html")
+    """Where to."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +72,8 @@ def main(arguments: list[str] | None = None) -> int:
             return train(command, here)
         if isinstance(command, Compare):
             return compare(command)
+        if isinstance(command, Report):
+            return write_report(command)
         if isinstance(command, DrawSchedule):
             return draw_schedule(command)
         from fasttrain import doctor
@@ -72,16 +85,20 @@ def main(arguments: list[str] | None = None) -> int:
         return _say("interrupted", error.args[0] if error.args else 130)
 
 
-def parse(arguments: list[str], here: Place | None = None) -> TrainConfig | Compare | DrawSchedule | Doctor:
+def parse(arguments: list[str], here: Place | None = None) -> TrainConfig | Compare | Report | DrawSchedule | Doctor:
     """The command that `arguments` name. By default it trains in two processes, or in those that torchrun has started.
 
     Raises:
         BadInput: they name none. tyro explains that in a box of several lines; this is the first of them.
     """
-    defaults = TrainConfig() if here is None else TrainConfig(processes=here.world)
+    file = config_argument(arguments) if arguments[:1] == ["train"] else None
+    defaults = TrainConfig() if file is None else from_file(file)
+    if here is not None and file is None:
+        defaults = TrainConfig(processes=here.world)
     commands = (
         Annotated[TrainConfig, subcommand("train", default=defaults)]
         | Annotated[Compare, subcommand("compare")]
+        | Annotated[Report, subcommand("report")]
         | Annotated[DrawSchedule, subcommand("schedule")]
         | Annotated[Doctor, subcommand("doctor")]
     )
@@ -154,6 +171,19 @@ def compare(command: Compare) -> int:
             report.draw([report.read(command.first), report.read(command.second)], command.png)
         except OSError as error:
             raise BadInput(f"--png {command.png}: cannot be written: {error.strerror}") from error
+    return 0
+
+
+def write_report(command: Report) -> int:
+    """Write the page."""
+    from fasttrain.train import page, report
+
+    runs = [report.read(directory) for directory in command.runs]
+    try:
+        page.write(runs, command.out)
+    except OSError as error:
+        raise BadInput(f"--out {command.out}: cannot be written: {error.strerror}") from error
+    print(f"written: {command.out}")
     return 0
 
 

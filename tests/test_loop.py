@@ -168,7 +168,7 @@ def test_on_a_gpu_it_learns_the_same(two):
 
 
 def explode(wire):
-    with pytest.raises(FloatingPointError, match="10 steps in a row had a loss .*, after step 2: the last is step 12"):
+    with pytest.raises(FloatingPointError, match=r"10 steps in a row had a loss .*, after step 2: the last is step 12"):
         run(wire, dataclasses.replace(TINY, optimizer="torch.SGD", lr=1e30, clip=0.0))
     return True
 

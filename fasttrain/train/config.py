@@ -76,8 +76,8 @@ class TrainConfig:
     accumulate: int = 1
     """Backward passes of one step; only the last one communicates."""
     recompute: str | None = None
-    """Activations that are computed again in backward, to save memory: full (all of each block), selective (not products
-    and attention), or 2, 3, ...: every so many blocks."""
+    """Activations that are computed again in backward, to save memory: full (all of each block), selective (all but
+    products and attention), or 2, 3, ...: every so many blocks."""
     compile: bool = False
     """Compile each block with torch.compile."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -95,7 +95,7 @@ class TrainConfig:
     """Validate with an exponential average of the weights, of this decay (0.999, say)."""
     patience: int = 0
     """Quick validations in a row that may be no better before the run ends early; 0: it does not."""
-    bad_steps: int = 10
+    max_skips: int = 10
     """Skipped steps in a row, for gradients that are not finite, that end the run."""
 
     config: Path | None = None
@@ -129,7 +129,7 @@ class TrainConfig:
             BadInput: names the option, what it was, and what to do.
         """
         for name in ("steps", "batch", "sequence", "layers", "width", "heads", "ngrams", "rows", "processes", "threads",
-                     "accumulate", "log_every", "validate_every", "bad_steps", "keep"):
+                     "accumulate", "log_every", "validate_every", "max_skips", "keep"):
             if getattr(self, name) < 1:
                 raise BadInput(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
         for name in ("lr", "weight_decay", "clip", "warmup", "seed", "max_restarts", "patience", "save_every"):
@@ -154,7 +154,7 @@ class TrainConfig:
                 self.recompute.isdecimal() and int(self.recompute) > 0):
             raise BadInput(f"--recompute {self.recompute}: it is full, selective, or every how many blocks")
         if self.profile and self.steps < PROFILED:
-            raise BadInput(f"--profile with --steps {self.steps}: it records steps 11 to {PROFILED}; use at least as many")
+            raise BadInput(f"--profile with --steps {self.steps}: it records steps 11 to {PROFILED}; use more steps")
         self._check_processes(self.processes if here is None else here)
 
     def _check_processes(self, here: int) -> None:

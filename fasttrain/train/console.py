@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
-SHORT = {"data": "data", "forward_backward": "fwd+bwd", "communication": "comm", "optimizer": "opt", "checkpoint": "save"}
+SHORT = {"data": "data", "forward_backward": "fwd+bwd", "communication": "comm", "optimizer": "opt",
+         "checkpoint": "save"}
 
 
 def line(record: dict[str, Any], steps: int) -> str:

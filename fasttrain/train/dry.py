@@ -66,8 +66,9 @@ def describe(record: Record, config: TrainConfig) -> str:
     sizes = "\n".join(f"  {name:<12}{size / GB:10.3f} GiB" for name, size in record["bytes"].items())
     seconds = record["run_s"]
     hours = f"{seconds:,.0f} s" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
-    return (f"memory of each of {config.processes} processes: {record['memory_gb']:.3f} GiB at most in {STEPS} steps, of "
-            f"which\n{sizes}\n"
-            f"a step: {1000 * record['step_s']:,.1f} ms, {config.batch * config.sequence / record['step_s']:,.0f} tokens/s\n"
-            f"the whole run: about {hours} for {config.steps:,} steps with their quick validations\n"
-            f"a checkpoint: {record['checkpoint_bytes'] / GB:.3f} GiB; {config.keep} and the best are kept")
+    tokens = config.batch * config.sequence / record["step_s"]
+    return "\n".join([
+        f"memory of each of {config.processes} processes, at most: {record['memory_gb']:.3f} GiB, of which",
+        sizes, f"a step: {1000 * record['step_s']:,.1f} ms, {tokens:,.0f} tokens/s",
+        f"the whole run: about {hours} for {config.steps:,} steps with their quick validations",
+        f"a checkpoint: {record['checkpoint_bytes'] / GB:.3f} GiB; {config.keep} and the best are kept"])

@@ -43,7 +43,7 @@ def train(config: TrainConfig, model: DataParallel | Sharded, optimizer: torch.o
 
     Records: those of `fasttrain.train.fit`, with validations in ``bits_per_byte`` over so many ``bytes``; and once
     ``{"event": "wire", step, bytes, formula, exposed_s}``: what a process sent in a step, counted and by the formula,
-    and the seconds of that which nothing hid (None: not measured); means over the run. Of `--dry-run` the only record is
+    and the seconds of that which nothing hid (None: not measured); means over the run. `--dry-run` has one record,
     that of `fasttrain.train.dry`.
 
     Arguments:
@@ -72,7 +72,7 @@ def train(config: TrainConfig, model: DataParallel | Sharded, optimizer: torch.o
             Loop, model, data, optimizer, lambda model, batch: loss_of(model, batch["tokens"].long()),
             accumulate=config.accumulate, clip=config.clip, context=lambda: autocast(config, wire.device),
             schedule=Scheduler(optimizer, lr=warmup_cosine(config.steps, config.rise)),
-            bad_steps=NonFinite(most=config.bad_steps), tokens=config.batch * config.sequence)
+            bad_steps=NonFinite(most=config.max_skips), tokens=config.batch * config.sequence)
         if config.dry_run:
             emit(dry_run(config, called, optimizer, look=look, steps=lambda record: make_loop(
                 steps=STEPS, log_every=1, callbacks=[record]).run()))
@@ -86,7 +86,8 @@ def train(config: TrainConfig, model: DataParallel | Sharded, optimizer: torch.o
         loop = make_loop(
             steps=config.steps, evaluate=lambda step: look(whole=step == config.steps),
             evaluate_every=config.validate_every, metric="bits_per_byte", checkpoints=checkpoints,
-            early=EarlyStopping(config.patience) if config.patience else None, profile=profile, stopping=stopping, callbacks=[emit],
+            early=EarlyStopping(config.patience) if config.patience else None,
+            profile=profile, stopping=stopping, callbacks=[emit],
             flops=flops_of_step(config) if peak else 0.0, peak=peak, log_every=config.log_every)
         if loop.begin() is None:
             if again:

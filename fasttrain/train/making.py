@@ -11,7 +11,7 @@ from fasttrain.train.usage import count_flops
 
 
 def make(config: TrainConfig, device: torch.device) -> GPT:
-    """The model of a run with its first weights; what is done to its blocks is done. Let processes share it afterwards."""
+    """The model of a run with its first weights, its blocks recomputed and compiled; to be divided afterwards."""
     model = _new(config).to(device)
     if config.recompute is not None:
         recompute(model, config.recompute, blocks="blocks")

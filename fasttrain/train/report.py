@@ -66,7 +66,7 @@ FREE = ("processes", "text", "out", "resume", "max_restarts", "threads", "log_ev
 
 
 def begin(config: TrainConfig, header: Record) -> Path:
-    """Make the directory of a run, with its ``config.json``, and return it; or, by `--resume auto`, that of a run there.
+    """Make the directory of a run, with its ``config.json``; or, by `--resume auto`, find that of a run to go on with.
 
     Raises:
         BadInput: as `make_directory`, or as `check_same`.
@@ -132,7 +132,7 @@ def stopped(directory: Path) -> str | None:
 
 
 def conclude(directory: Path, held_out: np.ndarray, wall_s: float) -> str:
-    """Draw and sum up a complete run, and return what to say of it; of a dry run, which is removed, what it has found."""
+    """Draw and sum up a complete run, and return what to say of it; of a dry run, which is removed, what it found."""
     if (config := TrainConfig.from_json(json.loads((directory / "config.json").read_text())["config"])).dry_run:
         found = records(directory / "log.jsonl")[-1]
         shutil.rmtree(directory)
