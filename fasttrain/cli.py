@@ -1,4 +1,4 @@
-"""The ``fasttrain`` command: ``train``, ``compare``, ``doctor``.
+"""The ``fasttrain`` command: ``train``, ``tokenize``, ``compare``, ``doctor``.
 
 Exit codes: 0 done; 1 a run failed; 2 the input cannot work; 130 interrupted by Ctrl-C, 143 by SIGTERM.
 """
@@ -14,7 +14,7 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from tyro.conf import Positional, arg, subcommand
@@ -36,6 +36,28 @@ class Compare:
 
 
 @dataclasses.dataclass(frozen=True)
+class Tokenize:
+    """Make token files of text files. If it is stopped, the same command goes on."""
+
+    inputs: Annotated[Positional[tuple[Path, ...]], arg(metavar="INPUT...")]
+    """Text files, each a document, and directories, all of whose files are."""
+    out: Path
+    """A new or empty directory, or one in which the same command was stopped."""
+    tokenizer: str = "bytes"
+    """bytes, or a file of Hugging Face's tokenizers (tokenizer.json)."""
+    end_token: str | None = None
+    """Ends every document. Without it: a usual one that the tokenizer has; bytes end with 0."""
+    held_out: float = 0.03
+    """Share of the documents for validation, chosen by hash; 0 for none."""
+    split_by: Literal["path", "content"] = "path"
+    """What is hashed: each document's path, or what is in it, so that equal ones stay together."""
+    shard_mb: int = 64
+    """A token file is closed when so many MiB of text are in it."""
+    processes: int | None = None
+    """How many work. Without it: one on each processor."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Doctor:
     """Say what is installed, which backend each kernel would use, and why not the others."""
 
@@ -49,6 +71,8 @@ def main(arguments: list[str] | None = None) -> int:
             return train(command)
         if isinstance(command, Compare):
             return compare(command)
+        if isinstance(command, Tokenize):
+            return tokenize(command)
         from fasttrain import doctor
 
         return doctor.main()
@@ -58,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
         return _say("interrupted", error.args[0] if error.args else 130)
 
 
-def parse(arguments: list[str]) -> TrainConfig | Compare | Doctor:
+def parse(arguments: list[str]) -> TrainConfig | Tokenize | Compare | Doctor:
     """The command that `arguments` name.
 
     Raises:
@@ -66,6 +90,7 @@ def parse(arguments: list[str]) -> TrainConfig | Compare | Doctor:
     """
     commands = (
         Annotated[TrainConfig, subcommand("train")]
+        | Annotated[Tokenize, subcommand("tokenize")]
         | Annotated[Compare, subcommand("compare")]
         | Annotated[Doctor, subcommand("doctor")]
     )
@@ -143,6 +168,25 @@ def compare(command: Compare) -> int:
             report.draw([report.read(command.first), report.read(command.second)], command.png)
         except OSError as error:
             raise BadInput(f"--png {command.png}: cannot be written: {error.strerror}") from error
+    return 0
+
+
+def tokenize(command: Tokenize) -> int:
+    """Make the token files, and say what there is."""
+    from fasttrain.data.errors import DataError, WorkerDied
+    from fasttrain.data.make import tokenize as make
+
+    try:
+        index = make(**vars(command))
+    except DataError as error:
+        raise BadInput(str(error)) from error
+    except WorkerDied as error:
+        return _say(f"{error}; the same command goes on", 1)
+    for name, split in index["splits"].items():
+        print(f"{name}: {split['tokens']:,} tokens of {split['documents']:,} documents in {len(split['shards'])} files")
+    if index["left_out"] or index["empty"]:
+        print(f"left out: {index['left_out']:,} files that are not text, {index['empty']:,} that are empty")
+    print(f"written: {command.out}")
     return 0
 
 

@@ -8,8 +8,9 @@ import json
 import numpy as np
 
 from fasttrain.data.dataset import FORMAT, INDEX, Part, checksum
-from fasttrain.data.shard import Header, ShardWriter
+from fasttrain.data.shard import Header
 from fasttrain.data.windows import Windows
+from fasttrain.data.writing import ShardWriter
 
 TOKENIZER = bytes(range(16))
 

@@ -89,7 +89,7 @@ class TokenDataset:
 
     Example:
         >>> import tempfile
-        >>> from fasttrain.data.shard import ShardWriter
+        >>> from fasttrain.data.writing import ShardWriter
         >>> path = Path(tempfile.mkdtemp(), "numbers.tokens")
         >>> with ShardWriter(path, vocabulary=100, tokenizer=bytes(16)) as shard:
         ...     shard.add(np.arange(100))

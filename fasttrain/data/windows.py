@@ -10,7 +10,7 @@ import xxhash
 from fasttrain.data.errors import DataError, TooSmall
 from fasttrain.data.order import mix, mix_each, permuted, permuted_each
 
-MOST_TRIES = 64  # other windows for one that is damaged
+MOST_TRIES = 1000  # other windows for one that is damaged
 
 
 class Source(Protocol):
