@@ -65,7 +65,7 @@ def tokenize(inputs: Sequence[str | Path], out: str | Path, tokenizer: str | Pat
         >>> folder = Path(tempfile.mkdtemp())
         >>> for name in "abc":
         ...     _ = (folder / name).write_text(f"some text of {name}")
-        >>> index = tokenize([folder], folder / "tokens", held_out=0.3)
+        >>> index = tokenize([folder], folder / "tokens", held_out=0.1)
         >>> [(name, split["tokens"]) for name, split in index["splits"].items()]
         [('train', 30), ('validation', 15)]
     """
