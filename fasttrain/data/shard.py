@@ -134,6 +134,7 @@ class Shard:
         self._sums = np.frombuffer(table, "<u8")
         self._sound = np.zeros(h.chunks, bool)  # as far as has been looked
         self._all_sound = False
+        self._views: dict[int, np.ndarray] = {}  # of the tokens, each beginning with every token, by width
         self._ends: np.ndarray | None = None
         self.tokens = np.frombuffer(self.bytes, DTYPES[h.itemsize], h.tokens, LAYOUT.size)
         self._limited = h.vocabulary < 1 << 8 * h.itemsize
@@ -180,8 +181,9 @@ class Shard:
                 for start in starts.tolist():
                     self.check_tokens(start, width)
                 self._all_sound = bool(self._sound.all())
-        for row, start in enumerate(starts.tolist()):
-            out[row] = self.tokens[start : start + width]
+        if width not in self._views:
+            self._views[width] = np.lib.stride_tricks.sliding_window_view(self.tokens, width)
+        out[...] = self._views[width][starts]
 
     def _check_chunk(self, number: int) -> None:
         begin = LAYOUT.size + number * self.header.chunk
