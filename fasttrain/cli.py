@@ -1,4 +1,4 @@
-"""The ``fasttrain`` command: ``train``, ``compare``, ``schedule``, ``doctor``.
+"""The ``fasttrain`` command: ``train``, and what is in `fasttrain.commands`.
 
 Exit codes: 0 done; 1 a run failed; 2 the input cannot work; 130 interrupted by Ctrl-C, 143 by SIGTERM.
 """
@@ -6,59 +6,23 @@ Exit codes: 0 done; 1 a run failed; 2 the input cannot work; 130 interrupted by 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 import signal
 import sys
 import time
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
-from tyro.conf import Positional, arg, subcommand
+from tyro.conf import subcommand
 
+from fasttrain.commands import Compare, Doctor, DrawSchedule, Report, Tokenize, say
 from fasttrain.train.config import BadInput, TrainConfig
 from fasttrain.train.options import config_argument, from_file
 from fasttrain.train.place import Place, place
 
-
-@dataclasses.dataclass(frozen=True)
-class Compare:
-    """Lay two runs side by side: options that differ, losses, speed, and where the time of a step goes."""
-
-    first: Annotated[Positional[Path], arg(metavar="FIRST")]
-    """The directory of a run."""
-    second: Annotated[Positional[Path], arg(metavar="SECOND")]
-    """The directory of another."""
-    png: Path | None = None
-    """Also draw both loss curves here."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """Write one HTML page, which needs no other file, with the numbers and curves of one or more runs."""
-
-    runs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN...")]
-    """Directories of runs, finished or not."""
-    out: Path = Path("report.html")
-    """Where to."""
-
-
-@dataclasses.dataclass(frozen=True)
-class DrawSchedule:
-    """Draw a schedule, as "warmup(100) + cosine(1000, floor=0.1)", and say its values."""
-
-    text: Annotated[Positional[str], arg(metavar="SCHEDULE")]
-    """Functions of fasttrain.schedules, joined with + and multiplied with *."""
-    steps: int | None = None
-    """How many to draw. Without it: its length, or 1000."""
-    png: Path | None = None
-    """Also draw it here."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Doctor:
-    """Say what is installed, which backend each kernel would use, and why not the others."""
+COMMANDS = (("tokenize", Tokenize), ("compare", Compare), ("report", Report), ("schedule", DrawSchedule),
+            ("doctor", Doctor))
+Command = Tokenize | Compare | Report | DrawSchedule | Doctor
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -70,22 +34,14 @@ def main(arguments: list[str] | None = None) -> int:
         command = parse(arguments, here)
         if isinstance(command, TrainConfig):
             return train(command, here)
-        if isinstance(command, Compare):
-            return compare(command)
-        if isinstance(command, Report):
-            return write_report(command)
-        if isinstance(command, DrawSchedule):
-            return draw_schedule(command)
-        from fasttrain import doctor
-
-        return doctor.main()
+        return command.run()
     except BadInput as error:
-        return _say(str(error), 2)
+        return say(str(error), 2)
     except KeyboardInterrupt as error:
-        return _say("interrupted", error.args[0] if error.args else 130)
+        return say("interrupted", error.args[0] if error.args else 130)
 
 
-def parse(arguments: list[str], here: Place | None = None) -> TrainConfig | Compare | Report | DrawSchedule | Doctor:
+def parse(arguments: list[str], here: Place | None = None) -> TrainConfig | Command:
     """The command that `arguments` name. By default it trains in two processes, or in those that torchrun has started.
 
     Raises:
@@ -95,13 +51,9 @@ def parse(arguments: list[str], here: Place | None = None) -> TrainConfig | Comp
     defaults = TrainConfig() if file is None else from_file(file)
     if here is not None and file is None:
         defaults = TrainConfig(processes=here.world)
-    commands = (
-        Annotated[TrainConfig, subcommand("train", default=defaults)]
-        | Annotated[Compare, subcommand("compare")]
-        | Annotated[Report, subcommand("report")]
-        | Annotated[DrawSchedule, subcommand("schedule")]
-        | Annotated[Doctor, subcommand("doctor")]
-    )
+    commands: Any = Annotated[TrainConfig, subcommand("train", default=defaults)]
+    for name, command in COMMANDS:
+        commands |= Annotated[command, subcommand(name)]
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -153,67 +105,11 @@ def train(config: TrainConfig, here: Place | None) -> int:
     try:
         launch(out, config.processes, config.threads, config.max_restarts)
     except RunFailed as error:
-        return _say(str(error), 1)
+        return say(str(error), 1)
     if (said := report.stopped(out)) is not None:
-        return _say(said, 143)
+        return say(said, 143)
     print(report.conclude(out, read.held_out, time.perf_counter() - begun))
     return 0
-
-
-def compare(command: Compare) -> int:
-    """Print the comparison, and draw it if asked."""
-    from fasttrain.train import compare as comparison
-    from fasttrain.train import report
-
-    print(comparison.compare(command.first, command.second))
-    if command.png:
-        try:
-            report.draw([report.read(command.first), report.read(command.second)], command.png)
-        except OSError as error:
-            raise BadInput(f"--png {command.png}: cannot be written: {error.strerror}") from error
-    return 0
-
-
-def write_report(command: Report) -> int:
-    """Write the page."""
-    from fasttrain.train import page, report
-
-    runs = [report.read(directory) for directory in command.runs]
-    try:
-        page.write(runs, command.out)
-    except OSError as error:
-        raise BadInput(f"--out {command.out}: cannot be written: {error.strerror}") from error
-    print(f"written: {command.out}")
-    return 0
-
-
-def draw_schedule(command: DrawSchedule) -> int:
-    """Print the curve, and draw it if asked."""
-    from fasttrain.schedules import draw
-    from fasttrain.schedules import parse as parse_schedule
-
-    if command.steps is not None and command.steps < 1:
-        raise BadInput(f"--steps {command.steps}: must be at least 1")
-    try:
-        schedule = parse_schedule(command.text)
-        last = draw.steps_of(schedule, command.steps)
-        said = [repr(schedule), draw.as_text(schedule, command.steps), "; ".join(
-            f"step {step}: {schedule(step):.6g}" for step in dict.fromkeys((0, last // 4, last // 2, last)))]
-        if command.png:
-            draw.as_png(schedule, command.png, command.steps)
-    except ValueError as error:
-        raise BadInput(str(error)) from error
-    except OverflowError as error:
-        raise BadInput(f"{command.text} becomes too large for a number") from error
-    except OSError as error:
-        raise BadInput(f"--png {command.png}: cannot be written: {error.strerror}") from error
-    print("\n".join(said))
-    return 0
-
-
-def _say(text: str, code: int) -> int:
-    print(f"fasttrain: {text}", file=sys.stderr)
-    return code
 
 
 def _terminated(number: int, frame: object) -> None:

@@ -29,7 +29,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ("", "Expected one of {train, compare, schedule, doctor}"),
+    ("", "Expected one of {train, tokenize, compare, report, schedule, doctor}"),
     ("trian", "trian"),
     ("train --stpes 4", "--stpes, 4"),
     ("train --step 4", "perhaps you meant --steps"),
@@ -57,12 +57,26 @@ def elsewhere(tmp_path, monkeypatch):
     ("train --text words --out words", "--out words is not empty"),
     ("train --text words --out file", "--out file: cannot be written"),
     ("train --text words --out file/below", "--out file/below: cannot be written: Not a directory"),
-    ("train --steps 20", "--steps 20 is shorter than --warmup 50"),
+    ("train --steps 20 --warmup 50", "--steps 20 is shorter than --warmup 50"),
+    ("report nowhere", "nowhere is not a run"),
+    ("report", "RUN"),
     ("schedule cosinus(10)", "there is no schedule cosinus; there are constant, warmup"),
     ("schedule __import__('os')", "there is no schedule __import__"),
     ("schedule 0.5*cosine(10) --steps 0", "--steps 0: must be at least 1"),
     ("schedule cosine(10) --png nowhere/a.png", "--png nowhere/a.png: cannot be written"),
     ("schedule exponential(9.0) --steps 9999", "exponential(9.0) becomes too large"),
+    ("tokenize --out new", "no input: name files or directories"),
+    ("tokenize words", "--out"),
+    ("tokenize words --out words", "words is both input and output"),
+    ("tokenize nowhere --out new", "nowhere: No such file"),
+    ("tokenize empty --out new", "no text in empty"),
+    ("tokenize words --out new --held-out 1", "held_out=1.0"),
+    ("tokenize words --out new --tokenizer nowhere.json", "the tokenizer nowhere.json cannot be read"),
+    ("tokenize words --out new --tokenizer file", "file is not a file of Hugging Face's tokenizers"),
+    ("tokenize words --out new --end-token x", "goes with a tokenizer from a file"),
+    ("tokenize words --out new --shard-mb 0", "shard_mb=0"),
+    ("tokenize words --out file", "file cannot be written"),
+    ("tokenize file --out new", "has one byte"),
     ("compare nowhere words", "nowhere is not a run"),
     ("compare empty", "SECOND"),
 ])
@@ -125,7 +139,7 @@ def test_the_line_does_not_depend_on_the_terminal(encoding):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    ("--help", ["train", "compare", "doctor"]),
+    ("--help", ["train", "tokenize", "compare", "doctor"]),
     ("train --help", ["--optimizer", "--text", "torch.AdamW", "(default: 2)", "--processes"]),
     ("compare --help", ["FIRST", "SECOND"]),
     ("schedule --help", ["SCHEDULE", "--steps", "--png"]),

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fasttrain.data import DataError, TooSmall, Windows
+from fasttrain.data import DataError, TooSmall, Windows, order
 from fasttrain.data.order import mix, mix_each, overlapping, permuted, permuted_each
 
 
@@ -55,12 +55,15 @@ def test_overlapping_windows_predict_each_byte_once(length, extra):
     assert all(f >= length // 2 for f in fresh_from[1:]), "each counted byte must have half a window before it"
 
 
-@given(st.integers(1, 1 << 60), st.lists(st.tuples(st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1)), min_size=1))
-def test_arrays_are_permuted_as_numbers_are(n, drawn):
+@given(st.integers(1, 1 << 60), st.lists(st.tuples(st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1)), min_size=1),
+       st.sampled_from([0, 3, order.FEW]))
+def test_arrays_are_permuted_as_numbers_are(n, drawn, few):
     places = np.array([place % n for place, _ in drawn])
     keys = np.array([key for _, key in drawn], np.uint64)
     expected = [permuted(int(place), n, int(key)) for place, key in zip(places, keys, strict=True)]
-    assert permuted_each(places, n, keys).tolist() == expected
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(order, "FEW", few)
+        assert permuted_each(places, n, keys).tolist() == expected
 
 
 @given(st.lists(st.integers(0, 2**64 - 1), min_size=1))

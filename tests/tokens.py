@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import sys
 
 import numpy as np
 
 from fasttrain.data.dataset import FORMAT, INDEX, Part, checksum
-from fasttrain.data.shard import Header, ShardWriter
+from fasttrain.data.shard import Header
 from fasttrain.data.windows import Windows
+from fasttrain.data.writing import ShardWriter
 
 TOKENIZER = bytes(range(16))
 
@@ -50,3 +53,29 @@ class Failing(Windows):
         if 9 in indices:
             raise OSError(5, "Input/output error", "disk")
         return super().fetch(indices)
+
+
+class Target:
+    """What a worker is asked for."""
+
+    def add(self, a, b):
+        return a + b
+
+    def count(self, n):
+        yield from range(n)
+        return "done"
+
+    def fail(self, error):
+        raise error
+
+    def fail_strangely(self):
+        class Unpicklable(Exception):
+            pass
+
+        raise Unpicklable("no way")
+
+    def end(self, code):
+        os._exit(code)
+
+    def imported(self):
+        return sorted(name for name in ("torch", "rich", "tyro") if name in sys.modules)

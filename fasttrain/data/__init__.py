@@ -2,14 +2,16 @@
 
 Nothing is imported here before it is asked for; only the loader needs torch. Read in this order: ``order`` (keyed
 bijections), ``windows`` (samples of a stream), ``shard`` and ``dataset`` (token files), ``mixture``, ``position``,
-``loader``; beside them ``processes`` and ``prefetch``, ``upload``; and ``tokenize``, which makes the files.
+``loader``; beside them ``processes``, ``prefetch`` and ``upload``; and ``make`` (``plan``, ``encoders``), which writes
+token files.
 """
 
 from importlib import import_module
 
 HOMES = {
     "Windows": "windows", "Source": "windows", "Mixture": "mixture", "TokenDataset": "dataset",
-    "cu_seqlens": "dataset", "Loader": "loader", "ShardWriter": "shard",
+    "cu_seqlens": "dataset", "Loader": "loader", "ShardWriter": "writing",
+    "tokenize": "make",
     **dict.fromkeys(("DataError", "BadShard", "TooSmall", "WrongTokenizer", "WrongState", "WorkerDied"), "errors"),
 }
 __all__ = list(HOMES)

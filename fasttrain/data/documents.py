@@ -7,7 +7,9 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from stat import S_ISREG
+from typing import Any, TypeVar
 
+Name = TypeVar("Name", str, int)
 SEPARATOR = b"\0"  # ends a document of bytes; a file that contains it is not text
 
 
@@ -37,14 +39,24 @@ def walk(root: Path, enter: Callable[[str], bool] = lambda folder: True,
     return found
 
 
-def share(name: bytes) -> float:
+def share(content: bytes) -> float:
     """The hash of a name, or of a document's contents, as a number in [0, 1).
 
     Example:
         >>> round(share(b"a.py"), 6)
         0.940888
     """
-    return int.from_bytes(hashlib.sha256(name).digest()[:6], "big") / 2**48
+    return _share(hashlib.sha256(content))
+
+
+def share_of_file(path: Path) -> float:
+    """The hash of what is in a file."""
+    with open(path, "rb") as file:
+        return _share(hashlib.file_digest(file, "sha256"))
+
+
+def _share(digest: Any) -> float:
+    return int.from_bytes(digest.digest()[:6], "big") / 2**48
 
 
 def share_of_path(name: str) -> float:
@@ -52,7 +64,7 @@ def share_of_path(name: str) -> float:
     return share(name.encode("utf-8", "surrogateescape"))
 
 
-def division(shares: dict[str, float], part: float) -> set[str]:
+def division(shares: dict[Name, float], part: float) -> set[Name]:
     """Which of at least two documents are held out: those whose share is below `part`; never none, and never all.
 
     Whether a document is does not depend on which others there are, but where that would leave a side empty: the one

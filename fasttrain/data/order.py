@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 ROUNDS = 4  # of the Feistel network
+FEW = 32
 _GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
@@ -65,13 +66,15 @@ def permuted_each(places: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
     mask = np.uint64((1 << int(half)) - 1)
     found = places.astype(np.uint64)
     walking = np.arange(len(found))
-    while len(walking):
+    while len(walking) > FEW:
         value, key = found[walking], keys[walking]
         left, right = value >> half, value & mask
         for turn in range(ROUNDS):
             left, right = right, left ^ (mix_each((key + np.uint64(turn)) ^ (right << np.uint64(8))) & mask)
         found[walking] = value = (left << half) | right
         walking = walking[value >= n]
+    for i in walking.tolist():  # of so few, numbers are faster than arrays
+        found[i] = permuted(int(found[i]), n, int(keys[i]))
     return found.astype(np.int64)
 
 

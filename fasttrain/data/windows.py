@@ -10,7 +10,8 @@ import xxhash
 from fasttrain.data.errors import DataError, TooSmall
 from fasttrain.data.order import mix, mix_each, permuted, permuted_each
 
-MOST_TRIES = 64  # other windows for one that is damaged
+BLOCK = 1024  # samples whose places are computed together: arrays of so many cost little more than of a few
+MOST_TRIES = 1000  # other windows for one that is damaged
 
 
 class Source(Protocol):
@@ -64,6 +65,7 @@ class Windows:
         if length < 1:
             raise DataError(f"windows of {length} tokens: a window needs at least one")
         self.stream, self.length, self.seed, self.positions = stream, length, seed, positions
+        self._blocks: dict[int, np.ndarray] = {}
         self.per_pass = (len(stream) - 1) // length - 1
         if self.per_pass < 1:
             raise TooSmall(f"a stream of {len(stream)} tokens is too short for windows of {length}: it must have at "
@@ -92,6 +94,20 @@ class Windows:
         offsets = (mix_each(keys) % np.uint64(self.length)).astype(np.int64)
         return offsets + self.length * permuted_each(places, self.per_pass, keys)
 
+    def _known_starts(self, indices: np.ndarray) -> np.ndarray:
+        """As `starts`; the last blocks of numbers that were asked for are kept."""
+        low, high = int(indices.min()) // BLOCK, int(indices.max()) // BLOCK
+        if high > low + 1:
+            return self.starts(indices)
+        blocks = []
+        for number in range(low, high + 1):
+            block = self._blocks.get(number)
+            if block is None:
+                block = self.starts(np.arange(number * BLOCK, (number + 1) * BLOCK))
+                self._blocks = {n: kept for n, kept in self._blocks.items() if n in (low, high)} | {number: block}
+            blocks.append(block)
+        return np.concatenate(blocks)[indices - low * BLOCK]
+
     def batch(self, first: int, count: int) -> np.ndarray:
         """Samples first, first + 1, ...: shape (count, length + 1). The extra token is the last target."""
         return self.fetch(np.arange(first, first + count))["tokens"]
@@ -105,7 +121,7 @@ class Windows:
             begin. Of a `TokenDataset` that skips what is damaged also ``replaced``: bool, (b,), whether another window
             stands for this one: another function of (seed, number, files) alone, so every rank would choose the same.
         """
-        starts = self.starts(indices)
+        starts = self._known_starts(indices)
         if isinstance(self.stream, np.ndarray):
             return {"tokens": np.stack([self.stream[s : s + self.length + 1] for s in starts.tolist()])}
         given: dict[str, np.ndarray] = {}
