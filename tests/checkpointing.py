@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from fasttrain.checkpoint.disk import DISK, Files
 from fasttrain.checkpoint.commit import publish
+from fasttrain.checkpoint.disk import DISK, Files
 from fasttrain.checkpoint.pieces import Piece
 from fasttrain.checkpoint.read import Reader
 from fasttrain.checkpoint.write import write_rank
@@ -54,7 +54,8 @@ def pieces(step: int, rank: int = 0, world: int = 1, rows: int = ROWS) -> list[P
 
 def values(step: int, rank: int) -> dict[str, Any]:
     """What a rank saves beside tensors."""
-    return {"step": step, "rank": rank, "lr": 0.1 / (step + 1), "data": {"index": step * 10, "skipped": [step, None, True]}}
+    return {"step": step, "rank": rank, "lr": 0.1 / (step + 1),
+            "data": {"index": step * 10, "skipped": [step, None, True]}}
 
 
 def save(directory: Path, step: int, world: int = 1, files: Files = DISK, *, attempt: str = "a", rows: int = ROWS,

@@ -1,7 +1,8 @@
 """A disk that forgets: recorded operations are replayed up to any of them, and what was not synced may be lost.
 
-After a power failure a file that was not synced may be empty, full of zeros, or hold some of its writes; a name that was
-not synced with its directory may be there or not, and a renamed file may have its old name. What was synced is there.
+After a power failure a file that was not synced may be empty, full of zeros, or hold some of its writes; a name that
+was not synced with its directory may be there or not, and what was renamed may have its old name. What was synced is
+there.
 """
 
 from __future__ import annotations

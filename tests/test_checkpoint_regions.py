@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -88,7 +89,7 @@ def cut(shape: tuple[int, ...], kind: str, world: int) -> list[Region]:
     lows = [shape[axis] * r // world for r in range(world + 1)]
     return [Region(shape, box=((*(0,) * axis, low, *(0,) * (len(shape) - axis - 1)),
                                (*shape[:axis], high - low, *shape[axis + 1 :])))
-            for low, high in zip(lows, lows[1:], strict=False)]
+            for low, high in pairwise(lows)]
 
 
 @pytest.fixture(scope="module")
