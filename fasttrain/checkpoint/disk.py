@@ -81,3 +81,13 @@ def write_whole(path: Path, content: bytes, files: Files = DISK) -> None:
     finally:
         files.close(file)
     files.rename(being_written, path)
+
+
+def empty(path: Path, files: Files = DISK) -> None:
+    """Remove a directory and the files in it; or a file."""
+    if path.is_symlink() or not path.is_dir():
+        files.unlink(path)
+        return
+    for entry in sorted(path.iterdir()):
+        empty(entry, files)
+    files.remove_directory(path)
