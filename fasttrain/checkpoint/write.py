@@ -120,7 +120,6 @@ def _write_file(files: Files, path: Path, head: bytes, pieces: list[Piece], chun
     try:
         waiting, waits = [memoryview(head)], at
         begin = 0  # where in the file what waits is to go
-        whole = xxhash.xxh3_128(head)
         for piece in pieces:
             digests = []
             data = piece.bytes
@@ -141,7 +140,6 @@ def _write_file(files: Files, path: Path, head: bytes, pieces: list[Piece], chun
                      **piece.region.as_json(), "file": path.name, "offset": at, "nbytes": piece.nbytes,
                      "xxh3": manifest.combined(digests)}
             entries.append(entry if len(digests) <= 1 else {**entry, "chunks": digests})
-            whole.update(bytes.fromhex(entry["xxh3"]))
             at += piece.nbytes
         if waiting:
             files.write(file, begin, waiting)
@@ -149,4 +147,5 @@ def _write_file(files: Files, path: Path, head: bytes, pieces: list[Piece], chun
     finally:
         files.close(file)
     tell(at - len(head))
-    return {"size": at, "header": len(head), "header_xxh3": manifest.digest(head), "xxh3": whole.hexdigest()}, entries
+    digests = [manifest.digest(head), *(entry["xxh3"] for entry in entries)]
+    return {"size": at, "header": len(head), "header_xxh3": digests[0], "xxh3": manifest.combined(digests)}, entries
