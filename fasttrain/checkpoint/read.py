@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from fasttrain.checkpoint import find, manifest
 from fasttrain.checkpoint.errors import Damaged, Incomplete, Malformed
@@ -17,6 +18,7 @@ from fasttrain.checkpoint.mapped import check_header, check_size, chunk_of, is_g
 from fasttrain.checkpoint.pieces import SIZES
 from fasttrain.checkpoint.regions import Box, Region, intersection, overlap
 
+BLOCK = 1 << 20  # bytes hashed and then copied
 _WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}  # to move elements by, whatever they mean
 
 
@@ -92,7 +94,7 @@ class Reader:
         Raises:
             KeyError: there is no such tensor.
             ValueError: no such span or box, or `out` does not fit.
-            Damaged: bytes are not those that were written; `out` may hold some of the others.
+            Damaged: bytes are not those that were written; `out` may hold some of them.
             Incomplete: the checkpoint does not hold these elements.
         """
         if name not in self.tensors:
@@ -167,24 +169,39 @@ class Reader:
         return got
 
     def _copy(self, name: str, part: Part, low: int, high: int, into: memoryview) -> None:
-        """Bytes of a part, each chunk verified before it is copied."""
-        data = self._map(part.file)
-        for begin in range(low // part.chunk * part.chunk, high, part.chunk):
-            first, last = max(low, begin), min(high, begin + part.chunk)
-            self._check(name, part, first, last)
-            into[first - low : last - low] = data[part.offset + first : part.offset + last]
+        """Bytes of a part, each chunk verified before or while it is copied."""
+        data = self._map(part.file)[part.offset : part.offset + part.nbytes]
+        for index in range(low // part.chunk, -(-high // part.chunk)):
+            begin, end = chunk_of(part, index)
+            first, last = max(low, begin), min(high, end)
+            if not self._verify or index in self._seen(part) or (first, last) != (begin, end):
+                self._check(name, part, first, last)
+                into[first - low : last - low] = data[first:last]
+                continue
+            running = xxhash.xxh3_128()
+            for at in range(begin, end, BLOCK):  # copied while it lies in the cache
+                block = data[at : min(at + BLOCK, end)]
+                running.update(block)
+                into[at - low : at - low + len(block)] = block
+            self._judge(name, part, index, running.hexdigest() == part.chunks[index])
 
     def _check(self, name: str, part: Part, low: int, high: int) -> None:
         """Verify the chunks that these bytes of a part lie in, if they were not yet."""
-        if not self._verify:
-            return
-        seen = self._verified.setdefault((part.file, part.offset), set())
-        for index in range(low // part.chunk, -(-high // part.chunk)):
-            if index not in seen and not is_good(self._map(part.file), part, index):
-                first, last = chunk_of(part, index)
-                raise Damaged(self.path / part.file, f"bytes {first:,} to {last:,} of {part.nbytes:,} are not those "
-                                                     f"that were written (xxh3 differs)", name)
-            seen.add(index)
+        if self._verify:
+            for index in range(low // part.chunk, -(-high // part.chunk)):
+                if index not in self._seen(part):
+                    self._judge(name, part, index, is_good(self._map(part.file), part, index))
+
+    def _seen(self, part: Part) -> set[int]:
+        """The chunks of a part that were verified."""
+        return self._verified.setdefault((part.file, part.offset), set())
+
+    def _judge(self, name: str, part: Part, index: int, good: bool) -> None:
+        if not good:
+            first, last = chunk_of(part, index)
+            raise Damaged(self.path / part.file, f"bytes {first:,} to {last:,} of {part.nbytes:,} are not those that "
+                                                 f"were written (xxh3 differs)", name)
+        self._seen(part).add(index)
 
     def _map(self, file: str) -> memoryview:
         """A file, mapped when it is first needed; its size and header are compared with the manifest."""

@@ -17,6 +17,7 @@ from fasttrain.checkpoint.space import room
 
 CHUNK = 16 << 20  # bytes with a checksum of their own: what a partial read has to verify
 BLOCK = 1 << 20  # bytes hashed and then written while they lie in the cache
+EARLY = 8 << 20  # bytes after which the disk is told to begin: measured against 1 to 64 MiB, and against not at all
 FILE = 4 << 30  # bytes after which another file is begun
 Progress = Callable[[int, int], None]  # bytes written, bytes in all
 
@@ -119,7 +120,7 @@ def _write_file(files: Files, path: Path, head: bytes, pieces: list[Piece], chun
     file = files.create(path)
     try:
         waiting, waits = [memoryview(head)], at
-        begin = 0  # where in the file what waits is to go
+        begin = begun = 0  # where in the file what waits is to go, and up to where the disk was told to begin
         for piece in pieces:
             digests = []
             data = piece.bytes
@@ -135,6 +136,9 @@ def _write_file(files: Files, path: Path, head: bytes, pieces: list[Piece], chun
                         files.write(file, begin, waiting)
                         begin, waiting, waits = begin + waits, [], 0
                         tell(begin - len(head))
+                        if begin - begun >= EARLY:
+                            files.hasten(file, begun, begin - begun)
+                            begun = begin
                 digests.append(running.hexdigest())
             entry = {"name": piece.name, "dtype": piece.dtype, "shape": list(piece.region.shape),
                      **piece.region.as_json(), "file": path.name, "offset": at, "nbytes": piece.nbytes,
