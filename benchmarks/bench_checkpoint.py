@@ -76,10 +76,11 @@ def readers(held: dict[str, torch.Tensor], folder: Path) -> dict[str, Callable[[
             "safetensors": lambda: copied(safetensors.torch.load_file(folder / "state.safetensors"))}
 
 
-def run(size: int = BYTES, tensors: int = TENSORS, rounds: int = ROUNDS) -> list[dict[str, Any]]:
+def run(size: int = BYTES, tensors: int = TENSORS, rounds: int = ROUNDS,
+        where: Path | None = None) -> list[dict[str, Any]]:
     """Write in turn onto an empty, quiet disk; then read in turn, from the page cache."""
     rows = []
-    with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:  # not /tmp, which may be memory
+    with tempfile.TemporaryDirectory(dir=where or Path.cwd()) as name:  # /tmp may be memory
         folder, held = Path(name), state(size, tensors)
 
         def clear(_: str) -> None:

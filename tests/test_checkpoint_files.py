@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from checkpointing import CHUNK, arrays, pieces, proven, save, values
 from helpers import ROOT
 from safetensors import safe_open
 
+from benchmarks import bench_checkpoint
 from fasttrain.checkpoint import header, mapped
 from fasttrain.checkpoint.files import (
     DISK,
@@ -150,8 +153,6 @@ def test_one_pass_in_large_writes(tmp_path: Path) -> None:
 
 def test_a_short_write_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel may take less than it was given: 2 GiB at most, or what a signal left time for."""
-    import os
-
     whole, calls = os.pwritev, []
 
     def short(file: int, buffers: list[memoryview], offset: int) -> int:
@@ -263,6 +264,47 @@ def test_a_rank_that_comes_late(tmp_path: Path) -> None:
     path = publish(tmp_path, part, 1, 2, waiting=lambda ranks: late.start() if not late.ident else None)
     late.join()
     assert proven(path) == 1
+
+
+def test_any_buffer(tmp_path: Path) -> None:
+    """Whatever its format, and of several dimensions: complex numbers are none that memoryview could cast."""
+    data = np.arange(6, dtype=np.complex64).reshape(2, 3)
+    write_rank(tmp_path / ".part", 0, 1, [Piece("w", "C64", (2, 3), memoryview(data))], {})
+    out = np.zeros_like(data)
+    with Reader(publish(tmp_path, tmp_path / ".part", 1, 1)) as reader:
+        reader.read("w", out=out)
+    assert np.array_equal(out, data)
+
+
+def test_threads_may_read(tmp_path: Path) -> None:
+    path = save(tmp_path, 6, 3)
+    with Reader(path) as reader, ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(reader.read, [name for name in reader.tensors for _ in range(5)]))
+        assert [bytes(one) for one in found[::5]] == [arrays(6)[name].tobytes() for name in reader.tensors]
+
+
+def test_a_directory_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one before it is found, and the disk's words are told."""
+    for step in (1, 2):
+        last = save(tmp_path, step)
+    whole = os.scandir
+
+    def scan(path: Path):
+        if path == last:
+            raise OSError(5, "Input/output error")
+        return whole(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    assert complete(tmp_path)[0].reason == f"{last}: cannot be read: Input/output error"
+    assert newest(tmp_path).step == 1
+
+
+def test_the_benchmark(tmp_path: Path) -> None:
+    """At a tiny size: every rival writes and reads, and ours comes back exact."""
+    rows = bench_checkpoint.run(1 << 16, 4, 2, tmp_path)
+    assert [row["work"] for row in rows] == ["write", "read"]
+    assert bench_checkpoint.report(rows).count("fasttrain ") == 2
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("what", ["hash", "write"])

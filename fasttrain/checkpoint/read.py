@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,9 @@ class Stored:
 
 
 class Reader:
-    """A checkpoint, open for reading.
+    """A checkpoint, open for reading; several threads may read different tensors at a time.
+
+    A read error of the disk under a mapped file ends the process (SIGBUS): so do all mapped files.
 
     Arguments:
         path: of one checkpoint: ``DIRECTORY/step-...``.
@@ -69,6 +72,7 @@ class Reader:
         self._values = [read.values for read in ranks]
         self._files = {name: file for read in ranks for name, file in read.files.items()}
         self._maps: dict[str, memoryview] = {}
+        self._mapping = threading.Lock()
         self._verified: dict[tuple[str, int], set[int]] = {}
         self.tensors: Mapping[str, Stored] = dict(sorted(_gathered(self.path, ranks).items()))
 
@@ -205,14 +209,15 @@ class Reader:
 
     def _map(self, file: str) -> memoryview:
         """A file, mapped when it is first needed; its size and header are compared with the manifest."""
-        if file not in self._maps:
-            path, told = self.path / file, self._files[file]
-            view = map_file(path)
-            check_size(path, view, told)
-            if self._verify:
-                check_header(path, view, told)
-            self._maps[file] = view
-        return self._maps[file]
+        with self._mapping:
+            if file not in self._maps:
+                path, told = self.path / file, self._files[file]
+                view = map_file(path)
+                check_size(path, view, told)
+                if self._verify:
+                    check_header(path, view, told)
+                self._maps[file] = view
+            return self._maps[file]
 
 
 def _gathered(path: Path, ranks: list[manifest.RankManifest]) -> dict[str, Stored]:
@@ -236,7 +241,7 @@ def _flat(out: memoryview | np.ndarray | None, nbytes: int, name: str) -> memory
     if view.readonly or not view.c_contiguous or view.nbytes != nbytes:
         raise ValueError(f"out must be writable and contiguous and have {nbytes} bytes for what is read of {name!r}; "
                          f"it has {view.nbytes}{', read-only' * view.readonly}{', strided' * (not view.c_contiguous)}")
-    return view.cast("B") if nbytes else memoryview(bytearray())
+    return np.frombuffer(view, np.uint8).data if nbytes else memoryview(bytearray())
 
 
 def _slices(inner: Box, outer: Box) -> tuple[slice, ...]:
