@@ -136,6 +136,49 @@ class DrawSchedule:
 
 
 @dataclasses.dataclass(frozen=True)
+class Verify:
+    """Compare every byte of a checkpoint, or of all in a directory, with its checksums, and name what is damaged."""
+
+    directory: Annotated[Positional[Path], arg(metavar="DIR")]
+    """Of one checkpoint, or of several."""
+
+    def run(self) -> int:
+        """Print what is damaged."""
+        from fasttrain.checkpoint import files
+
+        try:
+            damages = files.verify(self.directory, lambda path: print(f"verifying {path}", flush=True))
+        except files.NotACheckpoint as error:
+            raise BadInput(str(error)) from error
+        except files.CheckpointError as error:
+            return say(str(error), 1)
+        for damage in damages:
+            print(f"damaged: {damage}")
+        print(f"{len(damages)} damaged" if damages else "all bytes are those that were written")
+        return 1 if damages else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspect:
+    """List what a checkpoint holds, or which checkpoints a directory does."""
+
+    directory: Annotated[Positional[Path], arg(metavar="DIR")]
+    """Of one checkpoint, or of several."""
+
+    def run(self) -> int:
+        """Print it."""
+        from fasttrain.checkpoint import files
+
+        try:
+            print(files.inspect(self.directory))
+        except files.NotACheckpoint as error:
+            raise BadInput(str(error)) from error
+        except files.CheckpointError as error:
+            return say(str(error), 1)
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Doctor:
     """Say what is installed, which backend each kernel would use, and why not the others."""
 
