@@ -38,11 +38,13 @@ class Method:
         divisor: what the sum over ranks is divided by: their number, or fewer if some have no data left.
         checksum: of the collectives that were issued since the reducer was made, in their order.
         grid: the ranks in rows, one for each node, of a method that tells these apart.
+        holding: whether this rank has its part of gradients that no parameter shows (`Zero`).
     """
 
     name = ""
     grid: list[list[int]] | None = None
     final = False  # no other may take its place
+    holding = False
 
     def __init__(self) -> None:
         self.checksum = 0
