@@ -35,8 +35,8 @@ class Zero(Stepping):
     of the optimizer that is not divided, given the same gradients; everything else (Muon, SOAP, Adafactor, LAMB, LARS,
     StableAdamW, `clip_each`, torch's optimizers) gets whole parameters, balanced by cost.
 
-    **After a synchronised backward pass `p.grad` is None** for every parameter: the mean is in shards, of which each
-    rank has its own, so torch's `clip_grad_norm_` has nothing to clip; `clip_grad_norm_` here does. Synchronised
+    **After a synchronised backward pass the mean is in shards**, of which each rank has its own. `p.grad` then cannot
+    be read or written: torch's `clip_grad_norm_` raises, and `clip_grad_norm_` here does what it would. Synchronised
     backward passes between two steps add up; `step` and `zero_grad` forget the gradients (`zero_grad` of a
     `DataParallel` too, that of the bare module does not).
 
@@ -118,7 +118,7 @@ class Zero(Stepping):
         self.method = Scatter(cuts, travels, self.stage == 2)
         reducer.shard(self.method, rotation(reducer.layout.buckets, reducer.wire.device, rotating)
                       if self.stage == 2 else None)
-        self.method.lay(reducer.buckets)
+        self.method.lay(reducer.buckets, reducer.params, reducer.names)
         with torch.no_grad():
             memories = [[Memory(bucket, dtype, cut) for dtype in dict.fromkeys(p.dtype for p in bucket.params)]
                         for bucket, cut in zip(reducer.buckets, cuts, strict=True)]

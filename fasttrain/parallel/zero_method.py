@@ -15,6 +15,7 @@ from fasttrain.parallel.buckets import Bucket
 from fasttrain.parallel.wires import Method, Parts, Sent
 from fasttrain.parallel.zero_buckets import Rotating
 from fasttrain.parallel.zero_cut import Cut
+from fasttrain.parallel.zero_shown import Shown
 from fasttrain.parallel.zero_wire import scatter
 
 
@@ -50,14 +51,14 @@ class Scatter(Method):
         super().prepare(wire, layout)
         self._users: dict[int, Landing] = {}
 
-    def lay(self, buckets: Sequence[Bucket]) -> None:
-        """Learn where the buckets lie; once."""
+    def lay(self, buckets: Sequence[Bucket], params: Sequence[Tensor], names: Sequence[str]) -> None:
+        """Learn where the buckets of these parameters lie; once."""
         for bucket, cut in zip(buckets, self.cuts, strict=True):
             begin, end = cut[self.wire.rank]
             mine = bucket.data[begin:end]
             self.own.append(torch.zeros_like(mine) if self.rotating else mine)
             self._back[bucket.plan.dtype] = max(float(p.dtype.itemsize) for p in bucket.params)
-        self.params = [p for bucket in buckets for p in bucket.params]
+        self._shown = Shown(params, names)
 
     def shard(self, index: int) -> Tensor:
         """This rank's part of a bucket: the mean of the gradients since the last step, added up."""
@@ -87,6 +88,7 @@ class Scatter(Method):
         return landing
 
     def begin(self) -> None:
+        self._shown.clear()
         if self.holding and self._sums is None:
             self._sums = [own.to(_sum_dtype(own), copy=True) for own in self.own]
 
@@ -94,14 +96,14 @@ class Scatter(Method):
         self.used = [one or before for one, before in zip(used, self.used or [False] * len(used), strict=True)]
         self.holding = True
         self._users.clear()
-        for p in self.params:
-            p.grad = None
+        self._shown.show(self.used)
 
     # --- The life of the shards ---------------------------------------------------------------------------------------
 
     def drop(self) -> None:
         """Forget the gradients: they were stepped, or are not wanted."""
         self.holding, self.used, self._sums = False, [], None
+        self._shown.clear()
 
     def landed(self, index: int, parts: Parts) -> Parts:
         """Add what has come to what was there; the sum of squares and the flag of all of it."""
