@@ -89,6 +89,7 @@ class Passes:
             self.timeline.look()
         if not bucket.waiting:
             self._send_ready()
+        self.method.look()
 
     def _begin(self) -> None:
         """The first gradient of a backward pass."""

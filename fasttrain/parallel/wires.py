@@ -69,6 +69,9 @@ class Method:
     def begin(self) -> None:
         """The first gradient of a backward pass has arrived, or a step without one is about to end."""
 
+    def look(self) -> None:
+        """A gradient has arrived: time to see what is over. Never waits."""
+
     def ended(self, used: Sequence[bool]) -> None:
         """A synchronised step is over; `used`: for each parameter, whether any rank has a gradient of it."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from fasttrain.parallel.zero_buckets import Rotating
 from fasttrain.parallel.zero_cut import Cut
 from fasttrain.parallel.zero_shown import Shown
 from fasttrain.parallel.zero_wire import scatter
+
+if TYPE_CHECKING:
+    from fasttrain.parallel.zero_arrival import ByBucket
 
 
 class Scatter(Method):
@@ -34,6 +37,7 @@ class Scatter(Method):
         own: of each bucket, the mean of this rank's part in the last synchronised backward pass.
         used: for each parameter, whether any rank has had a gradient of it since the last step.
         holding: whether there was a synchronised backward pass since the last step.
+        arriving: what steps buckets as they land, if anything does.
     """
 
     name = "shards"
@@ -45,6 +49,8 @@ class Scatter(Method):
         self.own: list[Tensor] = []
         self._back: dict[torch.dtype, float] = {}  # bytes of a parameter, by the dtype of its bucket
         self._sums: list[Tensor] | None = None
+        self.arriving: ByBucket | None = None
+        self._flying: list[Landing] = []
         self.holding, self.used = False, list[bool]()
 
     def prepare(self, wire: Wire, layout: FlatLayout) -> None:
@@ -85,10 +91,19 @@ class Scatter(Method):
         landing = Landing(self, index, scatter(self.wire, self.own[index], data, self.cuts[index], self.divisor))
         if isinstance(bucket, Rotating):
             self._users[memory] = landing
+        if self.arriving is not None:
+            self._flying.append(landing)
         return landing
+
+    def look(self) -> None:
+        while self._flying and self._flying[0].done():
+            self._flying.pop(0).wait()
 
     def begin(self) -> None:
         self._shown.clear()
+        if self.holding and self.arriving is not None:
+            raise RuntimeError("each synchronised backward pass is a step where buckets are stepped on arrival: call "
+                               "step() before the next, and accumulate under no_sync()")
         if self.holding and self._sums is None:
             self._sums = [own.to(_sum_dtype(own), copy=True) for own in self.own]
 
@@ -96,6 +111,7 @@ class Scatter(Method):
         self.used = [one or before for one, before in zip(used, self.used or [False] * len(used), strict=True)]
         self.holding = True
         self._users.clear()
+        self._flying.clear()
         self._shown.show(self.used)
 
     # --- The life of the shards ---------------------------------------------------------------------------------------
@@ -107,6 +123,8 @@ class Scatter(Method):
 
     def landed(self, index: int, parts: Parts) -> Parts:
         """Add what has come to what was there; the sum of squares and the flag of all of it."""
+        if self.arriving is not None:
+            self.arriving.landed(index)
         if self._sums is None:
             return parts
         squares, found = norm.squares([self._sums[index].add_(self.own[index])])
