@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fasttrain.dist.failures import FAILED, PEER_FAILED
 from fasttrain.optim import SGD
-from fasttrain.parallel import DataParallel, Zero
+from fasttrain.parallel import DataParallel, Zero, shard
 from fasttrain.parallel.unfinished import RETRY_S
 
 CULPRIT = 1
@@ -57,7 +57,9 @@ class Net(nn.Module):
 
 def lives_on(wire: Any, watcher: Any, how: str) -> None:
     """The exception is caught, and the rank does something else for a minute."""
-    model = DataParallel(Net(wire.rank, how), mesh=wire, bucket_cap_mb=0.00005)
+    net = Net(wire.rank, how)
+    model = shard(net, blocks=[net.last], watch=watcher).module if how == "shard" else \
+        DataParallel(net, mesh=wire, bucket_cap_mb=0.00005)
     if how == "ZeRO":
         Zero(model, SGD, stage=2, lr=0.1)
     watcher.step = 7
@@ -75,7 +77,7 @@ def lives_on(wire: Any, watcher: Any, how: str) -> None:
 
 WORDS = {"in Python": "ValueError: the batch is bad", "re-entrant": "ValueError: the batch is bad",
          "in C++": r"RuntimeError: .*", "at once": "ValueError: the batch is bad",
-         "ZeRO": "ValueError: the batch is bad"}
+         "ZeRO": "ValueError: the batch is bad", "shard": "ValueError: the batch is bad"}
 
 
 @pytest.mark.parametrize("how", WORDS)

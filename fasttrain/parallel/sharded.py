@@ -23,6 +23,7 @@ from fasttrain.optim.arrival import Arrival
 from fasttrain.parallel import replaced, shardable
 from fasttrain.parallel.accumulate import Accumulation
 from fasttrain.parallel.scattered import Scattered
+from fasttrain.parallel.unfinished import Watched
 from fasttrain.parallel.watching import wire_over
 
 
@@ -91,6 +92,7 @@ def shard(model: nn.Module, mesh: DeviceMesh | None = None, *, blocks: str | Seq
         for part in divided:
             part.set_custom_reduce_scatter(Scattered(shards))
     replaced.watch(model, [p for _, p in named])
+    model.register_forward_hook(Watched(everyone.watch).after_forward)
     return Sharded(model, shards, everyone)
 
 

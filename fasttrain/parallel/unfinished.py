@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttrain.dist.failures import first_words
+from fasttrain.dist.failures import first_words, is_about_a_connection
 from fasttrain.dist.watcher import Watcher
 from fasttrain.dist.work import WireError
 
@@ -96,9 +96,45 @@ def tell(watch: Any, cause: Cause, after_s: float, still: Callable[[], bool]) ->
 def _tell(watch: Watcher, cause: Cause, after_s: float, still: Callable[[], bool]) -> None:
     if watch.ends_within(after_s) or not still():
         return
-    trace = "" if cause.error is None else "".join(traceback.format_exception(cause.error))
-    os.write(2, f"{trace}fasttrain: rank {watch.rank} ends: {cause}\n".encode())
-    watch.fail(str(cause))
+    error = cause.error
+    trace = "" if error is None else "".join(traceback.format_exception(error))
+    if isinstance(error, WireError) or (isinstance(error, RuntimeError) and is_about_a_connection(error)):
+        os.write(2, trace.encode())
+        watch.fail(error)  # perhaps only the echo of another rank's failure
+    else:
+        os.write(2, f"{trace}fasttrain: rank {watch.rank} ends: {cause}\n".encode())
+        watch.fail(str(cause))
+
+
+class Watched:
+    """Tells of backward passes of a module that come to no end, where no reducer does: `fully_shard` has its own.
+
+    Arguments:
+        watch: of the ranks; with None nothing is told.
+    """
+
+    def __init__(self, watch: Any = None):
+        self.watch, self._awaiting = watch, False
+
+    def __reduce__(self) -> Any:
+        return Watched, ()  # a copy of the module has no part in it
+
+    def after_forward(self, module: Any, inputs: Any, outputs: Any) -> None:
+        """A forward hook."""
+        if isinstance(self.watch, Watcher) and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            at_backward_of(outputs, self._begun)
+
+    def _begun(self, _: Tensor) -> None:
+        if not self._awaiting:
+            self._awaiting = True
+            Ending(self._over, self._lost)
+
+    def _over(self) -> None:
+        self._awaiting = False
+
+    def _lost(self, cause: Cause) -> None:
+        self._awaiting = False
+        tell(self.watch, cause, GRACE_S, lambda: True)
 
 
 def at_backward_of(outputs: Any, begins: Callable[[Tensor], None]) -> None:
