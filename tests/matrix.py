@@ -148,7 +148,7 @@ def of_ranks(model: nn.Module, case: Case, step: int) -> list[list[Tensor | None
             for index, grad in enumerate(gradients(model, case, batch_of(step, rank, micro), rank)):
                 before = total[index]
                 if grad is not None:
-                    total[index] = grad.to(held_in(case, grad)) if before is None else before + grad
+                    total[index] = grad.to(held_in(case, grad)) if before is None else (before + grad).to(before.dtype)
         found.append(total)
     return found
 

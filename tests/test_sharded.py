@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -230,3 +231,29 @@ def test_a_failure_is_told_where_torch_waits() -> None:
     assert "rank 1" in first.text
     assert "the data is broken" in first.text
     assert first.at - second.at < 5
+
+
+class Sometimes(Net):
+    """With a layer that one rank uses only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.extra = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, extra: bool = False) -> Tensor:
+        h = self.first(x)
+        return self.head(self.extra(h) if extra else h)
+
+
+def unused_on_one(wire: Any, watcher: Any) -> None:
+    sharded = shard(Sometimes(), blocks="layers", watch=watcher)
+    sharded.module(batch(0, wire.rank, 0, torch.float32), wire.rank == 0).sum().backward()
+    ranks.mark("PASSED")
+
+
+def test_a_parameter_that_is_used_on_one_rank_only_ends_all() -> None:
+    """`fully_shard` sends the gradients that a rank has: never those of one layer as those of another."""
+    for one in ranks.faulty(unused_on_one, 2):
+        assert one.code
+        assert "PASSED" not in one.text
+        assert re.search(r"the ranks issue different collectives: collective \d+ is reduce_scatter of", one.text), one

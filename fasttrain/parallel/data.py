@@ -104,7 +104,9 @@ class DataParallel(nn.Module, Joinable):
                 if handle is not None:
                     handle.wait()
             self.before_forward(ask(self.reducer.wire, False, self.reducer.syncing) if joining else None)
-        return self.module(*inputs, **kwargs)
+        outputs = self.module(*inputs, **kwargs)
+        self.reducer.expect(outputs)
+        return outputs
 
     def _look_at_the_graph(self) -> None:
         """Say once what it costs that the whole model is one compiled graph: its gradients come all at its end."""

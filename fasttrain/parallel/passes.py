@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,15 +12,16 @@ from torch import Tensor
 
 from fasttrain.dist.control import Control, Outcome, Pending
 from fasttrain.dist.layout import FlatLayout
+from fasttrain.dist.watcher import Watcher
 from fasttrain.dist.wire import Wire
 from fasttrain.parallel.blame import Blame
 from fasttrain.parallel.buckets import Bucket
 from fasttrain.parallel.timeline import Timeline
+from fasttrain.parallel.unfinished import GRACE_S, RETRY_S, Cause, Ending, at_backward_of, tell
 from fasttrain.parallel.wires import Method, Sent, total
 
 AGREED = ("the step", "the number of backward passes in it", "the checksum of its collectives",
           "whether there is any gradient", "whether optimizer.step() came without a synchronised backward pass")
-engine = torch.autograd.Variable._execution_engine
 
 
 class Passes:
@@ -49,6 +52,8 @@ class Passes:
         self._squares: tuple[Tensor, Tensor] | None = None
         self._arrivals: list[int] = []
         self.blaming = Blame()
+        self.uses = 0  # forward passes and steps
+        self.broken, self._awaiting = Cause(), False  # what has ended a backward pass; whether its end is awaited
         self._make_buckets(Bucket)
 
     def _make_buckets(self, make: Callable[..., Bucket]) -> None:
@@ -87,6 +92,7 @@ class Passes:
             self.timeline.look()
         if not bucket.waiting:
             self._send_ready()
+        self.method.look()
 
     def _begin(self) -> None:
         """The first gradient of a backward pass."""
@@ -97,11 +103,23 @@ class Passes:
         if self.syncing:
             self._start()
         self._open = self.syncing
-        engine.queue_callback(self._ended)
+        self._await_the_end()
+
+    def _await_the_end(self) -> None:
+        if not self._awaiting:
+            self._awaiting, self.broken = True, Cause()
+            Ending(self._ended, partial(_lost, weakref.ref(self)))
+
+    def expect(self, outputs: Any) -> None:
+        """A backward pass will begin at these outputs of the model: an exception before any gradient is seen, too."""
+        if isinstance(self.wire.watch, Watcher) and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            at_backward_of(outputs, partial(_begun, weakref.ref(self)))
 
     def _start(self) -> None:
         """A synchronised step begins."""
         self._read()
+        if self._late_items and not self._adds_up():
+            self._late_items = 0  # the gradients that they belong to were forgotten (`zero_grad`)
         self._works: list[Sent] = []
         self._squares = None
         self._factor = self.method.factor
@@ -112,6 +130,11 @@ class Passes:
         if self.timeline is not None:
             self.timeline.begin()
 
+    def _adds_up(self) -> bool:
+        """Whether gradients of an earlier synchronised pass are there, which this one adds to."""
+        return self.method.holding or any(p.grad is bucket.slots.views[place] for p, (bucket, place) in
+                                          zip(self.params, self._where, strict=True))
+
     def _send_ready(self) -> None:
         """Send, in the layout's order, every bucket that is full and whose turn it is."""
         while (turn := len(self._works)) < len(self.buckets) and not self.buckets[turn].waiting:
@@ -120,14 +143,12 @@ class Passes:
                 self.timeline.sent(turn, self._works[turn])
 
     def _ended(self) -> None:
-        """Autograd is done; or only the inner backward pass of a re-entrant checkpoint."""
-        if (node := torch._C._current_autograd_node()) is not None:
-            node.register_hook(lambda *_: engine.queue_callback(self._ended))
-        elif self._open is not None:
-            if self._open:
-                self._counting = False
-                self._finish(late=False)
-            self._open = None
+        """Autograd is done."""
+        self._awaiting = False
+        if self._open:
+            self._counting = False
+            self._finish(late=False)
+        self._open = None
 
     def _finish(self, late: bool) -> None:
         if self.timeline is not None:
@@ -184,3 +205,22 @@ class Passes:
             if not p.requires_grad or p.shape != shape:
                 how = "resized" if p.requires_grad else "frozen"
                 raise RuntimeError(f"{name} was {how} after it was wrapped: wrap the model again, on every rank")
+
+
+def _begun(passes: weakref.ref[Passes], _: Tensor) -> None:
+    if (self := passes()) is not None:
+        self._await_the_end()
+
+
+def _lost(passes: weakref.ref[Passes], cause: Cause) -> None:
+    """A backward pass came to no end."""
+    if (self := passes()) is None:
+        return
+    self._awaiting, self.broken = False, cause
+    begun, uses = self._open is not None, self.uses
+
+    def still() -> bool:
+        """A pass without any gradient yet can be tried again."""
+        return begun or ((now := passes()) is not None and now.uses == uses)
+
+    tell(self.wire.watch, cause, GRACE_S if begun else RETRY_S, still)

@@ -23,6 +23,7 @@ from fasttrain.optim.arrival import Arrival
 from fasttrain.parallel import replaced, shardable
 from fasttrain.parallel.accumulate import Accumulation
 from fasttrain.parallel.scattered import Gathered, Scattered
+from fasttrain.parallel.unfinished import Watched
 from fasttrain.parallel.watching import wire_over
 from fasttrain.precision.loss_scale import LossScaler, step_divided
 
@@ -93,6 +94,7 @@ def shard(model: nn.Module, mesh: DeviceMesh | None = None, *, blocks: str | Seq
             part.set_custom_reduce_scatter(Scattered(shards))
             part.set_custom_all_gather(Gathered(shards))
     replaced.watch(model, [p for _, p in named])
+    model.register_forward_hook(Watched(everyone.watch).after_forward)
     return Sharded(model, shards, everyone)
 
 

@@ -38,11 +38,13 @@ class Method:
         divisor: what the sum over ranks is divided by: their number, or fewer if some have no data left.
         checksum: of the collectives that were issued since the reducer was made, in their order.
         grid: the ranks in rows, one for each node, of a method that tells these apart.
+        holding: whether this rank has its part of gradients that no parameter shows (`Zero`).
     """
 
     name = ""
     grid: list[list[int]] | None = None
     final = False  # no other may take its place
+    holding = False
 
     def __init__(self) -> None:
         self.checksum = 0
@@ -66,6 +68,9 @@ class Method:
 
     def begin(self) -> None:
         """The first gradient of a backward pass has arrived, or a step without one is about to end."""
+
+    def look(self) -> None:
+        """A gradient has arrived: time to see what is over. Never waits."""
 
     def ended(self, used: Sequence[bool]) -> None:
         """A synchronised step is over; `used`: for each parameter, whether any rank has a gradient of it."""
