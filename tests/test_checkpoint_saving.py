@@ -18,7 +18,7 @@ import torch
 from checkpointed import Run, assert_same
 from torch import nn
 
-from fasttrain.checkpoint import CheckpointError, Checkpointer, Locked, NotACheckpoint, Reader, Rng, checkpointer
+from fasttrain.checkpoint import Checkpointer, CheckpointError, Locked, NotACheckpoint, Reader, Rng, checkpointer
 from fasttrain.checkpoint.parts import GRAIN, Among, Part, mine, parts_of
 from fasttrain.optim import AdamW
 

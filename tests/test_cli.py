@@ -59,7 +59,7 @@ def elsewhere(tmp_path, monkeypatch):
     ("train --text words --out file/below", "--out file/below: cannot be written: Not a directory"),
     ("train --steps 20 --warmup 50", "--steps 20 is shorter than --warmup 50"),
     ("report nowhere", "nowhere is not a run"),
-    ("report", "RUN"),
+    ("report", "no run: name the directories"),
     ("schedule cosinus(10)", "there is no schedule cosinus; there are constant, warmup"),
     ("schedule __import__('os')", "there is no schedule __import__"),
     ("schedule 0.5*cosine(10) --steps 0", "--steps 0: must be at least 1"),

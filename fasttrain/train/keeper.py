@@ -60,7 +60,7 @@ class Keeper:
 
     def taking(self) -> None:
         """A batch is about to be taken from the data."""
-        data = self.state.get("data")
+        data: Any = self.state.get("data")
         self._before = data.state_dict() if hasattr(data, "rewind") else None
 
     def taken(self) -> None:

@@ -68,7 +68,7 @@ def train(config: TrainConfig, model: DataParallel | Sharded, optimizer: torch.o
         windows = Windows(text.train, config.sequence, config.seed)
         data = stack.enter_context(
             Loader(windows, config.batch, rank=wire.rank, world=wire.size, device=wire.device))
-        make_loop = partial(
+        make_loop: Callable[..., Loop] = partial(
             Loop, model, data, optimizer, lambda model, batch: loss_of(model, batch["tokens"].long()),
             accumulate=config.accumulate, clip=config.clip, context=lambda: autocast(config, wire.device),
             schedule=Scheduler(optimizer, lr=warmup_cosine(config.steps, config.rise)),

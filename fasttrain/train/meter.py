@@ -67,8 +67,8 @@ class Meter:
         self.seconds += now - self.begun
         each = (now - self.begun) / max(1, self.steps)
         self.last_loss = self.loss_sum / self.losses if self.losses else float("nan")
-        record = {"loss": self.last_loss, "grad_norm": self.norm, "tokens_per_s": self.tokens / each,
-                  "seconds": self.seconds, **self.memory.now()}
+        record: Record = {"loss": self.last_loss, "grad_norm": self.norm, "tokens_per_s": self.tokens / each,
+                          "seconds": self.seconds, **self.memory.now()}
         if self.peak and self.flops:
             record["mfu"] = self.flops / each / self.peak
         total = sum(phases.values())

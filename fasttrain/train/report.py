@@ -71,10 +71,11 @@ def begin(config: TrainConfig, header: Record) -> Path:
     Raises:
         BadInput: as `make_directory`, or as `check_same`.
     """
+    found = resumable(config, header) if config.resume == "auto" and not config.dry_run else None
     if config.dry_run:
         out = Path(tempfile.mkdtemp(prefix="fasttrain-dry-run-"))
-    elif config.resume != "auto" or (out := resumable(config, header)) is None:
-        out = make_directory(config.out, config.optimizer)
+    else:
+        out = found or make_directory(config.out, config.optimizer)
     fresh = out / ".config.json"  # of a run that goes on: options that do not change its numbers may be others now
     fresh.write_text(json.dumps(header, indent=1) + "\n")
     fresh.replace(out / "config.json")

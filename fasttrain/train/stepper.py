@@ -150,7 +150,8 @@ class Stepper:
         norm, bad = self._step(loss, items) if self.ours else self._step_of_torch()
         self.steps += 1
         self.stepping = False
-        names = nonfinite(self.bare.named_parameters()) if self.device.type == "cpu" and bad else ()
+        looks = self.device.type == "cpu" and not isinstance(self.optimizer, Zero)  # whose gradients are in shards
+        names = nonfinite(self.bare.named_parameters()) if looks and bad else ()
         self.optimizer.zero_grad()
         arrived = self._later.put(self.steps, tuple(names)[:MOST_NAMES], loss=loss, norm=norm, bad=bad, stop=stop,
                                   scale=scale)
