@@ -79,6 +79,6 @@ def again(wire: Any, folder: Path) -> Any:
 def test_a_rank_that_is_started_again_goes_on(tmp_path: Path) -> None:
     """Of one rank, for the first one raises alone: the others are told by the watcher (tests/test_torchrun.py)."""
     (refused, other), = ranks.run(again, 1, tmp_path)
-    assert refused.endswith("out0 is not empty; give a new directory, remove what is there, or go on with the run in it "
-                            "by --resume auto")
+    assert refused.endswith("out0 is not empty; give a new directory, remove what is there, or go on with the run in "
+                            "it by --resume auto")
     assert "holds a run with --lr None, not 0.5" in other

@@ -21,6 +21,8 @@ def line(record: dict[str, Any], steps: int) -> str:
             return f"{head}  {'  '.join(validation(record))}"
         case "wire":
             return f"{head}  communication: {sent(record)}"
+        case "dry-run":
+            return f"{head}  made"
         case _:
             return f"{head}  {record['text']}"
 

@@ -13,7 +13,8 @@ import torch
 from fasttrain.checkpoint.checkpointer import Checkpointer
 from fasttrain.checkpoint.retention import Keep
 from fasttrain.checkpoint.stopping import Stopping
-from fasttrain.data import Loader, Windows
+from fasttrain.data.loader import Loader
+from fasttrain.data.windows import Windows
 from fasttrain.guards.averages import ema
 from fasttrain.guards.bad_steps import NonFinite
 from fasttrain.guards.stopping import EarlyStopping
