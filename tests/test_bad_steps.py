@@ -1,6 +1,7 @@
 """Losses and gradients that are not finite: skipped, counted, named, and ended; without waiting for a device."""
 
 import copy
+import itertools
 import json
 import math
 
@@ -220,6 +221,29 @@ def test_culprits_are_looked_for_after_a_bad_step_until_a_good_one(monkeypatch):
 
 
 # --- Ranks ------------------------------------------------------------------------------------------------------------
+
+def overflow_on_one_rank(wire):
+    from fasttrain.parallel import DataParallel
+
+    torch.manual_seed(0)
+    model = DataParallel(torch.nn.Linear(8, 4), mesh=wire, broadcast_buffers=False)
+    optimizer, scaler = ours.AdamW(model.parameters()), LossScaler(2.0**10)
+    guard, scales, weights = NonFinite(model, most=3), [], []
+    for step in range(5):
+        loss = model(torch.ones(2, 8)).sum()
+        (scaler.scale(loss) * (math.inf if wire.rank == 1 and step in (1, 2) else 1.0)).backward()
+        guard.step(optimizer, step, statistics=model.reducer.statistics(), scaler=scaler)
+        optimizer.zero_grad()
+        scales.append(scaler.get_scale())
+        weights.append(model.module.weight.detach().clone())
+    moved = [not torch.equal(p, q) for p, q in itertools.pairwise(weights)]
+    return scales, moved, guard.state_dict()["overflows"]
+
+
+def test_an_overflow_on_one_rank_is_skipped_on_all_and_the_scale_backs_off():
+    wanted = ([1024.0, 512.0, 256.0, 256.0, 256.0], [False, False, True, True], 2)
+    assert ranks.run(overflow_on_one_rank, 2) == [wanted, wanted]
+
 
 def spoil_one_rank(wire, zero):
     from fasttrain.parallel import DataParallel, Zero

@@ -71,7 +71,8 @@ def test_it_is_torchs():
     assert not hasattr(run.optimizer.step, "_wrapped_by_lr_sched")
     copied = copy.deepcopy(run.scheduler)
     copied.step()
-    assert run.scheduler.last_epoch == 5
+    copied.optimizer.load_state_dict(run.optimizer.state_dict())
+    assert [one.get_lr()[0] for one in (run.scheduler, copied)] == [0.1 * LR(5), 0.1 * LR(6)]
 
 
 ORDERS = [order for order in itertools.permutations(("schedule", "load optimizer", "load scheduler"))

@@ -118,7 +118,7 @@ def test_a_loop_that_goes_back_ends_as_if_the_batch_had_not_been_there():
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(window=2), "window=2"), (dict(warmup=300), "longer than window=128"), (dict(method="iqr"), "is none of 'mad'"),
+    (dict(window=2), "window=2"), (dict(warmup=300), "longer than window=128"), (dict(method="iqr"), "is none of"),
     (dict(threshold=0.0), "must be positive"), (dict(patience=0), "patience=0"), (dict(most=-1), "most=-1")])
 def test_what_cannot_work_is_refused(options, message):
     with pytest.raises(ValueError, match=message):

@@ -151,7 +151,8 @@ class NonFinite:
         together = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
         squares, found = clip.statistics(together) if statistics is None else statistics
         if loss is not None:
-            found = found | ~torch.isfinite(loss.detach().to(found.device))
+            here = loss.detach().to(found.device)
+            found = found | (here - here != 0)  # not finite; isfinite would be four kernels
         names, flags = self._look(found)
         scale = None if scaler is None else scaler.scale_on_device
         if all(_skips(one) for one in together):

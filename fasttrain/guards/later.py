@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+WIDE = (torch.float64, torch.int64, torch.int32)  # float32 would not hold their numbers
+
 
 class Arrived(NamedTuple):
     """What was put in `delay` steps ago.
@@ -88,8 +90,9 @@ class Later:
         way = None
         if sent:
             tensors = [value.reshape(-1) for _, value in sent]
-            kind = torch.float64 if any(one.dtype == torch.float64 for one in tensors) else torch.float32
-            way = send(torch.cat([one.to(kind) for one in tensors]))
+            if any(one.dtype in WIDE for one in tensors):
+                tensors = [one.double() for one in tensors]
+            way = send(torch.cat(tensors))  # which promotes flags and numbers of 16 bits to float32
         self._pending.append((step, known, note, way, [(name, value.numel()) for name, value in sent]))
         return self._take() if len(self._pending) > self.delay else None
 

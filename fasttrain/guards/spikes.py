@@ -135,16 +135,19 @@ class LossSpikes:
 
 
 def _median_distance(values: list[float], middle: float) -> float:
-    """The median of the distances of sorted values from their middle: two pointers go outwards from there."""
-    high = bisect.bisect_left(values, middle)
-    low, count = high - 1, len(values)
-    last = before = 0.0
-    for _ in range(count // 2 + 1):
-        before = last
-        below = middle - values[low] if low >= 0 else math.inf
-        above = values[high] - middle if high < count else math.inf
-        if below <= above:
-            last, low = below, low - 1
+    """The median of the distances of sorted values from their middle."""
+    count = len(values)
+    upper = _distance(values, middle, count // 2 + 1)
+    return upper if count % 2 else (_distance(values, middle, count // 2) + upper) / 2
+
+
+def _distance(values: list[float], middle: float, k: int) -> float:
+    """The k-th smallest distance: the k nearest values stand side by side, and bisection finds the first of them."""
+    low, high = 0, len(values) - k
+    while low < high:
+        first = (low + high) // 2
+        if middle - values[first] > values[first + k] - middle:
+            low = first + 1
         else:
-            last, high = above, high + 1
-    return last if count % 2 else (before + last) / 2
+            high = first
+    return max(middle - values[low], values[low + k - 1] - middle)

@@ -85,8 +85,15 @@ class Scheduler(LRScheduler):
         self.last_epoch, self._step_count = last_epoch + 1, 1
         self._last_lr: list[float | Tensor] = []
         self._apply()
+        self._listen()
+
+    def _listen(self) -> None:
         me = weakref.ref(self)
-        optimizer.register_load_state_dict_post_hook(lambda _: _again(me))
+        self.optimizer.register_load_state_dict_post_hook(lambda _: _again(me))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._listen()  # a copied optimizer has no hooks
 
     @property
     def base_lrs(self) -> list[float]:  # type: ignore[override]
