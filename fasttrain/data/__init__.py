@@ -10,7 +10,7 @@ from importlib import import_module
 
 HOMES = {
     "Windows": "windows", "Source": "windows", "Mixture": "mixture", "TokenDataset": "dataset",
-    "cu_seqlens": "dataset", "Loader": "loader", "ShardWriter": "writing",
+    "cu_seqlens": "dataset", "Packed": "packing", "pack": "packing", "Loader": "loader", "ShardWriter": "writing",
     "tokenize": "make",
     **dict.fromkeys(("DataError", "BadShard", "TooSmall", "WrongTokenizer", "WrongState", "WorkerDied"), "errors"),
 }

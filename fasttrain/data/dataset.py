@@ -11,6 +11,7 @@ import numpy as np
 import xxhash
 
 from fasttrain.data.errors import BadShard, DataError, WrongTokenizer
+from fasttrain.data.packing import Packed
 from fasttrain.data.shard import Header, Shard
 from fasttrain.data.windows import Windows
 
@@ -182,6 +183,10 @@ class TokenDataset:
         """Training samples of `length` tokens each, as `Windows`."""
         return Windows(self, length, seed, positions)
 
+    def packed(self, path: str | Path, seed: int = 0) -> Packed:
+        """Training samples of whole documents, packed by `fasttrain.data.pack`, as `Packed`."""
+        return Packed(self, path, seed)
+
     def gather(self, starts: np.ndarray, width: int) -> np.ndarray:
         """`width` tokens from each of `starts`, which lie in the stream: uint8, int32 or int64, (len(starts), width).
 
@@ -222,6 +227,16 @@ class TokenDataset:
         if shard is None:
             raise self._lost[number]
         return shard
+
+    def ends(self) -> np.ndarray:
+        """Where documents end in the stream, checked: int64, shape (documents,).
+
+        Raises:
+            BadShard: the file is lost, or its list of ends damaged.
+        """
+        found = [self._shard(number).ends().astype(np.int64) + self._offsets[number]
+                 for number in range(len(self.shards))]
+        return np.concatenate(found)
 
     def sound(self, start: int, count: int, documents: bool = False) -> bool:
         """Whether these tokens can be read and are those that were written; with `documents`, their ends too."""

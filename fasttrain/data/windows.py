@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -121,34 +122,20 @@ class Windows:
             begin. Of a `TokenDataset` that skips what is damaged also ``replaced``: bool, (b,), whether another window
             stands for this one: another function of (seed, number, files) alone, so every rank would choose the same.
         """
-        starts = self._known_starts(indices)
-        if isinstance(self.stream, np.ndarray):
-            return {"tokens": np.stack([self.stream[s : s + self.length + 1] for s in starts.tolist()])}
         given: dict[str, np.ndarray] = {}
+        if isinstance(self.stream, np.ndarray):
+            starts = self._known_starts(indices)
+            return {"tokens": np.stack([self.stream[s : s + self.length + 1] for s in starts.tolist()])}
         if self.stream.on_bad == "skip":
-            given["replaced"] = self._replace(indices, starts)
+            indices, given["replaced"] = substitutes(indices, self.per_pass, self.seed, self._sound, self.stream)
+        starts = self._known_starts(indices)
         given["tokens"] = self.stream.gather(starts, self.length + 1)
         if self.positions:
             given["positions"] = self.stream.positions(starts, self.length)
         return given
 
-    def _replace(self, indices: np.ndarray, starts: np.ndarray) -> np.ndarray:
-        """Put other windows of the same pass, drawn by hash, in the place of damaged ones; which were."""
-        bad = np.array([not self._sound(start) for start in starts.tolist()])
-        for place in np.flatnonzero(bad):
-            i = int(indices[place])
-            first = i - i % self.per_pass
-            for attempt in range(MOST_TRIES):
-                other = first + mix(mix(mix(self.seed) ^ i) + attempt) % self.per_pass
-                starts[place] = self.start(other)
-                if self._sound(int(starts[place])):
-                    break
-            else:
-                raise DataError(f"sample {i} is damaged, and so are {MOST_TRIES} others drawn in its place: too little "
-                                f"of {self.stream} is sound; restore its files")
-        return bad
-
-    def _sound(self, start: int) -> bool:
+    def _sound(self, i: int) -> bool:
+        start, = self._known_starts(np.array([i])).tolist()
         return self.stream.sound(start, self.length + 1, self.positions)
 
     def fingerprint(self) -> dict[str, Any]:
@@ -156,3 +143,26 @@ class Windows:
         array = isinstance(self.stream, np.ndarray)
         data = xxhash.xxh3_128_hexdigest(self.stream.data) if array else self.stream.fingerprint
         return {"order": 1, "data": data, "seed": self.seed, "length": self.length}
+
+
+def substitutes(indices: np.ndarray, per_pass: int, seed: int, sound: Callable[[int], bool],
+                data: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Other samples of the same pass, drawn by hash, in the place of those that are not sound; and which were not.
+
+    Raises:
+        DataError: there are hardly any sound ones.
+    """
+    bad = np.array([not sound(i) for i in indices.tolist()])
+    chosen = indices.copy()
+    for place in np.flatnonzero(bad):
+        i = int(indices[place])
+        first = i - i % per_pass
+        for attempt in range(MOST_TRIES):
+            other = first + mix(mix(mix(seed) ^ i) + attempt) % per_pass
+            if sound(other):
+                chosen[place] = other
+                break
+        else:
+            raise DataError(f"sample {i} is damaged, and so are {MOST_TRIES} others drawn in its place: too little of "
+                            f"{data} is sound; restore its files")
+    return chosen, bad
