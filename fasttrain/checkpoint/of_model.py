@@ -31,6 +31,10 @@ class OfModel:
     def __init__(self, key: str, module: nn.Module, everyone: Among):
         self.key, self.module, self.everyone = key, bare(module), everyone
 
+    def ties(self) -> dict[str, str]:
+        """Other names of tensors that have one already."""
+        return self._tensors()[1]
+
     def _tensors(self) -> tuple[dict[str, Any], dict[str, str], dict[str, Any]]:
         """Tensors by name; other names of the same; what is no tensor."""
         names = names_in(self.module)

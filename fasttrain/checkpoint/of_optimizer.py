@@ -12,7 +12,7 @@ from fasttrain.checkpoint import encoding, of_zero
 from fasttrain.checkpoint.of_model import listed
 from fasttrain.checkpoint.parts import BY_NAME, DTYPES, Among, Part, parts_of
 from fasttrain.checkpoint.regions import Region
-from fasttrain.checkpoint.saved import Plan, Saved, given, refuse, whole_reads
+from fasttrain.checkpoint.saved import Plan, Saved, given, refuse, states_of, whole_reads
 from fasttrain.optim import Optimizer, statedict
 from fasttrain.optim.local import as_whole, is_dtensor, local
 from fasttrain.parallel import Zero
@@ -102,10 +102,7 @@ class OfOptimizer:
             return refuse(f"{self.key}: the checkpoint has no optimizer of this name")
         if told["class"] != self.class_name:
             return refuse(f"{self.key}: the checkpoint's is {told['class']}, the one to load is {self.class_name}")
-        states: dict[str, Any] = {}
-        for rank in range(saved.world):
-            for name, state in (saved.entry(self.key, rank) or {}).get("state", {}).items():
-                states.setdefault(name, {}).update(state)
+        states = states_of(saved, self.key)
         if problems := self._different_names(told, states):
             return refuse(*problems)
         groups = self._groups(told, saved)
