@@ -96,7 +96,7 @@ def test_what_torch_wrote_is_loaded_by_any_stage(how: str, stage: int, stored: s
 
 
 def test_states_by_place_where_a_file_has_no_names(tmp_path: Path) -> None:
-    """A checkpoint of torch.optim, as scripts have it: with DistributedDataParallel's prefix, and numbered parameters."""
+    """A file of torch.optim, as scripts have it: with DistributedDataParallel's prefix, and numbered parameters."""
     torch.manual_seed(0)
     old, new = Small(True), Small(True)
     before, after = torch.optim.AdamW(old.parameters(), lr=0.1), AdamW(new.named_parameters())

@@ -1,4 +1,4 @@
-"""Saved by any number of ranks at any stage of ZeRO, loaded by any other: nothing is lost, and only what is needed read."""
+"""Saved by any number of ranks at any stage of ZeRO, loaded by any other: nothing is lost, and no more is read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""State that other packages saved: plain torch files, and torch's distributed checkpoints. Nothing of them is executed."""
+"""State that other packages saved: plain torch files, torch's distributed checkpoints. Nothing of them is executed."""
 
 from __future__ import annotations
 
@@ -136,7 +136,8 @@ def _optimizer(key: str, given: Mapping[str, Any], optimizer: Any, names: Mappin
                taker: Any) -> Any:
     """The entry of an optimizer's state dict, whose parameters are told by number or by name."""
     places = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
-    groups, called = [], {}
+    groups: list[dict[str, Any]] = []
+    called: dict[Any, str] = {}
     for index, group in enumerate(given["param_groups"]):
         params = group["params"]
         if all(isinstance(one, str) for one in params):
@@ -187,8 +188,8 @@ def _safe() -> tuple[Any, Any]:
             if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
                 return found
             if (module, name) not in known:
-                raise pickle.UnpicklingError(f"the metadata names {module}.{name}, which is none of torch's classes for "
-                                             "them: it is not loaded")
+                raise pickle.UnpicklingError(f"the metadata names {module}.{name}, which is none of torch's classes "
+                                             "for them: it is not loaded")
             return known[module, name]
 
     class Reader(FileSystemReader):

@@ -112,11 +112,12 @@ class Named:
                 elif id(p) in own:
                     found[id(p)] = strip(own[id(p)])
                 else:
-                    raise ValueError(f"{key}: parameter {i} of group {g} (shape {tuple(p.shape)}) has no name, which is "
-                                     "the address of its state: put the model into the same state, or make the "
+                    raise ValueError(f"{key}: parameter {i} of group {g} (shape {tuple(p.shape)}) has no name, which "
+                                     "is the address of its state: put the model into the same state, or make the "
                                      "optimizer of model.named_parameters()")
         by_name: dict[str, int] = {}
         for number, name in found.items():
             if by_name.setdefault(name, number) != number:
-                raise ValueError(f"{key}: two of its parameters are called {name!r}: give named parameters of one model")
+                raise ValueError(f"{key}: two of its parameters are called {name!r}: give named parameters of one "
+                                 "model")
         return found

@@ -106,12 +106,13 @@ class OfModel:
             elif homes:
                 chosen[name] = homes.pop()
         everything = {*tensors, *others}
-        unexpected = [f"{name} {saved.kinds[f'{self.key}/{name}'].shape}" for name in sorted(there - set(chosen.values()))]
+        unexpected = [f"{name} {saved.kinds[f'{self.key}/{name}'].shape}"
+                      for name in sorted(there - set(chosen.values()))]
         unexpected += [f"{name} (the same as {of})" for name, of in same.items() if name not in everything
                        and of in chosen.values()]
         parts = self._parts({name: tensors[name] for name in chosen})
         different = []
-        for name, some in parts.items():
+        for name in parts:
             kind = saved.kinds[f"{self.key}/{chosen[name]}"]
             here = tuple(tensors[name].shape), DTYPES.get(tensors[name].dtype, str(tensors[name].dtype))
             if here != (kind.shape, kind.dtype):

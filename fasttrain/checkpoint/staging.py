@@ -154,7 +154,8 @@ def _moved(moves: list[tuple[int, int, int]]) -> None:
 
 
 def _piece(part: Part, held: Tensor) -> Piece:
-    return Piece(part.name, part.dtype, part.region.shape, memoryview(bytes_of(held)), part.region.span, part.region.box)
+    data: Any = bytes_of(held)
+    return Piece(part.name, part.dtype, part.region.shape, memoryview(data), part.region.span, part.region.box)
 
 
 def _pin(pages: mmap.mmap, memory: Tensor) -> None:
