@@ -1,4 +1,4 @@
-"""The ``fasttrain`` command: ``train``, ``compare``, ``doctor``.
+"""The ``fasttrain`` command: ``train``, ``compare``, ``verify``, ``inspect``, ``doctor``.
 
 Exit codes: 0 done; 1 a run failed; 2 the input cannot work; 130 interrupted by Ctrl-C, 143 by SIGTERM.
 """
@@ -36,6 +36,22 @@ class Compare:
 
 
 @dataclasses.dataclass(frozen=True)
+class Verify:
+    """Compare every byte of a checkpoint, or of all in a directory, with its checksums, and name what is damaged."""
+
+    directory: Annotated[Positional[Path], arg(metavar="DIR")]
+    """Of one checkpoint, or of several."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspect:
+    """List what a checkpoint holds, or which checkpoints a directory does."""
+
+    directory: Annotated[Positional[Path], arg(metavar="DIR")]
+    """Of one checkpoint, or of several."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Doctor:
     """Say what is installed, which backend each kernel would use, and why not the others."""
 
@@ -49,6 +65,8 @@ def main(arguments: list[str] | None = None) -> int:
             return train(command)
         if isinstance(command, Compare):
             return compare(command)
+        if isinstance(command, Verify | Inspect):
+            return checkpoints(command)
         from fasttrain import doctor
 
         return doctor.main()
@@ -58,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
         return _say("interrupted", error.args[0] if error.args else 130)
 
 
-def parse(arguments: list[str]) -> TrainConfig | Compare | Doctor:
+def parse(arguments: list[str]) -> TrainConfig | Compare | Verify | Inspect | Doctor:
     """The command that `arguments` name.
 
     Raises:
@@ -67,6 +85,8 @@ def parse(arguments: list[str]) -> TrainConfig | Compare | Doctor:
     commands = (
         Annotated[TrainConfig, subcommand("train")]
         | Annotated[Compare, subcommand("compare")]
+        | Annotated[Verify, subcommand("verify")]
+        | Annotated[Inspect, subcommand("inspect")]
         | Annotated[Doctor, subcommand("doctor")]
     )
     said = io.StringIO()
@@ -144,6 +164,25 @@ def compare(command: Compare) -> int:
         except OSError as error:
             raise BadInput(f"--png {command.png}: cannot be written: {error.strerror}") from error
     return 0
+
+
+def checkpoints(command: Verify | Inspect) -> int:
+    """Print what is damaged, or what there is."""
+    from fasttrain.checkpoint import files
+
+    try:
+        if isinstance(command, Inspect):
+            print(files.inspect(command.directory))
+            return 0
+        damages = files.verify(command.directory, lambda path: print(f"verifying {path}", flush=True))
+    except files.NotACheckpoint as error:
+        raise BadInput(str(error)) from error
+    except files.CheckpointError as error:
+        return _say(str(error), 1)
+    for damage in damages:
+        print(f"damaged: {damage}")
+    print(f"{len(damages)} damaged" if damages else "all bytes are those that were written")
+    return 1 if damages else 0
 
 
 def _say(text: str, code: int) -> int:

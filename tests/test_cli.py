@@ -27,7 +27,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ("", "Expected one of {train, compare, doctor}"),
+    ("", "Expected one of {train, compare, verify, inspect, doctor}"),
     ("trian", "trian"),
     ("train --stpes 4", "--stpes, 4"),
     ("train --step 4", "perhaps you meant --steps"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -9,9 +10,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from fasttrain.checkpoint import manifest
-from fasttrain.checkpoint.disk import DISK, Files, write_whole
+from fasttrain.checkpoint.disk import DISK, Files, empty, write_whole
 from fasttrain.checkpoint.errors import Damaged, Incomplete
 from fasttrain.checkpoint.find import listed, step_name
+from fasttrain.checkpoint.space import room
 
 POLL_S = 0.01, 0.25  # first and longest
 
@@ -38,6 +40,7 @@ def publish(directory: Path, part: Path, step: int, world: int, *, deadline_s: f
     Raises:
         Incomplete: ranks have not written theirs in time. Nothing is published.
         Damaged: a rank's manifest does not agree with itself, or a file of its has not the size it tells.
+        NoSpace, OSError: the disk's error. What all ranks have written is removed, unless it was published already.
     """
     if type(step) is not int or step < 0:
         raise ValueError(f"step must be a non-negative integer, not {step!r}")
@@ -53,12 +56,18 @@ def publish(directory: Path, part: Path, step: int, world: int, *, deadline_s: f
     content = {"format": manifest.FORMAT, "producer": manifest.PRODUCER, "step": step, "sequence": sequence,
                "world": world, "time": datetime.now(UTC).isoformat(timespec="seconds"), "metrics": measured,
                "ranks": ranks}
-    write_whole(part / manifest.NAME, manifest.encode(content), files)
-    files.sync_directory(part)
     path = directory / step_name(step)
-    if path.exists():  # of a run that went back, or a damaged one
+    if os.path.lexists(path):  # of a run that went back, or a damaged one
         path = directory / f"{step_name(step)}-{sequence}"
-    files.rename(part, path)
+    with room(directory, sum(sum(entry["files"].values()) for entry in ranks)):
+        try:
+            write_whole(part / manifest.NAME, manifest.encode(content), files)
+            files.sync_directory(part)
+            files.rename(part, path)
+        except OSError:
+            with suppress(OSError):
+                empty(part, files)
+            raise
     files.sync_directory(directory)
     return path
 

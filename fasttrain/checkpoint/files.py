@@ -1,6 +1,7 @@
 """The files of a checkpoint, without torch: what writes, publishes, finds, reads, locks, keeps and verifies them."""
 
 from fasttrain.checkpoint.commit import publish
+from fasttrain.checkpoint.damage import Damage, verify
 from fasttrain.checkpoint.disk import DISK, Files
 from fasttrain.checkpoint.errors import (
     CheckpointError,
@@ -19,7 +20,6 @@ from fasttrain.checkpoint.removal import clean, prune
 from fasttrain.checkpoint.retention import Keep
 from fasttrain.checkpoint.show import inspect
 from fasttrain.checkpoint.space import preflight
-from fasttrain.checkpoint.verify import Damage, verify
 from fasttrain.checkpoint.write import write_rank
 from fasttrain.checkpoint.writer import Job, Writer, WriterDied
 

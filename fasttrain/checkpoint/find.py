@@ -113,11 +113,11 @@ def peek(path: Path) -> dict[str, Any]:
         NotACheckpoint, Incomplete, Damaged: what is wrong with it.
     """
     file = path / manifest.NAME
-    if not path.is_dir():
-        raise NotACheckpoint(f"{path}: no directory of a checkpoint")
-    if not os.path.lexists(file):
-        raise NotACheckpoint(f"{path}: has no {manifest.NAME}")
-    tree = manifest.decode(file, manifest.read_file(file))
+    try:
+        tree = manifest.decode(file, manifest.read_file(file))
+    except Incomplete as error:
+        why = f"has no {manifest.NAME}" if os.path.isdir(path) else "no directory"
+        raise NotACheckpoint(f"{path}: {why}") from error
     world = take(file, tree, "world", int)
     take(file, tree, "step", int), take(file, tree, "time", str), take(file, tree, "metrics", dict)
     need(file, take(file, tree, "sequence", int) >= 1, "its sequence is 0")
@@ -161,9 +161,13 @@ def missing(path: Path, told: dict[str, Any]) -> Iterator[CheckpointError]:
     sizes: dict[str, int] = {}
     for entry in told["ranks"]:
         sizes |= {entry["file"]: entry["size"], **entry["files"]}
-    with os.scandir(path) as entries:
-        there = {entry.name: entry.stat(follow_symlinks=False) for entry in entries
-                 if not entry.name.startswith(".nfs")}  # NFS's own names of files that are still open
+    try:
+        with os.scandir(path) as entries:
+            there = {entry.name: entry.stat(follow_symlinks=False) for entry in entries
+                     if not entry.name.startswith(".nfs")}  # NFS's own names of files that are still open
+    except OSError as error:
+        yield Damaged(path, f"cannot be read: {error.strerror}")
+        return
     for name, size in sizes.items():
         if name not in there:
             yield Incomplete(f"{path / name}: not there")

@@ -35,17 +35,19 @@ class Part:
     file: str
     offset: int
     nbytes: int
+    xxh3: str
     chunks: tuple[str, ...]
     chunk: int
 
 
 @dataclass(frozen=True)
 class DataFile:
-    """A safetensors file of a rank: bytes in all, bytes of its header, and that header's checksum."""
+    """A safetensors file of a rank: bytes in all, bytes of its header, that header's checksum, and the whole's."""
 
     size: int
     header: int
     header_xxh3: str
+    xxh3: str
 
 
 @dataclass(frozen=True)
@@ -157,11 +159,10 @@ def read_rank(path: Path, content: bytes, rank: int, world: int) -> RankManifest
         need(path, name == data_name(rank, world, number) and isinstance(entry, dict),
              f"{name!r} is not how a file of this rank is named")
         files[name] = file = DataFile(take(path, entry, "size", int), take(path, entry, "header", int),
-                                      checksum(path, entry.get("header_xxh3")))
-        checksum(path, entry.get("xxh3"))
+                                      checksum(path, entry.get("header_xxh3")), checksum(path, entry.get("xxh3")))
         need(path, 8 <= file.header <= file.size, f"{name} is to have a header of {file.header} in {file.size} bytes")
     tensors = [_tensor(path, entry, files, chunk) for entry in take(path, tree, "tensors", list)]
-    _do_not_overlap(path, tensors)
+    _make_the_files(path, files, [(name, part) for name, _, part in tensors])
     return RankManifest(files, tensors, take(path, tree, "values", dict))
 
 
@@ -183,15 +184,20 @@ def _tensor(path: Path, entry: Any, files: dict[str, DataFile], chunk: int) -> t
     need(path, len(chunks) == count, f"{len(chunks)} checksums of {count} chunks", name)
     chunks = [checksum(path, one, name) for one in chunks]
     need(path, entry.get("xxh3") == combined(chunks), "its checksums do not belong together", name)
-    return name, dtype, Part(region, file, offset, nbytes, tuple(chunks), chunk)
+    return name, dtype, Part(region, file, offset, nbytes, entry["xxh3"], tuple(chunks), chunk)
 
 
-def _do_not_overlap(path: Path, tensors: list[tuple[str, str, Part]]) -> None:
-    ends: dict[str, tuple[int, str]] = {}
-    for name, _, part in sorted(tensors, key=lambda entry: (entry[2].offset, entry[2].nbytes)):
-        end, before = ends.get(part.file, (0, ""))
-        need(path, part.offset >= end, f"overlaps {before!r} in {part.file}", name)
-        ends[part.file] = part.offset + part.nbytes, name
+def _make_the_files(path: Path, files: dict[str, DataFile], tensors: list[tuple[str, Part]]) -> None:
+    """Refuse tensors that are not all of their files, one behind the other."""
+    for name, file in files.items():
+        at, before = file.header, "its header"
+        own = [(tensor, part) for tensor, part in tensors if part.file == name]
+        for tensor, part in own:
+            need(path, part.offset == at, f"overlaps {before} in {name} or leaves a hole behind it", tensor)
+            at, before = at + part.nbytes, repr(tensor)
+        need(path, at == file.size, f"the tensors of {name} end at byte {at}, the file at {file.size}")
+        need(path, file.xxh3 == combined([file.header_xxh3, *(part.xxh3 for _, part in own)]),
+             f"the checksum of {name} is not that of its header and tensors")
 
 
 def take(path: Path, tree: dict[str, Any], key: str, kind: type[Kind]) -> Kind:

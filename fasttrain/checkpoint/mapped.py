@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,12 @@ def map_file(path: Path) -> memoryview:
 
 
 def unmap(view: memoryview) -> None:
-    """Give a mapped file back."""
+    """Give a mapped file back: at once, or as soon as the traceback of an error holds no slice of it."""
     mapped: Any = view.obj
     view.release()
     if isinstance(mapped, mmap.mmap):
-        mapped.close()
+        with suppress(BufferError):
+            mapped.close()
 
 
 def check_size(path: Path, view: memoryview, told: DataFile) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+
 from fasttrain.checkpoint.regions import Box, Region
 
 SIZES = {  # bytes of an element, by safetensors' names
@@ -78,4 +80,4 @@ class Piece:
     @cached_property
     def bytes(self) -> memoryview:
         """The data as a flat array of bytes."""
-        return self.data.cast("B") if self.data.nbytes else memoryview(b"")
+        return np.frombuffer(self.data, np.uint8).data if self.data.nbytes else memoryview(b"")

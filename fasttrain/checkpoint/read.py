@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from fasttrain.checkpoint import find, manifest
 from fasttrain.checkpoint.errors import Damaged, Incomplete, Malformed
@@ -17,6 +19,7 @@ from fasttrain.checkpoint.mapped import check_header, check_size, chunk_of, is_g
 from fasttrain.checkpoint.pieces import SIZES
 from fasttrain.checkpoint.regions import Box, Region, intersection, overlap
 
+BLOCK = 1 << 20  # bytes hashed and then copied
 _WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}  # to move elements by, whatever they mean
 
 
@@ -35,7 +38,9 @@ class Stored:
 
 
 class Reader:
-    """A checkpoint, open for reading.
+    """A checkpoint, open for reading; several threads may read different tensors at a time.
+
+    A read error of the disk under a mapped file ends the process (SIGBUS): so do all mapped files.
 
     Arguments:
         path: of one checkpoint: ``DIRECTORY/step-...``.
@@ -67,6 +72,7 @@ class Reader:
         self._values = [read.values for read in ranks]
         self._files = {name: file for read in ranks for name, file in read.files.items()}
         self._maps: dict[str, memoryview] = {}
+        self._mapping = threading.Lock()
         self._verified: dict[tuple[str, int], set[int]] = {}
         self.tensors: Mapping[str, Stored] = dict(sorted(_gathered(self.path, ranks).items()))
 
@@ -92,7 +98,7 @@ class Reader:
         Raises:
             KeyError: there is no such tensor.
             ValueError: no such span or box, or `out` does not fit.
-            Damaged: bytes are not those that were written; `out` may hold some of the others.
+            Damaged: bytes are not those that were written; `out` may hold some of them.
             Incomplete: the checkpoint does not hold these elements.
         """
         if name not in self.tensors:
@@ -192,35 +198,51 @@ class Reader:
         return got
 
     def _copy(self, name: str, part: Part, low: int, high: int, into: memoryview) -> None:
-        """Bytes of a part, each chunk verified before it is copied."""
-        data = self._map(part.file)
-        for begin in range(low // part.chunk * part.chunk, high, part.chunk):
-            first, last = max(low, begin), min(high, begin + part.chunk)
-            self._check(name, part, first, last)
-            into[first - low : last - low] = data[part.offset + first : part.offset + last]
+        """Bytes of a part, each chunk verified before or while it is copied."""
+        data = self._map(part.file)[part.offset : part.offset + part.nbytes]
+        for index in range(low // part.chunk, -(-high // part.chunk)):
+            begin, end = chunk_of(part, index)
+            first, last = max(low, begin), min(high, end)
+            if not self._verify or index in self._seen(part) or (first, last) != (begin, end):
+                self._check(name, part, first, last)
+                into[first - low : last - low] = data[first:last]
+                continue
+            running = xxhash.xxh3_128()
+            for at in range(begin, end, BLOCK):  # copied while it lies in the cache
+                block = data[at : min(at + BLOCK, end)]
+                running.update(block)
+                into[at - low : at - low + len(block)] = block
+            self._judge(name, part, index, running.hexdigest() == part.chunks[index])
 
     def _check(self, name: str, part: Part, low: int, high: int) -> None:
         """Verify the chunks that these bytes of a part lie in, if they were not yet."""
-        if not self._verify:
-            return
-        seen = self._verified.setdefault((part.file, part.offset), set())
-        for index in range(low // part.chunk, -(-high // part.chunk)):
-            if index not in seen and not is_good(self._map(part.file), part, index):
-                first, last = chunk_of(part, index)
-                raise Damaged(self.path / part.file, f"bytes {first:,} to {last:,} of {part.nbytes:,} are not those "
-                                                     f"that were written (xxh3 differs)", name)
-            seen.add(index)
+        if self._verify:
+            for index in range(low // part.chunk, -(-high // part.chunk)):
+                if index not in self._seen(part):
+                    self._judge(name, part, index, is_good(self._map(part.file), part, index))
+
+    def _seen(self, part: Part) -> set[int]:
+        """The chunks of a part that were verified."""
+        return self._verified.setdefault((part.file, part.offset), set())
+
+    def _judge(self, name: str, part: Part, index: int, good: bool) -> None:
+        if not good:
+            first, last = chunk_of(part, index)
+            raise Damaged(self.path / part.file, f"bytes {first:,} to {last:,} of {part.nbytes:,} are not those that "
+                                                 f"were written (xxh3 differs)", name)
+        self._seen(part).add(index)
 
     def _map(self, file: str) -> memoryview:
         """A file, mapped when it is first needed; its size and header are compared with the manifest."""
-        if file not in self._maps:
-            path, told = self.path / file, self._files[file]
-            view = map_file(path)
-            check_size(path, view, told)
-            if self._verify:
-                check_header(path, view, told)
-            self._maps[file] = view
-        return self._maps[file]
+        with self._mapping:
+            if file not in self._maps:
+                path, told = self.path / file, self._files[file]
+                view = map_file(path)
+                check_size(path, view, told)
+                if self._verify:
+                    check_header(path, view, told)
+                self._maps[file] = view
+            return self._maps[file]
 
 
 def _gathered(path: Path, ranks: list[manifest.RankManifest]) -> dict[str, Stored]:
@@ -244,7 +266,7 @@ def _flat(out: memoryview | np.ndarray | None, nbytes: int, name: str) -> memory
     if view.readonly or not view.c_contiguous or view.nbytes != nbytes:
         raise ValueError(f"out must be writable and contiguous and have {nbytes} bytes for what is read of {name!r}; "
                          f"it has {view.nbytes}{', read-only' * view.readonly}{', strided' * (not view.c_contiguous)}")
-    return view.cast("B") if nbytes else memoryview(bytearray())
+    return np.frombuffer(view, np.uint8).data if nbytes else memoryview(bytearray())
 
 
 def _slices(inner: Box, outer: Box) -> tuple[slice, ...]:

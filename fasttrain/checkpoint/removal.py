@@ -8,7 +8,7 @@ from itertools import count
 from pathlib import Path
 
 from fasttrain.checkpoint import find
-from fasttrain.checkpoint.disk import DISK, Files
+from fasttrain.checkpoint.disk import DISK, Files, empty
 from fasttrain.checkpoint.lock import Lock
 from fasttrain.checkpoint.retention import Keep
 
@@ -61,13 +61,3 @@ def remove(directory: Path, paths: Sequence[Path], files: Files = DISK) -> None:
         files.sync_directory(directory)
     for path in trash:
         empty(path, files)
-
-
-def empty(path: Path, files: Files = DISK) -> None:
-    """Remove a directory and the files in it; or a file."""
-    if path.is_symlink() or not path.is_dir():
-        files.unlink(path)
-        return
-    for entry in sorted(path.iterdir()):
-        empty(entry, files)
-    files.remove_directory(path)

@@ -7,9 +7,9 @@ import os
 from pathlib import Path
 
 from fasttrain.checkpoint import find
+from fasttrain.checkpoint.damage import checkpoints
 from fasttrain.checkpoint.errors import NotACheckpoint
 from fasttrain.checkpoint.read import Reader, Stored
-from fasttrain.checkpoint.verify import checkpoints
 
 VALUES = 4000  # characters of a rank's values that are shown
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fasttrain.checkpoint.disk import DISK, Files, make_directories
@@ -17,6 +18,17 @@ def free_bytes(path: Path) -> int:
     """Bytes that this user may still write there."""
     found = os.statvfs(path)
     return found.f_bavail * found.f_frsize
+
+
+@contextmanager
+def room(directory: Path, needed: int) -> Iterator[None]:
+    """Say what was needed and what was free, where something within fails because the disk is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            raise NoSpace(directory, needed, free_bytes(directory), f"writing failed ({error.strerror})") from error
+        raise
 
 
 def preflight(directory: str | os.PathLike[str], needed: int, files: Files = DISK) -> int:

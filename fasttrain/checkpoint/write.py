@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -11,12 +12,12 @@ import xxhash
 
 from fasttrain.checkpoint import header, manifest, tree
 from fasttrain.checkpoint.disk import DISK, Files, write_whole
-from fasttrain.checkpoint.errors import NoSpace
 from fasttrain.checkpoint.pieces import SIZES, Piece
-from fasttrain.checkpoint.space import FULL, free_bytes
+from fasttrain.checkpoint.space import room
 
 CHUNK = 16 << 20  # bytes with a checksum of their own: what a partial read has to verify
 BLOCK = 1 << 20  # bytes hashed and then written while they lie in the cache
+EARLY = 8 << 20  # bytes after which the disk is told to begin: measured against 1 to 64 MiB, and against not at all
 FILE = 4 << 30  # bytes after which another file is begun
 Progress = Callable[[int, int], None]  # bytes written, bytes in all
 
@@ -66,35 +67,35 @@ def write_rank(part: Path, rank: int, world: int, pieces: Sequence[Piece], value
             for number, group in enumerate(_groups(ordered, file_bytes))]
     headers = [header.encode((piece.key, piece.dtype, piece.region.extent, piece.nbytes) for piece in group)
                for _, group in plan]
-    with suppress(FileExistsError):
-        files.make_directory(part)
     ours = part / f"{manifest.stem(rank, world)}.json"
-    try:
-        listed, entries, before = {}, [], 0
-        for (name, group), head in zip(plan, headers, strict=True):
-            def tell(done: int, before: int = before) -> None:
-                if progress is not None:
-                    progress(before + done, total)
+    made = [ours, ours.with_name(ours.name + ".tmp"), *(part / name for name, _ in plan)]
+    if there := [path for path in made if os.path.lexists(path)]:
+        raise ValueError(f"{there[0]} is there already: each save, and each attempt at it, has a directory of its own")
+    with room(part.parent, total):
+        with suppress(FileExistsError):
+            files.make_directory(part)
+        try:
+            listed, entries, before = {}, [], 0
+            for (name, group), head in zip(plan, headers, strict=True):
+                def tell(done: int, before: int = before) -> None:
+                    if progress is not None:
+                        progress(before + done, total)
 
-            listed[name], written = _write_file(files, part / name, head, group, chunk, tell)
-            entries += written
-            before += sum(piece.nbytes for piece in group)
-        content = {"format": manifest.FORMAT, "producer": manifest.PRODUCER, "rank": rank, "world": world,
-                   "chunk": chunk, "files": listed, "tensors": entries, "values": dict(values)}
-        files.sync_directory(part)  # before the manifest has its name: it must not name what may vanish
-        write_whole(ours, manifest.encode(content), files)
-        files.sync_directory(part)
-    except BaseException as error:
-        # Nobody may take what is left for a rank's work; its manifest first.
-        for path in (ours, ours.with_name(ours.name + ".tmp"), *(part / name for name, _ in plan)):
+                listed[name], written = _write_file(files, part / name, head, group, chunk, tell)
+                entries += written
+                before += sum(piece.nbytes for piece in group)
+            content = {"format": manifest.FORMAT, "producer": manifest.PRODUCER, "rank": rank, "world": world,
+                       "chunk": chunk, "files": listed, "tensors": entries, "values": dict(values)}
+            files.sync_directory(part)  # before the manifest has its name: it must not name what may vanish
+            write_whole(ours, manifest.encode(content), files)
+            files.sync_directory(part)
+        except BaseException:
+            for path in made:  # the manifest first: what is left is no rank's work
+                with suppress(OSError):
+                    files.unlink(path)
             with suppress(OSError):
-                files.unlink(path)
-        free = free_bytes(part)
-        with suppress(OSError):
-            files.remove_directory(part)  # unless another rank has written
-        if isinstance(error, OSError) and error.errno in FULL:
-            raise NoSpace(part.parent, total, free, f"writing failed ({error.strerror})") from error
-        raise
+                files.remove_directory(part)  # unless another rank has written
+            raise
 
 
 def _groups(pieces: list[Piece], limit: int) -> Iterator[list[Piece]]:
@@ -119,8 +120,7 @@ def _write_file(files: Files, path: Path, head: bytes, pieces: list[Piece], chun
     file = files.create(path)
     try:
         waiting, waits = [memoryview(head)], at
-        begin = 0  # where in the file what waits is to go
-        whole = xxhash.xxh3_128(head)
+        begin = begun = 0  # where in the file what waits is to go, and up to where the disk was told to begin
         for piece in pieces:
             digests = []
             data = piece.bytes
@@ -136,12 +136,14 @@ def _write_file(files: Files, path: Path, head: bytes, pieces: list[Piece], chun
                         files.write(file, begin, waiting)
                         begin, waiting, waits = begin + waits, [], 0
                         tell(begin - len(head))
+                        if begin - begun >= EARLY:
+                            files.hasten(file, begun, begin - begun)
+                            begun = begin
                 digests.append(running.hexdigest())
             entry = {"name": piece.name, "dtype": piece.dtype, "shape": list(piece.region.shape),
                      **piece.region.as_json(), "file": path.name, "offset": at, "nbytes": piece.nbytes,
                      "xxh3": manifest.combined(digests)}
             entries.append(entry if len(digests) <= 1 else {**entry, "chunks": digests})
-            whole.update(bytes.fromhex(entry["xxh3"]))
             at += piece.nbytes
         if waiting:
             files.write(file, begin, waiting)
@@ -149,4 +151,5 @@ def _write_file(files: Files, path: Path, head: bytes, pieces: list[Piece], chun
     finally:
         files.close(file)
     tell(at - len(head))
-    return {"size": at, "header": len(head), "header_xxh3": manifest.digest(head), "xxh3": whole.hexdigest()}, entries
+    digests = [manifest.digest(head), *(entry["xxh3"] for entry in entries)]
+    return {"size": at, "header": len(head), "header_xxh3": digests[0], "xxh3": manifest.combined(digests)}, entries
