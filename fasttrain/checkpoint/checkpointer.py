@@ -229,9 +229,9 @@ class Checkpointer:
     def _write(self, step: int, folder: Path, staged: Staged, values: dict[str, Any],
                metrics: Mapping[str, float] | None) -> Path | None:
         begun = time.perf_counter()
-        staged.wait()
+        pieces = staged.pieces()
         self._check_peers()
-        write_rank(folder, self.rank, self.size, staged.pieces, values)
+        write_rank(folder, self.rank, self.size, pieces, values)
         told: Record = {"event": "checkpoint written", "step": step}
         path = None
         if self.rank == 0:
