@@ -1,4 +1,4 @@
-"""What tests of checkpoints share: a model and its optimizer at any stage of ZeRO, steps, and the whole of their state."""
+"""What tests of checkpoints share: a model and its optimizer at any stage of ZeRO, steps, and their whole state."""
 
 from __future__ import annotations
 
@@ -100,8 +100,8 @@ class Run:
         else:
             names = [name for group in self.optimizer.param_groups for name in group["param_names"]]
             states = {names[number]: own for number, own in self.optimizer.state_dict()["state"].items()}
-        # torch adds `differentiable` to groups that are loaded.
-        options = [{key: value for key, value in group.items() if key not in ("params", "param_names", "differentiable")}
+        left = ("params", "param_names", "differentiable")  # the last one torch adds to groups that are loaded
+        options = [{key: value for key, value in group.items() if key not in left}
                    for group in self.optimizer.param_groups]
         return {"weights": weights, "states": states, "options": options, "lr": self.schedule.get_last_lr(),
                 "draw": torch.rand(3, generator=torch.Generator().set_state(torch.get_rng_state()))}

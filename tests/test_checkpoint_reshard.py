@@ -1,4 +1,4 @@
-"""Saved by any number of ranks at any stage of ZeRO, loaded by any other: nothing is lost, and only what is needed read."""
+"""Saved by any number of ranks at any stage of ZeRO, loaded by any other: nothing is lost, and no more is read."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ COVERING = [
     (2, 2, 1, 4, "momentum"), (3, 2, 3, 4, "adafactor"), (None, 1, 3, 2, "soap"), (3, 4, 0, 2, "muon"),
     (None, 1, 3, 4, "adafactor"), (3, 1, 2, 2, "8-byte"),
 ]  # fmt: skip
-EVERYTHING = [(*a, *b, stored) for a, b, stored in itertools.product(
-    itertools.product((0, 1, 2, 3), (1, 2, 4)), ("fp32", "8-byte"))]
+PLACES = list(itertools.product((0, 1, 2, 3), (1, 2, 4)))
+EVERYTHING = [(*a, *b, stored) for a, b, stored in itertools.product(PLACES, PLACES, ("fp32", "8-byte"))]
 
 
 def check(before: int | None, world: int, after: int | None, other: int, stored: str, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a checkpoint holds of one process: names, values, ties, orders of loading; and what is refused, with what words."""
+"""What a checkpoint holds of one process: names, values, ties, orders of loading; what is refused, in which words."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_tied_parameters_are_saved_once(tmp_path: Path) -> None:
         assert_same_bits(other[0].weight, model[0].weight)
         assert_same_bits(other[1].weight, model[0].weight)
     save(tmp_path / "apart", {"model": tied(False)})
-    with pytest.raises(Mismatch, match="tied in the model and apart in the checkpoint: 0.weight and 1.weight"):
+    with pytest.raises(Mismatch, match=r"tied in the model and apart in the checkpoint: 0\.weight and 1\.weight"):
         load(tmp_path / "apart", {"model": tied(True)})
 
 
@@ -164,7 +164,8 @@ def test_extra_state_and_copies(tmp_path: Path) -> None:
 
 SCHEDULES: dict[str, Any] = {
     "sequential": lambda o: torch.optim.lr_scheduler.SequentialLR(o, [
-        torch.optim.lr_scheduler.LinearLR(o, 0.1, total_iters=3), torch.optim.lr_scheduler.CosineAnnealingLR(o, 9)], [3]),
+        torch.optim.lr_scheduler.LinearLR(o, 0.1, total_iters=3), torch.optim.lr_scheduler.CosineAnnealingLR(o, 9)],
+        [3]),
     "one cycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=12),
     "restarts": lambda o: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(o, 4),
     "lambda": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 0.9**step),
@@ -236,9 +237,11 @@ def test_another_model_is_refused_with_names_and_shapes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("made, words", [
     (lambda p: optim.Lion(p), "the checkpoint's is AdamW, the one to load is Lion"),
-    (lambda p: optim.AdamW(p, storage="8-byte"), "was kept with master='split', state_dtype='bf16', the optimizer's with"),
+    (lambda p: optim.AdamW(p, storage="8-byte"),
+     "was kept with master='split', state_dtype='bf16', the optimizer's with"),
     (lambda p: optim.AdamW(p), "the optimizer's with the defaults"),
-    (lambda p: torch.optim.AdamW(p), "the checkpoint's was kept with master='split', state_dtype='bf16', which torch's AdamW does not know"),
+    (lambda p: torch.optim.AdamW(p),
+     "the checkpoint's was kept with master='split', state_dtype='bf16', which torch's AdamW does not know"),
 ])
 def test_another_optimizer_or_storage_is_refused(made: Any, words: str, tmp_path: Path) -> None:
     model = net().bfloat16()
@@ -258,7 +261,8 @@ def test_averages_in_the_place_of_the_weights_are_not_saved(tmp_path: Path) -> N
     model = net()
     optimizer = optim.AdamW(model.parameters(), ema_decay=0.9)
     stepped(model, optimizer)
-    with Checkpointer(tmp_path) as checkpoints, optimizer.ema_weights(), pytest.raises(RuntimeError, match="are their EMA"):
+    with (Checkpointer(tmp_path) as checkpoints, optimizer.ema_weights(),
+          pytest.raises(RuntimeError, match="are their EMA")):
         checkpoints.save(1, {"model": model, "optimizer": optimizer})
 
 

@@ -17,6 +17,8 @@ _NAMES = {  # module: what it gives
     "rng": "Rng",
     "of_object": "PerRank",
     "stopping": "Stopping",
+    "exports": "export_safetensors export_torch export_dcp",
+    "imports": "load_torch import_dcp",
 }
 _WHERE = {name: f"fasttrain.checkpoint.{module}" for module, names in _NAMES.items() for name in names.split()}
 

@@ -116,7 +116,8 @@ class Checkpointer:
     def __init__(self, directory: str | os.PathLike[str], *, keep: Keep | int | None = None, every: int | None = None,
                  wire: Wire | None = None, staging: str = "memory", when_busy: str = "wait", deadline_s: float = 600.0,
                  nice: int = 0, record: Callable[[Record], None] | None = None):
-        for name, value, known in (("staging", staging, ("memory", "none")), ("when_busy", when_busy, ("wait", "skip"))):
+        for name, value, known in (("staging", staging, ("memory", "none")),
+                                   ("when_busy", when_busy, ("wait", "skip"))):
             if value not in known:
                 raise ValueError(f"{name}={value!r} is none of {', '.join(map(repr, known))}")
         if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
@@ -135,9 +136,9 @@ class Checkpointer:
 
     def _meet(self) -> str:
         """Lock, clean up, and agree on the name of this run's unfinished saves; the only meeting of the ranks."""
-        told: dict[str, Any] = {"directory": str(self.directory.absolute()), "every": self.every, "keep": str(self.keep),
-                                "when_busy": self.when_busy, "staging": self._staging is not None,
-                                "version": __version__}
+        told: dict[str, Any] = {"directory": str(self.directory.absolute()), "every": self.every,
+                                "keep": str(self.keep), "when_busy": self.when_busy,
+                                "staging": self._staging is not None, "version": __version__}
         error: Exception | None = None
         if self.rank == 0:
             told["token"] = secrets.token_hex(4)
@@ -228,9 +229,9 @@ class Checkpointer:
     def _write(self, step: int, folder: Path, staged: Staged, values: dict[str, Any],
                metrics: Mapping[str, float] | None) -> Path | None:
         begun = time.perf_counter()
-        staged.wait()
+        pieces = staged.pieces()
         self._check_peers()
-        write_rank(folder, self.rank, self.size, staged.pieces, values)
+        write_rank(folder, self.rank, self.size, pieces, values)
         told: Record = {"event": "checkpoint written", "step": step}
         path = None
         if self.rank == 0:

@@ -1,7 +1,7 @@
 """Trees of values: JSON for what is no tensor, and the way back to what it was.
 
-JSON alone knows no tuples, no keys but texts, no infinity, and whole numbers as exact as a double. What it does not know
-is written as an object with the member ``"$"``, which says what it was. Nothing that would have to be executed is
+JSON alone knows no tuples, no keys but texts, no infinity, and whole numbers as exact as a double. What it does not
+know is written as an object with the member ``"$"``, which says what it was. Nothing that would have to be executed is
 written; what is not known here is refused.
 """
 
@@ -60,8 +60,9 @@ def encode(value: Any, take: Take | None = None, path: str = "") -> Any:
             return {key: inner(key, one) for key, one in value.items()}
         pairs = [[encode(key, None, f"{path}, a key"), inner(key, one)] for key, one in value.items()]
         return {MARK: "counter" if kind is Counter else "dict", "of": pairs}
-    raise TypeError(f"{path or 'the value'} is a {kind.__module__}.{kind.__qualname__}, which a checkpoint cannot hold: "
-                    "it holds tensors, arrays, numbers, texts, bytes, None, and lists, tuples, deques and dicts of these")
+    raise TypeError(f"{path or 'the value'} is a {kind.__module__}.{kind.__qualname__}, which a checkpoint cannot "
+                    "hold: it holds tensors, arrays, numbers, texts, bytes, None, and lists, tuples, deques and dicts "
+                    "of these")
 
 
 def _scalar(value: Any) -> Any:

@@ -119,7 +119,7 @@ def _agree(tried: _Trial, wire: Wire | None) -> str | None:
     Raises:
         Mismatch: of any rank.
     """
-    mine = {"damage": tried.damage, "problems": tried.problems,
+    mine: dict[str, Any] = {"damage": tried.damage, "problems": tried.problems,
             "failure": None if tried.failure is None else f"{type(tried.failure).__name__}: {tried.failure}"}
     told = [mine] if wire is None else [json.loads(text) for text in wire.gather_objects_json(json.dumps(mine))]
     if tried.failure is not None:

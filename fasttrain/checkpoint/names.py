@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -43,20 +43,18 @@ def strip(name: str) -> str:
     return ".".join(parts)
 
 
-def names_in(model: nn.Module) -> dict[str, str]:
-    """For every entry of the bare model's state dict its name in the original model.
+def names_in(model: nn.Module, entries: Iterable[str]) -> dict[str, str]:
+    """The names in the original model of some tensors of the bare one.
 
     Arguments:
         model: without what is wrapped around it as a whole (`bare`).
+        entries: of its state dict.
 
     Raises:
-        ValueError: two entries have one name, without their wrappers.
+        ValueError: two of them have one name, without their wrappers.
     """
-    inside = tuple(f"{path}.module" if path else "module" for path, part in model.named_modules(remove_duplicate=False)
-                   if isinstance(part, WRAPPERS))
-    found: dict[str, str] = {}
-    for name in model.state_dict():
-        found[name] = _clean(name, inside)
+    inside = _inside(model)
+    found = {name: _clean(name, inside) for name in entries}
     seen: dict[str, str] = {}
     for name, clean in found.items():
         if clean in seen:
@@ -65,12 +63,21 @@ def names_in(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def _clean(name: str, inside: tuple[str, ...]) -> str:
-    for path in sorted(inside, key=len, reverse=True):
+def _inside(model: nn.Module) -> list[str]:
+    """Where wrappers inside a model hold what they wrap, innermost first."""
+    found = [f"{path}.module" if path else "module" for path, part in model.named_modules(remove_duplicate=False)
+             if isinstance(part, WRAPPERS)]
+    return sorted(found, key=len, reverse=True)
+
+
+def _clean(name: str, inside: Sequence[str]) -> str:
+    for path in inside:
         if name.startswith(f"{path}."):
             name = path.removesuffix("module").removesuffix(".") + name[len(path):]
             name = name.removeprefix(".")
-    return ".".join(part for part in name.split(".") if part not in RESERVED)
+    if any(part in name for part in RESERVED):
+        return ".".join(part for part in name.split(".") if part not in RESERVED)
+    return name
 
 
 class Named:
@@ -84,8 +91,7 @@ class Named:
         self._known: dict[int, tuple[str, str]] = {}  # by id: key of the model, name in it
         for key, model in models.items():
             inner = bare(model)
-            inside = tuple(f"{path}.module" if path else "module"
-                           for path, part in inner.named_modules(remove_duplicate=False) if isinstance(part, WRAPPERS))
+            inside = _inside(inner)
             for name, p in inner.named_parameters():
                 self._known.setdefault(id(p), (key, _clean(name, inside)))
 
@@ -112,11 +118,12 @@ class Named:
                 elif id(p) in own:
                     found[id(p)] = strip(own[id(p)])
                 else:
-                    raise ValueError(f"{key}: parameter {i} of group {g} (shape {tuple(p.shape)}) has no name, which is "
-                                     "the address of its state: put the model into the same state, or make the "
+                    raise ValueError(f"{key}: parameter {i} of group {g} (shape {tuple(p.shape)}) has no name, which "
+                                     "is the address of its state: put the model into the same state, or make the "
                                      "optimizer of model.named_parameters()")
         by_name: dict[str, int] = {}
         for number, name in found.items():
             if by_name.setdefault(name, number) != number:
-                raise ValueError(f"{key}: two of its parameters are called {name!r}: give named parameters of one model")
+                raise ValueError(f"{key}: two of its parameters are called {name!r}: give named parameters of one "
+                                 "model")
         return found

@@ -31,14 +31,19 @@ class OfModel:
     def __init__(self, key: str, module: nn.Module, everyone: Among):
         self.key, self.module, self.everyone = key, bare(module), everyone
 
+    def ties(self) -> dict[str, str]:
+        """Other names of tensors that have one already."""
+        return self._tensors()[1]
+
     def _tensors(self) -> tuple[dict[str, Any], dict[str, str], dict[str, Any]]:
         """Tensors by name; other names of the same; what is no tensor."""
-        names = names_in(self.module)
+        state_dict = self.module.state_dict()
+        names = names_in(self.module, state_dict)
         tensors: dict[str, Any] = {}
         others: dict[str, str] = {}
         rest: dict[str, Any] = {}
         seen: dict[Any, str] = {}
-        for raw, value in self.module.state_dict().items():
+        for raw, value in state_dict.items():
             name = names[raw]
             if not isinstance(value, Tensor):
                 rest[raw] = value
@@ -53,8 +58,8 @@ class OfModel:
         return tensors, others, rest
 
     def _parts(self, tensors: Mapping[str, Any]) -> dict[str, list[Part]]:
-        learnt = {names_in(self.module)[raw] for raw, _ in self.module.named_parameters(remove_duplicate=False)
-                  if raw in self.module.state_dict()} if tensors else set()
+        named = [name for name, _ in self.module.named_parameters(remove_duplicate=False)]
+        learnt = set(names_in(self.module, named).values())
         found = {}
         for name, value in tensors.items():
             parts = parts_of(f"{self.key}/{name}", value, self.everyone)
@@ -102,12 +107,13 @@ class OfModel:
             elif homes:
                 chosen[name] = homes.pop()
         everything = {*tensors, *others}
-        unexpected = [f"{name} {saved.kinds[f'{self.key}/{name}'].shape}" for name in sorted(there - set(chosen.values()))]
+        unexpected = [f"{name} {saved.kinds[f'{self.key}/{name}'].shape}"
+                      for name in sorted(there - set(chosen.values()))]
         unexpected += [f"{name} (the same as {of})" for name, of in same.items() if name not in everything
                        and of in chosen.values()]
         parts = self._parts({name: tensors[name] for name in chosen})
         different = []
-        for name, some in parts.items():
+        for name in parts:
             kind = saved.kinds[f"{self.key}/{chosen[name]}"]
             here = tuple(tensors[name].shape), DTYPES.get(tensors[name].dtype, str(tensors[name].dtype))
             if here != (kind.shape, kind.dtype):
@@ -137,7 +143,7 @@ class OfModel:
         copies = any(local(value).numel() and local(value).data_ptr() not in places for value in tensors.values())
         if not copies and not extra:
             return
-        raw = {clean: name for name, clean in names_in(self.module).items()}
+        raw = {clean: name for name, clean in names_in(self.module, self.module.state_dict()).items()}
         whole = {raw[name]: value for name, value in tensors.items()}
         whole |= {raw[other]: tensors[name] for other, name in others.items()}
         self.module.load_state_dict({**whole, **extra})

@@ -85,8 +85,8 @@ class OfObject:
             was, now = ("one of its own", "the same") if told["kind"] == "each" else ("the same", "one of its own")
             return refuse(f"{self.key}: in the checkpoint every rank has {was}, and here {now} (PerRank)")
         if self.per_rank and saved.world != self.everyone.count and not hasattr(self.value, "of_rank"):
-            return refuse(f"{self.key}: every rank has one of its own, and the checkpoint is of {saved.world} ranks, not "
-                          f"{self.everyone.count}: leave it out of the state, and say where each rank begins")
+            return refuse(f"{self.key}: every rank has one of its own, and the checkpoint is of {saved.world} ranks, "
+                          f"not {self.everyone.count}: leave it out of the state, and say where each rank begins")
         groups = self._groups()
         before = told.get("groups")
         if groups is not None and before is not None and len(groups) != len(before):

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from fasttrain.checkpoint import encoding, of_zero
+from fasttrain.checkpoint.homes import home, reference
 from fasttrain.checkpoint.of_model import listed
 from fasttrain.checkpoint.parts import BY_NAME, DTYPES, Among, Part, parts_of
 from fasttrain.checkpoint.regions import Region
-from fasttrain.checkpoint.saved import Plan, Saved, given, refuse, whole_reads
+from fasttrain.checkpoint.saved import Plan, Saved, given, refuse, states_of, whole_reads
 from fasttrain.optim import Optimizer, statedict
-from fasttrain.optim.local import as_whole, is_dtensor, local
 from fasttrain.parallel import Zero
-from fasttrain.precision.codecs import array_shapes, code_dtype, codec
+from fasttrain.precision.codecs import code_dtype, codec
 from fasttrain.precision.storage import DEFAULTS, describe, is_plain
 
 OWN = ("params", "param_names")  # of a group: not its options
@@ -102,10 +102,7 @@ class OfOptimizer:
             return refuse(f"{self.key}: the checkpoint has no optimizer of this name")
         if told["class"] != self.class_name:
             return refuse(f"{self.key}: the checkpoint's is {told['class']}, the one to load is {self.class_name}")
-        states: dict[str, Any] = {}
-        for rank in range(saved.world):
-            for name, state in (saved.entry(self.key, rank) or {}).get("state", {}).items():
-                states.setdefault(name, {}).update(state)
+        states = states_of(saved, self.key)
         if problems := self._different_names(told, states):
             return refuse(*problems)
         groups = self._groups(told, saved)
@@ -155,8 +152,8 @@ class OfOptimizer:
                 kept = {key: value for key, value in loaded.items() if key in DEFAULTS}
                 if not is_plain(kept):
                     return (f"{self.key}: the checkpoint's was kept with {describe(kept)}, which torch's "
-                            f"{self.class_name} does not know: load it into fasttrain.optim.{self.class_name} with these "
-                            "options, and convert that one's state dict (fasttrain.optim.convert)")
+                            f"{self.class_name} does not know: load it into fasttrain.optim.{self.class_name} with "
+                            "these options, and convert that one's state dict (fasttrain.optim.convert)")
                 loaded = {key: value for key, value in loaded.items() if key not in kept}
             made.append({**own, **loaded})
         return made
@@ -184,8 +181,8 @@ class OfOptimizer:
                 for key, value in state.items():
                     if isinstance(value, Tensor) and value.dim() and value.numel() > 1 and value.shape != p.shape and \
                             value.shape.numel() == p.shape.numel():
-                        raise ValueError(f"{self.names[id(p)]}: its state {key!r} has shape {tuple(value.shape)} in the "
-                                         f"checkpoint, the parameter {tuple(p.shape)}")
+                        raise ValueError(f"{self.names[id(p)]}: its state {key!r} has shape {tuple(value.shape)} in "
+                                         f"the checkpoint, the parameter {tuple(p.shape)}")
             return
         start = 0
         described = []
@@ -195,16 +192,16 @@ class OfOptimizer:
         try:
             statedict.check(pattern, {"state": dict(metas), "param_groups": described})
         except ValueError as error:
-            raise ValueError(f"{error} Nothing is converted on the way: load it into an optimizer of the options that it "
-                             "was saved with, and convert that one's state dict") from error
+            raise ValueError(f"{error} Nothing is converted on the way: load it into an optimizer of the options that "
+                             "it was saved with, and convert that one's state dict") from error
         for where, number, p in ((where, numbers[id(p)], p) for where, p in self._places()):
             if number not in metas:
                 continue
             for key, wanted in self._dtypes(pattern, where, p).items():
                 value = metas[number].get(key)
                 if isinstance(value, Tensor) and value.dtype != wanted:
-                    raise ValueError(f"{self.names[id(p)]}: its state {key!r} is {DTYPES[value.dtype]} in the checkpoint "
-                                     f"and {DTYPES[wanted]} here: it was kept by other storage options")
+                    raise ValueError(f"{self.names[id(p)]}: its state {key!r} is {DTYPES[value.dtype]} in the "
+                                     f"checkpoint and {DTYPES[wanted]} here: it was kept by other storage options")
 
     def _places(self) -> list[tuple[tuple[int, int], Any]]:
         return [((g, i), p) for g, group in enumerate(self.optimizer.param_groups)
@@ -234,14 +231,14 @@ class OfOptimizer:
         for p in params:
             for one in encoding.references(states.get(self.names[id(p)], {})):
                 reads += [(one["name"], part.region) for part in
-                          parts_of(one["name"], self._home(one, p, saved, "meta"), self.everyone)]
+                          parts_of(one["name"], home(one, p, saved, self.inner, "meta"), self.everyone)]
 
         def give_for(p: Any) -> Any:
             def give(one: Mapping[str, Any]) -> Any:
-                home = self._home(one, p, saved, "cpu" if one.get("host") else p.device)
-                for part in parts_of(one["name"], home, self.everyone):
+                held = home(one, p, saved, self.inner, "cpu" if one.get("host") else p.device)
+                for part in parts_of(one["name"], held, self.everyone):
                     saved.read_into(part.memory, one["name"], part.region)
-                return home
+                return held
             return give
 
         def apply() -> None:
@@ -259,38 +256,6 @@ class OfOptimizer:
 
         return reads, apply
 
-    def _home(self, one: Mapping[str, Any], p: Any, saved: Saved, device: torch.device | str) -> Any:
-        """Empty memory for what this process holds of a state, placed as its parameter is."""
-        kind = saved.kinds[one["name"]]
-        shape, dtype = torch.Size(kind.shape), BY_NAME[kind.dtype]
-        with torch.no_grad():
-            if not is_dtensor(p) or not shape:
-                like = one.get("like") and shape == p.shape
-                return torch.empty_like(p, dtype=dtype, device=device) if like and not is_dtensor(p) else \
-                    torch.empty(shape, dtype=dtype, device=device)
-            held = local(p)
-            if shape == p.shape:
-                return as_whole(torch.empty_like(held, dtype=dtype, device=device), p)
-            if (mine := self._coded(p, shape, dtype, held)) is not None:
-                return as_whole(torch.empty(mine, dtype=dtype, device=device), p)
-            return placed_like(torch.Size(shape), dtype, p, device)
-
-    def _coded(self, p: Any, shape: torch.Size, dtype: torch.dtype, held: Tensor) -> tuple[int, ...] | None:
-        """Of an array with something for each block of a parameter, the shape here; None if it is none."""
-        if len(shape) != 1 or not isinstance(self.inner, Optimizer):
-            return None
-        where = next(where for where, other in self._places() if other is p)
-        group = self.inner.param_groups[where[0]]
-        if is_plain(group) or not self.inner.takes_storage(group):
-            return None
-        layout = self.inner._layout("a parameter", p, p.dtype, group, self.inner.rule_of(group))
-        for number in layout.codecs:
-            if codec(number).block:
-                for whole, mine in zip(array_shapes(number, p.shape), array_shapes(number, held.shape), strict=True):
-                    if whole == tuple(shape) and mine is not None:
-                        return mine
-        return None
-
     def _restore_dtypes(self, state: Mapping[int, Any], params: list[Any], numbers: Mapping[int, int]) -> None:
         """torch casts floating-point states to their parameter's dtype: put those back that it changed."""
         for p in params:
@@ -300,30 +265,3 @@ class OfOptimizer:
                         and key != "step":
                     self.optimizer.state[p][key] = value.to(p.device)
 
-
-def reference(name: str, value: Any, p: Any) -> dict[str, Any]:
-    """What refers to a tensor of a state of a parameter."""
-    told: dict[str, Any] = {"name": name}
-    if value.shape == p.shape and local(value).stride() == local(p).stride() and value.dim():
-        told["like"] = True
-    if p.device.type != "cpu" and value.device.type == "cpu":
-        told["host"] = True
-    return told
-
-
-def placed_like(shape: torch.Size, dtype: torch.dtype, p: Any, device: torch.device | str) -> Any:
-    """A tensor of another shape than its sharded parameter: cut in the dimensions that both have, else the same on all.
-
-    Statistics of rows and columns are of this kind.
-    """
-    if len(shape) != p.dim() or any(size not in (1, whole) for size, whole in zip(shape, p.shape, strict=True)):
-        return torch.empty(shape, dtype=dtype, device=device)
-    from torch.distributed.tensor import DTensor, Replicate
-
-    placements = [Replicate() if placement.is_replicate() or shape[placement.dim] != p.shape[placement.dim] else placement
-                  for placement in p.placements]
-    mine = tuple(here if size == whole else 1
-                 for size, whole, here in zip(shape, p.shape, local(p).shape, strict=True))
-    stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(torch.empty(mine, dtype=dtype, device=device), p.device_mesh, placements, run_check=False,
-                              shape=shape, stride=stride)

@@ -47,7 +47,7 @@ def save(zero: Zero, key: str, names: Mapping[int, str]) -> tuple[dict[str, Any]
 
 
 def _parts(name: str, value: Tensor, piece: Piece, array: Array | None) -> list[Part]:
-    """Numbers of a parameter that is cut (its step) are the same on all that have a part of it: the first writes them."""
+    """Numbers of a parameter that is cut (its step) are the same on all that have a part of it: the first writes."""
     if array is None:
         return [Part(part.name, part.memory, part.region, ALONE, silent=piece.first > 0)
                 for part in parts_of(name, value, ALONE)]

@@ -87,8 +87,8 @@ def parts_of(name: str, tensor: Any, everyone: Among) -> list[Part]:
     if not is_dtensor(tensor):
         return [Part(name, tensor.detach(), Region(shape), everyone)]
     if any(placement.is_partial() for placement in tensor.placements):
-        raise ValueError(f"{name} is placed {tensor.placements}: each process holds an addend of it; redistribute it to "
-                         "Replicate or Shard before it is saved")
+        raise ValueError(f"{name} is placed {tensor.placements}: each process holds an addend of it; redistribute it "
+                         "to Replicate or Shard before it is saved")
     if tensor.device_mesh.get_coordinate() is None:
         return []
     among = _copies(tensor)
@@ -146,7 +146,8 @@ def in_memory_order(name: str, flat: Tensor, whole: Tensor, first: int) -> list[
         first: the interval's first element.
     """
     shape = tuple(whole.shape)
-    outer = sorted(range(whole.dim()), key=lambda dim: (-whole.stride(dim) if shape[dim] > 1 else 1, dim))
+    strides = whole.stride()
+    outer = sorted(range(whole.dim()), key=lambda dim: (-strides[dim] if shape[dim] > 1 else 1, dim))
     inverse = [outer.index(dim) for dim in range(whole.dim())]
     found = []
     for at, (lower, extent) in Region(tuple(shape[dim] for dim in outer), span=(first, flat.numel())).blocks():

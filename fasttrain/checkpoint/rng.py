@@ -33,8 +33,8 @@ class Rng:
     def __init__(self, **others: Any):
         for name, generator in others.items():
             if not isinstance(generator, (torch.Generator, np.random.Generator, random.Random)):
-                raise TypeError(f"{name} is a {type(generator).__name__}: give a torch.Generator, numpy.random.Generator "
-                                "or random.Random")
+                raise TypeError(f"{name} is a {type(generator).__name__}: give a torch.Generator, "
+                                "numpy.random.Generator or random.Random")
         self.others = others
 
     def state_dict(self) -> dict[str, Any]:
@@ -66,7 +66,7 @@ class Rng:
             _into(generator, state[f"other/{name}"])
 
     def of_rank(self, state: Mapping[str, Any], rank: int, world: int) -> None:
-        """Take over the state of rank `rank % world` of as many ranks; a rank that there was not starts anew from it."""
+        """Take over the state of rank `rank % world`; a rank that there was not before starts anew from it."""
         self.load_state_dict(state)
         if rank < world:
             return

@@ -13,7 +13,7 @@ from fasttrain.checkpoint import encoding
 from fasttrain.checkpoint.parts import BY_NAME, DTYPES
 from fasttrain.checkpoint.pieces import SIZES
 from fasttrain.checkpoint.read import Reader
-from fasttrain.checkpoint.regions import Box, Region
+from fasttrain.checkpoint.regions import Region
 
 Problem = str
 
@@ -174,10 +174,16 @@ def given(saved: Saved, device: torch.device | str = "cpu") -> Callable[[Mapping
     return give
 
 
+def states_of(saved: Saved, key: str) -> dict[str, dict[str, Any]]:
+    """What all ranks together tell of the states of an optimizer, by the names of parameters."""
+    states: dict[str, dict[str, Any]] = {}
+    for rank in range(saved.world):
+        for name, state in (saved.entry(key, rank) or {}).get("state", {}).items():
+            states.setdefault(name, {}).update(state)
+    return states
+
+
 def whole_reads(tree: Any, saved: Saved) -> list[tuple[str, Region]]:
     """What `given` would read."""
     return [(told["name"], Region(saved.kinds[told["name"]].shape)) for told in encoding.references(tree)]
 
-
-__all__ = ["Box", "Kind", "OfReader", "OfTensors", "Plan", "Saved", "Source", "bytes_of", "given", "refuse",
-           "region_of", "whole_reads"]

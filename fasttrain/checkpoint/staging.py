@@ -24,26 +24,21 @@ THREADS = 4
 
 
 class Staged:
-    """Pieces of a checkpoint whose bytes nobody changes any more.
+    """Parts of a checkpoint, and where their bytes lie that nobody changes any more."""
 
-    Attributes:
-        pieces: in the order of the parts.
-        nbytes: of all.
-    """
+    def __init__(self, parts: Sequence[Part], held: Sequence[Tensor], events: Sequence[Any] = ()):
+        self._parts, self._held, self._events = parts, held, events
 
-    def __init__(self, pieces: list[Piece], events: Sequence[Any] = ()):
-        self.pieces, self._events = pieces, events
-        self.nbytes = sum(piece.nbytes for piece in pieces)
-
-    def wait(self) -> None:
-        """Return when the copies have arrived; not for the thread that trains."""
+    def pieces(self) -> list[Piece]:
+        """The pieces, when all copies have arrived; not for the thread that trains."""
         for event in self._events:
             event.synchronize()
+        return [_piece(part, held) for part, held in zip(self._parts, self._held, strict=True)]
 
 
 def live(parts: Sequence[Part]) -> Staged:
     """The parts where they are; only what is strided or on a GPU is copied. Nobody may change them meanwhile."""
-    return Staged([_piece(part, part.memory.to("cpu").contiguous()) for part in parts])
+    return Staged(parts, [part.memory.to("cpu").contiguous() for part in parts])
 
 
 class Staging:
@@ -103,8 +98,7 @@ class Staging:
         self._move(moves)
         for into, memory in strided:
             into.copy_(memory)
-        return Staged([_piece(part, view) for part, view in zip(parts, views, strict=True)],
-                      [event for event in events if event is not None])
+        return Staged(parts, views, [event for event in events if event is not None])
 
     def close(self) -> None:
         """Let go of the memory."""
@@ -154,7 +148,8 @@ def _moved(moves: list[tuple[int, int, int]]) -> None:
 
 
 def _piece(part: Part, held: Tensor) -> Piece:
-    return Piece(part.name, part.dtype, part.region.shape, memoryview(bytes_of(held)), part.region.span, part.region.box)
+    data: Any = bytes_of(held)
+    return Piece(part.name, part.dtype, part.region.shape, memoryview(data), part.region.span, part.region.box)
 
 
 def _pin(pages: mmap.mmap, memory: Tensor) -> None:

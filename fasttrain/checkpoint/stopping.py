@@ -55,7 +55,8 @@ class Stopping:
             raise TypeError(f"Stopping takes a DataParallel, a Reducer, a Wire or None, not a {type(over).__name__}")
         alone = self.wire is None or self.wire.size == 1
         self._control = None if alone or self.reducer is not None else Control(self.wire, agreed=("step",))  # type: ignore
-        self._alone, self._pending = alone, None  # type: tuple[bool, Pending | None]
+        self._alone = alone
+        self._pending: Pending | None = None
         self._before: dict[signal.Signals, Any] = {}
 
     @property
