@@ -238,7 +238,7 @@ def _flat(out: memoryview | np.ndarray | None, nbytes: int, name: str) -> memory
 
 
 def _shared(one: Region, other: Region) -> Iterator[tuple[int, Box, int, Box, Box]]:
-    """What two parts of a tensor share, box by box: (place in the one, its box, place in the other, its box, shared)."""
+    """What two parts of a tensor share, box by box: (place in one, its box, place in the other, its box, shared)."""
     theirs = list(other.blocks())
     for to, mine in one.blocks():
         for at, box in theirs:
