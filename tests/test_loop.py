@@ -15,7 +15,7 @@ from fasttrain.train import recipe
 from fasttrain.train.config import TrainConfig
 from fasttrain.train.division import callable_of, divide
 from fasttrain.train.loop import train
-from fasttrain.train.model import GPT
+from fasttrain.train.making import make
 from fasttrain.train.text import Text
 from fasttrain.train.validation import held_out_nats, validation
 
@@ -31,7 +31,7 @@ def make_text():
 
 def run(wire, config, text=None, ngrams=2, rows=64):
     torch.manual_seed(config.seed)
-    model = GPT(config.layers, config.width, config.heads, config.sequence, ngrams, rows).to(wire.device)
+    model = make(dataclasses.replace(config, ngrams=ngrams, rows=rows), wire.device)
     parallel = divide(config, model, wire)
     records = []
     optimizer = recipe.build(config, callable_of(parallel))
@@ -208,3 +208,15 @@ def test_validation_counts_every_byte_once(size):
         assert nats == pytest.approx(expected, rel=1e-6)
         assert quick["bytes"] < 100
         assert quick["bits_per_byte"] == pytest.approx(expected / 500 / math.log(2), rel=0.2)
+
+
+@pytest.mark.parametrize("options", [{"precision": "bf16"}, {"precision": "fp16"}, {"precision": "bf16-pure"},
+                                     {"precision": "fp16-pure", "zero": 2}, {"precision": "bf16-pure", "zero": 3},
+                                     {"ema": 0.5}, {"recompute": "full", "compile": False}], ids=str)
+def test_precisions_averages_and_recomputing_learn_the_same(two, options):
+    (records, _), (others, _) = ranks.run(run, 2, dataclasses.replace(TINY, optimizer="AdamW", **options))
+    assert losses(records) == losses(others)
+    assert losses(records) == pytest.approx(losses(two[0][0]), rel=3e-2 if "precision" in options else 1e-6)
+    bits, plain = ([r["bits_per_byte"] for r in rows if r["event"] == "validation"][-1] for rows in (records, two[0][0]))
+    assert bits == pytest.approx(plain, rel=0.1 if "ema" in options else 3e-2)
+    assert (bits != plain) == ("recompute" not in options)

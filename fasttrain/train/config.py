@@ -80,8 +80,9 @@ class TrainConfig:
     products and attention), or 2, 3, ...: every so many blocks."""
     compile: bool = False
     """Compile each block with torch.compile."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 runs the model under autocast; parameters and optimizer stay fp32."""
+    precision: Literal["fp32", "bf16", "fp16", "bf16-pure", "fp16-pure"] = "fp32"
+    """bf16, fp16: the model computes in these, parameters stay fp32; pure: parameters have 16 bits too, and the
+    optimizer keeps fp32 masters."""
     seed: int = 0
     """Of the initial weights and the order of the text. The same seed gives the same bits on the same machine."""
 
@@ -155,6 +156,15 @@ class TrainConfig:
             raise BadInput(f"--recompute {self.recompute}: it is full, selective, or every how many blocks")
         if self.profile and self.steps < PROFILED:
             raise BadInput(f"--profile with --steps {self.steps}: it records steps 11 to {PROFILED}; use more steps")
+        ours = not self.optimizer.startswith("torch.")
+        if self.precision not in ("fp32", "bf16") and not ours:
+            raise BadInput(f"--precision {self.precision} with --optimizer {self.optimizer}: it needs loss scales or "
+                           f"masters, which torch's has not; use {self.optimizer.removeprefix('torch.')}")
+        if self.ema is not None and not ours:
+            raise BadInput(f"--ema with --optimizer {self.optimizer}: torch's keeps no average; use "
+                           f"{self.optimizer.removeprefix('torch.')}")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise BadInput(f"--ema {self.ema}: a decay lies between 0 and 1, like 0.999")
         self._check_processes(self.processes if here is None else here)
 
     def _check_processes(self, here: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ from fasttrain.checkpoint.stopping import Stopping
 from fasttrain.guards.bad_steps import NonFinite
 from fasttrain.guards.spikes import LossSpikes, SpikeDecision
 from fasttrain.guards.stopping import EarlyStopping, Gap
-from fasttrain.precision.loss_scale import LossScaler
+from fasttrain.precision.mixed import Precision
 from fasttrain.train.batches import split
 from fasttrain.train.clock import PhaseClock
 from fasttrain.train.config import ASKED
@@ -73,8 +72,7 @@ class Loop:
         accumulate: micro-batches of a step (`split`).
         clip: largest norm of the gradient; 0 does not clip.
         schedule: what is stepped after each step: a `fasttrain.schedules.Scheduler`, or torch's.
-        context: makes the context in which `loss` runs (autocast).
-        scaler: scales losses, in float16; `fasttrain.precision.Precision` has both.
+        precision: what the loss is computed in, and whether it is scaled; None: fp32.
         evaluate: from the number of steps to a dict of numbers, the same on every rank; called every `evaluate_every`.
         metric: the one of them that guards and `Keep(best=)` look at; lower is better unless a guard says otherwise.
         bad_steps: a `fasttrain.guards.NonFinite`: ends the run after so many skipped steps in a row.
@@ -94,7 +92,7 @@ class Loop:
 
     def __init__(self, model: Any, data: Any, optimizer: Any, loss: Loss, *, steps: int, accumulate: int = 1,
                  clip: float = 1.0, schedule: Any = None,
-                 context: Callable[[], AbstractContextManager[Any]] = nullcontext, scaler: LossScaler | None = None,
+                 precision: Precision | None = None,
                  evaluate: Callable[[int], Record] | None = None, evaluate_every: int = 0, metric: str = "loss",
                  bad_steps: NonFinite | None = None, spikes: LossSpikes | None = None,
                  early: EarlyStopping | None = None, gap: Gap | None = None,
@@ -105,7 +103,10 @@ class Loop:
             raise ValueError("spikes with patience go back to a checkpoint and past batches: give checkpoints, and "
                              "data that can rewind (fasttrain.data.Loader), or LossSpikes(patience=None)")
         clock = PhaseClock(device_of(model))
-        self.stepper = Stepper(model, optimizer, loss, clip=clip, context=context, scaler=scaler, clock=clock)
+        precision = precision or Precision("fp32", clock.device)
+        scaler = precision.scaler()
+        self.stepper = Stepper(model, optimizer, loss, clip=clip, context=precision.autocast, scaler=scaler,
+                               clock=clock)
         self.meter = Meter(clock, tokens, flops, peak)
         self.data, self.optimizer, self.schedule, self.accumulate = data, optimizer, schedule, accumulate
         self.evaluate, self.evaluate_every, self.metric = evaluate, evaluate_every, metric

@@ -26,12 +26,12 @@ from fasttrain.train.config import ASKED, TrainConfig
 from fasttrain.train.division import all_counted, bytes_by_formula, callable_of, wire_of
 from fasttrain.train.dry import STEPS, dry_run
 from fasttrain.train.fit import Loop
-from fasttrain.train.making import flops_of_step
+from fasttrain.train.making import flops_of_step, precision_of
 from fasttrain.train.model import loss_of
 from fasttrain.train.profiling import Profile
 from fasttrain.train.text import Text
 from fasttrain.train.usage import peak_flops
-from fasttrain.train.validation import autocast, validation
+from fasttrain.train.validation import validation
 
 QUICK_WINDOWS = 64  # of a validation during the run; the one at its end reads everything
 Record = dict[str, Any]
@@ -61,6 +61,9 @@ def train(config: TrainConfig, model: DataParallel | Sharded, optimizer: torch.o
     """
     wire, called = wire_of(model), callable_of(model)
 
+    precision = precision_of(config, wire.device)
+    precision.check(called, optimizer)
+
     def look(whole: bool = False) -> Record:
         with ema(optimizer, model=called, required=False):
             return validation(called, text.held_out, config, wire, None if whole else QUICK_WINDOWS)
@@ -71,7 +74,7 @@ def train(config: TrainConfig, model: DataParallel | Sharded, optimizer: torch.o
             Loader(windows, config.batch, rank=wire.rank, world=wire.size, device=wire.device))
         make_loop: Callable[..., Loop] = partial(
             Loop, model, data, optimizer, lambda model, batch: loss_of(model, batch["tokens"].long()),
-            accumulate=config.accumulate, clip=config.clip, context=lambda: autocast(config, wire.device),
+            accumulate=config.accumulate, clip=config.clip, precision=precision,
             schedule=Scheduler(optimizer, lr=warmup_cosine(config.steps, config.rise)),
             bad_steps=NonFinite(most=config.max_skips), tokens=config.batch * config.sequence)
         if config.dry_run:
@@ -83,7 +86,7 @@ def train(config: TrainConfig, model: DataParallel | Sharded, optimizer: torch.o
             checkpoints = stack.enter_context(Checkpointer(
                 directory / "checkpoints", wire=wire, every=config.save_every, nice=10,
                 keep=Keep(last=config.keep, best=1, metric="bits_per_byte")))
-        peak = peak_flops(wire.device, torch.bfloat16) if config.precision == "bf16" else None
+        peak = peak_flops(wire.device, precision.dtype)
         loop = make_loop(
             steps=config.steps, evaluate=lambda step: look(whole=step == config.steps),
             evaluate_every=config.validate_every, metric="bits_per_byte", checkpoints=checkpoints,

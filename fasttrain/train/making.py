@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
+from fasttrain.precision.mixed import Precision
 from fasttrain.train.blocks import compile_blocks, recompute
 from fasttrain.train.config import TrainConfig
 from fasttrain.train.model import GPT
 from fasttrain.train.usage import count_flops
 
 
-def make(config: TrainConfig, device: torch.device) -> GPT:
+def make(config: TrainConfig, device: torch.device) -> Any:
     """The model of a run with its first weights, its blocks recomputed and compiled; to be divided afterwards."""
-    model = _new(config).to(device)
+    model = precision_of(config, device).cast(_new(config).to(device))
     if config.recompute is not None:
         recompute(model, config.recompute, blocks="blocks")
     if config.compile:
         compile_blocks(model, blocks="blocks")
     return model
+
+
+def precision_of(config: TrainConfig, device: torch.device | str = "cpu") -> Precision:
+    """What a run computes in and keeps; the tables of rotary positions stay in fp32."""
+    return Precision(config.precision, device, keep=("cos", "sin") if config.precision.endswith("pure") else ())
 
 
 def flops_of_step(config: TrainConfig) -> float:

@@ -76,8 +76,11 @@ def build(config: TrainConfig, model: Any, **options: Any) -> Any:
     """
     chosen = settings(config)
     from fasttrain.guards.decay import decay_groups  # torch, which `check` need not load
+    from fasttrain.train.making import precision_of
 
-    groups = decay_groups(model)
+    if config.ema is not None:
+        options = {"ema_decay": config.ema, **options}
+    groups = precision_of(config).groups(decay_groups(model))
     kind = optimizer_class(config.optimizer)
     if config.zero in (1, 2):
         from fasttrain.parallel import Zero

@@ -12,6 +12,7 @@ from torch import nn
 from fasttrain.data.order import overlapping
 from fasttrain.dist.wire import Wire
 from fasttrain.train.config import TrainConfig
+from fasttrain.train.making import precision_of
 
 Record = dict[str, Any]
 
@@ -47,7 +48,7 @@ def held_out_nats(model: nn.Module, stream: np.ndarray, config: TrainConfig, wir
         mine = chosen[turn + wire.rank * at_once :][:at_once]
         some = mine if len(mine) else chosen[:1]
         windows = to_device(np.stack([stream[s : s + config.sequence + 1] for s in starts[some]]), wire.device)
-        with autocast(config, wire.device):
+        with precision_of(config, wire.device).autocast():
             logits_BTV = model(windows[:, :-1])
         since = fresh_from[some, None] if len(mine) else config.sequence
         fresh_BT = torch.from_numpy(np.arange(config.sequence)[None] >= since).to(wire.device)
@@ -60,8 +61,3 @@ def held_out_nats(model: nn.Module, stream: np.ndarray, config: TrainConfig, wir
 def to_device(windows: np.ndarray, device: torch.device) -> torch.Tensor:
     """uint8 windows as integers that an embedding takes."""
     return torch.from_numpy(windows).to(device, non_blocking=True).long()
-
-
-def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
-    """The context in which the model runs."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
