@@ -14,8 +14,9 @@ int8    codes of 8 bits there, bfloat16 back; what codes lack is     in float32,
 
 from __future__ import annotations
 
+import warnings
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -171,11 +172,15 @@ class Bf16(Ordered):
 class Int8(Method):
     """8-bit codes with error feedback.
 
+    What the codes have lacked so far is a state, of which every rank has its own: `fasttrain.checkpoint` saves it with
+    the method (`reducer.method`), as any other object.
+
     Attributes:
         residuals: of each bucket, what its codes have lacked so far, float32.
     """
 
     name = "int8"
+    per_rank = True
 
     def prepare(self, wire: Wire, layout: FlatLayout) -> None:
         super().prepare(wire, layout)
@@ -186,6 +191,35 @@ class Int8(Method):
     def rescale(self, factor: float) -> None:
         for residual in self.residuals:
             residual.mul_(factor)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The residuals of this rank."""
+        return {"residuals": list(self.residuals)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over residuals of this rank.
+
+        Raises:
+            ValueError: they are of other buckets; nothing was changed.
+        """
+        given = state["residuals"]
+        if [len(one) for one in given] != [len(one) for one in self.residuals]:
+            raise ValueError(f"residuals of buckets of {[len(one) for one in given]} elements, and these have "
+                             f"{[len(one) for one in self.residuals]}")
+        for mine, one in zip(self.residuals, given, strict=True):
+            mine.copy_(one)
+
+    def of_rank(self, state: Mapping[str, Any], rank: int, world: int) -> None:
+        """Take over the residuals of a rank of as many. Those of another number of ranks are of other shares of the
+        gradients: they begin at zero then, and a warning says so."""
+        if world == self.wire.size:
+            self.load_state_dict(state)
+            return
+        for residual in self.residuals:
+            residual.zero_()
+        if self.wire.rank == 0:
+            warnings.warn(f"wire='int8': what the codes of {world} ranks have lacked is not what those of "
+                          f"{self.wire.size} will: error feedback begins anew", stacklevel=2)
 
     def widths(self, dtype: torch.dtype) -> tuple[float, float]:
         return accounting.width(torch.int8), accounting.width(torch.bfloat16)

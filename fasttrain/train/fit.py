@@ -114,7 +114,8 @@ class Loop:
         self.stopping, self.profile, self.callbacks, self.log_every = stopping, profile, callbacks, log_every
         parts = {"model": self.stepper.model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler,
                  "data": data, "stepper": self.stepper, "meter": self.meter, "bad_steps": self.bad_steps,
-                 "spikes": spikes, "early": early, "gap": gap, "rng": Rng()}
+                 "spikes": spikes, "early": early, "gap": gap, "rng": Rng(),
+                 "wire": getattr(self.stepper.reducer, "method", None)}
         self.keeper = Keeper(checkpoints, {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
                              | dict(keeps or {}), self.stepper.wire)
         self.steps, self.step, self.ended, self.metrics = steps, 0, "", Record()
@@ -127,6 +128,7 @@ class Loop:
         self._begun = True
         if (loaded := self.keeper.resume()) is not None:
             self.step, self.metrics = self.stepper.steps, dict(loaded.metrics)
+            self.meter.seconds = self.metrics.pop("seconds", 0.0)
             passed_over = "".join(f"; {path.name} cannot be used: {reason}" for path, reason in loaded.skipped)
             self.tell("resume", text=f"resumed from {loaded.path.name}{passed_over}")
         elif self.spikes is not None and self.spikes.patience is not None:
@@ -190,7 +192,7 @@ class Loop:
         for numbers in self.stepper.arrived(all_of_them=True):
             self._judge(numbers)
         with self.meter.clock("checkpoint"):
-            self.keeper.save(self.step, self.metrics)
+            self.keeper.save(self.step, {**self.metrics, "seconds": self.meter.total_s()})
 
     def _go_back(self, spike: SpikeDecision) -> None:
         """Load the newest checkpoint from before a spike, and leave its batches out."""

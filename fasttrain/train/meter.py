@@ -76,13 +76,16 @@ class Meter:
         self.loss_sum, self.losses, self.steps, self.begun = 0.0, 0, 0, now
         return record
 
+    def total_s(self) -> float:
+        """Seconds up to now, as `seconds` counts them."""
+        return self.seconds + time.perf_counter() - self.begun
+
     def state_dict(self) -> Record:
-        """JSON values: what the next line adds up."""
-        return {"loss_sum": self.loss_sum, "losses": self.losses, "last_loss": self.last_loss,
-                "seconds": self.seconds + time.perf_counter() - self.begun}
+        """JSON values, the same on every rank: what the next line adds up."""
+        return {"loss_sum": self.loss_sum, "losses": self.losses, "last_loss": self.last_loss}
 
     def load_state_dict(self, state: Record) -> None:
         """Take over what `state_dict` returned; speed and shares begin anew."""
         self.loss_sum, self.losses, self.last_loss = state["loss_sum"], state["losses"], state["last_loss"]
-        self.seconds, self.steps, self.begun = state["seconds"], 0, time.perf_counter()
+        self.steps, self.begun = 0, time.perf_counter()
         self.clock.take()
