@@ -62,6 +62,10 @@ PYBIND11_MODULE(_native, m) {
       .def("remember", &Roster::remember)
       .def("version", &Roster::version)
       .def("release", &Roster::release);
+  py::class_<Listed>(m, "Written")
+      .def(py::init<Reader, const std::vector<py::object>&>())
+      .def("increment", &Listed::increment);
+  m.def("versions", &versions, "What changes whenever a tensor is written through torch, of each.");
   m.def("update_streams", &update_streams, py::call_guard<py::gil_scoped_release>(), "The ceiling of a CPU step.");
   m.def("step_once", &step_once, "Step tensors that are given one by one.");
   bind_reductions(m);

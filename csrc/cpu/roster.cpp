@@ -12,7 +12,6 @@ namespace fasttrain {
 namespace {
 
 constexpr size_t kDistance = 4;  // entries between two stages of fetching ahead
-constexpr size_t kBlock = 64;    // parameters whose versions are incremented together
 
 }  // namespace
 
@@ -32,18 +31,24 @@ Roster::Roster(Reader reader, const std::vector<py::list>& groups)
 }
 
 // A gradient that the kernels can read as it lies; of complex numbers, one that is not to be conjugated.
-bool Roster::gradient(const Entry& entry, py::handle grad, dlpack::Tensor* now) const {
-  if (!reader_.read_gradient(grad, entry.param, now)) return false;
-  if (!Kind(*now).complex()) return true;
-  const py::object part = reader_.local(grad);
-  const py::handle own = part.is_none() ? grad : py::handle(part);
-  return !py::cast<bool>(own.attr("is_conj")());
+bool Roster::gradient(Entry& entry, py::handle grad, dlpack::Tensor* now) const {
+  if (!reader_.placed(grad, entry.param, &entry.placed)) return false;
+  const py::object part = reader_.part(grad);
+  if (!reader_.read_part(part, now) || reader_.negated(part)) return false;
+  entry.last_grad = ahead_.place(part);
+  return !Kind(*now).complex() || !py::cast<bool>(part.attr("is_conj")());
+}
+
+// Keeps the part, so that what it points to can be fetched ahead next time.
+bool Roster::read(py::handle tensor, py::object* part, dlpack::Tensor* now) const {
+  *part = reader_.part(tensor);
+  return reader_.read_part(*part, now);
 }
 
 bool Roster::same(Entry& entry, py::handle grad, py::handle state) const {
   if (!entry.ready) return false;
   dlpack::Tensor param, now;
-  if (!reader_.read(entry.param, &param) || !entry.param_kind.matches(param) || !entry.layout.matches(param) ||
+  if (!read(entry.param, &entry.part, &param) || !entry.param_kind.matches(param) || !entry.layout.matches(param) ||
       entry.at != address(param))
     return false;
   if (!gradient(entry, grad, &now) || !entry.grad_kind.matches(now) ||
@@ -51,9 +56,9 @@ bool Roster::same(Entry& entry, py::handle grad, py::handle state) const {
     return false;
   entry.grad = address(now);
   if (!entry.held.empty() && state.ptr() != entry.state.ptr()) return false;
-  for (const Held& held : entry.held) {
+  for (Held& held : entry.held) {
     PyObject* tensor = look_up(entry.state, held.key);
-    if (tensor != held.tensor.ptr() || !reader_.read(tensor, &now) || !held.kind.matches(now) ||
+    if (tensor != held.tensor.ptr() || !read(tensor, &held.part, &now) || !held.kind.matches(now) ||
         held.at != address(now) || !(held.like ? alike(param, now) : held.layout.matches(now)))
       return false;
   }
@@ -69,32 +74,34 @@ void Roster::fetch_ahead(size_t index) const {
     Ahead::lines(reinterpret_cast<const char*>(entry.held.data()), static_cast<int>(2 * entry.held.size()));
   });
   each(3 * kDistance, [&](const Entry& entry) {
+    if (!entry.ready) return;
     ahead_.object(entry.param);
+    if (!entry.part.is(entry.param)) ahead_.object(entry.part);
     entry.last_grad.fetch();
     if (!entry.held.empty()) ahead_.object(entry.state);
-    for (const Held& held : entry.held) ahead_.object(held.tensor);
+    for (const Held& held : entry.held) {
+      ahead_.object(held.tensor);
+      if (!held.part.is(held.tensor)) ahead_.object(held.part);
+    }
   });
   each(2 * kDistance, [&](const Entry& entry) {
     if (!entry.ready) return;
     entry.layout.fetch();
-    ahead_.tensor(entry.param);
+    ahead_.tensor(entry.part);
     if (!entry.held.empty()) ahead_.dict(entry.state);
-    for (const Held& held : entry.held) ahead_.tensor(held.tensor);
+    for (const Held& held : entry.held) ahead_.tensor(held.part);
   });
   each(kDistance, [&](const Entry& entry) {
     if (!entry.ready) return;
-    ahead_.inside(entry.param);
-    for (const Held& held : entry.held) ahead_.inside(held.tensor);
+    ahead_.inside(entry.part);
+    for (const Held& held : entry.held) ahead_.inside(held.part);
   });
 }
 
 void Roster::take(size_t index, bool active, py::object grad) {
   listed_ &= active_[index] == (active ? 1 : 0);
   active_[index] = active ? 1 : 0;
-  if (active) {
-    entries_[index].last_grad = ahead_.place(grad);
-    grads_[index] = std::move(grad);
-  }
+  if (active) grads_[index] = std::move(grad);
 }
 
 py::object Roster::scan(py::dict state, const std::vector<py::list>& groups) {
@@ -135,11 +142,12 @@ bool Roster::set(int index, const py::dict& state, const py::tuple& keys, bool c
                  bool watched) {
   Entry& entry = entries_.at(static_cast<size_t>(index));
   entry.ready = listed_ = false;
+  entry.version = -1;
   entry.held.clear();
   entry.counter = Counter();
   take(static_cast<size_t>(index), false, py::none());
   dlpack::Tensor param, now;
-  if (!reader_.read(entry.param, &param)) return false;
+  if (!read(entry.param, &entry.part, &param)) return false;
   entry.param_kind = Kind(param);
   entry.layout = Layout(param);
   entry.at = address(param);
@@ -154,7 +162,7 @@ bool Roster::set(int index, const py::dict& state, const py::tuple& keys, bool c
     Held held;
     held.key = py::reinterpret_borrow<py::object>(key);
     held.tensor = state[key];
-    if (!reader_.read(held.tensor, &now)) return false;
+    if (!read(held.tensor, &held.part, &now)) return false;
     held.kind = Kind(now);
     held.layout = Layout(now);
     held.like = alike(param, now);
@@ -213,17 +221,11 @@ std::pair<std::vector<std::tuple<int, double>>, py::array_t<i64>> Roster::rows()
 
 void Roster::list_written() {
   written_.clear();
-  size_t count = 0;
-  const auto add = [&](py::handle tensor) {
-    written_.back().append(tensor);
-    const py::object part = reader_.local(tensor);
-    if (!part.is_none()) written_.back().append(part);  // autograd may have saved the whole DTensor, or its local part
-  };
   for (size_t i = 0; i < entries_.size(); ++i) {
     if (active_[i] == 0) continue;
-    if (count++ % kBlock == 0) written_.emplace_back();
-    add(entries_[i].param);
-    for (const Held& held : entries_[i].held) add(held.tensor);
+    written_.next();
+    written_.add(entries_[i].param, reader_);
+    for (const Held& held : entries_[i].held) written_.add(held.tensor, reader_);
   }
   listed_ = true;
 }
@@ -233,13 +235,15 @@ void Roster::stepped(const py::function& increment) {
   for (size_t i = 0; i < entries_.size(); ++i) {
     if (active_[i] == 0) continue;
     Entry& entry = entries_[i];
+    if (i + 2 * kDistance < entries_.size() && entries_[i + 2 * kDistance].counter.at != nullptr)
+      Ahead::lines(entries_[i + 2 * kDistance].counter.at, 1);
     if (entry.counter.type != Counter::kNone) entry.counter.increment();
     entry.fresh = false;
   }
-  for (const py::list& block : written_) increment(block);
+  written_.increment(ahead_, increment);
   py::list zeroed;
   for (size_t i = 0; i < entries_.size(); ++i)
-    if (active_[i] != 0 && entries_[i].zero) zeroed.append(grads_[i]);
+    if (active_[i] != 0 && entries_[i].zero) zeroed.append(entries_[i].param.attr("grad"));
   if (!zeroed.empty()) increment(zeroed);
 }
 

@@ -10,6 +10,7 @@
 
 #include "cpu/reader.h"
 #include "cpu/walk.h"
+#include "cpu/written.h"
 
 namespace fasttrain {
 
@@ -54,14 +55,15 @@ class Roster {
 
  private:
   struct Held {
-    py::object key, tensor;
+    py::object key, tensor, part;  // a DTensor's local part, or the tensor
     Kind kind;
     Layout layout;
     bool like = false;  // of the parameter's layout, which is in the cache
     char* at = nullptr;
   };
   struct Entry {
-    py::object param, state;
+    py::object param, part, state;
+    py::object placed;  // the placement of a gradient that was placed as the parameter
     Ahead::Place last_grad;
     std::vector<Held> held;
     Kind param_kind, grad_kind;
@@ -73,8 +75,9 @@ class Roster {
     bool ready = false, fresh = false, zero = false, watched = false, grad_like = false;
   };
   bool same(Entry& entry, py::handle grad, py::handle state) const;
-  bool gradient(const Entry& entry, py::handle grad, dlpack::Tensor* now) const;
+  bool gradient(Entry& entry, py::handle grad, dlpack::Tensor* now) const;
   void fetch_ahead(size_t index) const;
+  bool read(py::handle tensor, py::object* part, dlpack::Tensor* now) const;
   void take(size_t index, bool active, py::object grad);
   void list_written();
 
@@ -84,7 +87,7 @@ class Roster {
   std::vector<size_t> group_sizes_;
   std::vector<u8> active_;
   std::vector<py::object> grads_;
-  std::vector<py::list> written_;  // by active parameters, in blocks
+  Written written_;  // by the active parameters
   bool listed_ = false;
 };
 

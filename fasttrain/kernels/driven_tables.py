@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from fasttrain.kernels import driven_plan as plan
-from fasttrain.kernels import launches
+from fasttrain.kernels import launches, native
 from fasttrain.kernels.driven_plan import Group
 from fasttrain.kernels.item import Item, flat
 from fasttrain.kernels.moved import Gradients
@@ -66,8 +66,8 @@ class Tabled:
             self.sums = torch.zeros(len(items), 0, dtype=torch.float64, device=self.device)
         self.groups = [replace(group, items=[_without_gradient(item) for item in group.items]) for group in self.groups]
         self.places = [np.array(group.places, np.int64) for group in self.groups]
-        self.written = [tensor for group in self.groups for item in group.items for tensor in item.written
-                        if tensor is not item.counter and tensor is not item.tensors[1]]
+        self.written = native.Written([tensor for group in self.groups for item in group.items for tensor in item.written
+                        if tensor is not item.counter and tensor is not item.tensors[1]])
         self.zeroed = [weakref.ref(item.tensors[1]) for item in items if item.zero]
 
     def more(self) -> list[np.ndarray]:
@@ -165,7 +165,7 @@ def launch(parts: Sequence[Tabled]) -> None:
             with part.place.guard():
                 getattr(part, phase.__name__)()
     for part in parts:
-        torch.autograd.graph.increment_version(part.written)
+        part.written.increment()
     zeroed = [gradient for part in parts for reference in part.zeroed if (gradient := reference()) is not None]
     if zeroed:
         torch.autograd.graph.increment_version(zeroed)

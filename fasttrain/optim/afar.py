@@ -66,7 +66,8 @@ class Afar:
         self.identities: dict[int, int] = {}
         self.stood: OrderedDict[tuple[bytes, bytes], Stood] = OrderedDict()
         self.last: Stood | None = None
-        self.shared = False
+        self.shared = self.watches = False
+        self.vouched: Any = None  # of the last step
 
     def scan(self, state: Any, lists: Sequence[Sequence[Tensor]]) -> list[int] | None:
         """Indices of the parameters that have a gradient and are not, or no longer, known."""
@@ -80,6 +81,10 @@ class Afar:
             return False
         settle(p)
         return p.grad is not before and bool(self.roster.again(index, state))
+
+    def is_vouched(self, now: Any, lists: Sequence[Sequence[Tensor]]) -> bool:
+        """Whether somebody says that all is as at the last step (`fasttrain.parallel.Reducer.vouch`)."""
+        return bool(now == self.vouched) and len(self.places) == sum(map(len, lists))
 
     def version(self, index: int) -> int:
         return int(self.roster.version(index))
@@ -162,6 +167,7 @@ def take(optimizer: Groups, index: int, one: Examined) -> bool:
     known.stood.clear()
     if not known.roster.set(index, state, keys, item.counter is not None, one.fresh, item.zero, watched):
         return False
+    known.watches |= watched  # a master follows what others write, so that everything is looked at
     known.items[index] = with_gradient(item, without_memory(item.tensors[1]))
     known.backends[index] = backend
     known.identities[index] = optimizer._identity(one.where)
@@ -192,6 +198,7 @@ def walk(optimizer: Groups, rules: list[Rule], scale: float) -> Callable[[StepRe
             one()
         known.roster.stepped(torch.autograd.graph.increment_version)
         known.roster.remember()
+        known.vouched = None if known.watches or len(known.items) != len(known.places) else optimizer._vouched
         report.launches += stood.counts.launches
         report.parameters += stood.counts.parameters
         report.bytes_read += stood.counts.bytes_read

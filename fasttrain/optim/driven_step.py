@@ -59,6 +59,9 @@ def step(optimizer: Any, found: Found, rules: list[Rule], report: StepReport) ->
             raise refused(error) from None
         return False
     drive.roster.release()
+    if found.others:
+        drive.found, drive.active = found._replace(others=[]), drive.roster.active()
+    drive.vouched = None if driving.capturing() or any(one.watched for one in ready) else optimizer._vouched
     optimizer._drive = drive
     _launch(optimizer, drive, ready, report)
     return True

@@ -48,6 +48,9 @@ def scan(optimizer: Groups, rules: list[Rule]) -> list[int]:
     kinds = [kind_of(group, rule) for group, rule in zip(optimizer.param_groups, rules, strict=True)]
     made_for = (rules, wanted, kinds)
     if optimizer._planned_for == made_for:
+        vouched, known = optimizer._vouched, optimizer._afar
+        if vouched is not None and optimizer._plan is None and known is not None and known.is_vouched(vouched, lists):
+            return []
         found = [one.scan(optimizer.state, lists) for one in (optimizer._plan, optimizer._afar) if one is not None]
         if found and all(one is not None for one in found):
             return found[0] if len(found) == 1 else sorted(set(found[0]).intersection(found[1]))

@@ -37,6 +37,8 @@ class Groups(Page):
     _capturable: bool = False  # devices drive every step (`fasttrain.optim.drive`)
     _drive: Any = None
     _plan: Any = None
+    vouched: Any = None  # of the next step: nothing but values changed since the last with an equal one
+    _vouched: Any = None  # of this step
     _afar: Any = None  # what is stepped on other devices (`fasttrain.optim.afar`)
     _planned_for: Any = None  # the rule of each group, the backend that is forced, and options of each group
     _places: list[tuple[int, int]]  # in the order of the plan

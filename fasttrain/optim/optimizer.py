@@ -115,6 +115,7 @@ class Optimizer(Around, Saved):
         if self._swapped:
             raise RuntimeError("the parameters are their EMA (ema_weights): step after the `with` block")
         report = StepReport()
+        self._vouched, self.vouched = self.vouched, None
         found = drive.places(self)
         if found and found.places and driven_step.step(self, found, drive.rules_of(self), report):
             return

@@ -20,7 +20,7 @@ from fasttrain.optim.checks import plain
 from fasttrain.optim.cohorts import Cohorts
 from fasttrain.optim.equation import reads_step
 from fasttrain.optim.kept import Layout, follow
-from fasttrain.optim.local import is_dtensor, local, version
+from fasttrain.optim.local import is_dtensor, local, version, versions
 from fasttrain.optim.report import StepReport
 from fasttrain.optim.running import Line, Running
 from fasttrain.precision.storage import is_plain
@@ -135,6 +135,7 @@ class Prepared:
         self.staged = [one for one in self.entries if one.staged is not None]
         self.zeroed = [one for one in self.entries if one.item.zero]
         self.watched = [one for one in self.entries if one.watched]
+        self.ids = [id(one.p) for one in self.watched]
         self.wholes = [one.p for one in self.entries if is_dtensor(one.p)]
         self.others = [one.staged for one in self.entries] if self.staged else []
 
@@ -203,7 +204,7 @@ class Prepared:
         self.remember(optimizer)
 
     def remember(self, optimizer: Any) -> None:
-        optimizer._versions.update((id(one.p), version(one.p)) for one in self.watched)
+        optimizer._versions.update(zip(self.ids, versions([one.p for one in self.watched]), strict=True))
 
 
 def row(optimizer: Any, spec: Spec, device: torch.device, told: Tensor) -> Row:

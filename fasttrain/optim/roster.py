@@ -169,7 +169,7 @@ class Roster:
             own = [p, *(tensor for _, tensor, _ in known.held)]
             written += [one for tensor in own for one in dict.fromkeys((tensor, local(tensor)))]
             if known.zero:
-                written.append(self.grads[index])
+                written.append(p.grad)
         increment(written)
 
     def remember(self) -> None:

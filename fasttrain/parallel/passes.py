@@ -45,6 +45,7 @@ class Passes:
         self._pending: Pending | None = None
         self._squares: tuple[Tensor, Tensor] | None = None
         self._arrivals: list[int] = []
+        self._all_here = False       # after the last synchronised backward pass every gradient is the view of its slot
         self.blaming = Blame()
         self._make_buckets(Bucket)
 
@@ -131,6 +132,7 @@ class Passes:
             self.timeline.backward_ended()
         self._check_unchanged()
         used = [bucket.has(place) for bucket, place in self._where]
+        self._all_here = all(used)
         for bucket in self.buckets[len(self._works) :]:
             bucket.close(self._factor)
         self._send_ready()
