@@ -11,8 +11,6 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-import torch
-
 from fasttrain.kernels import cuda, dispatch, emit_cuda, place, resident, ring
 
 
@@ -46,6 +44,3 @@ def device() -> Iterator[Code]:
     for one in cached:
         one.cache_clear()
 
-
-def on_cpu() -> torch.device:
-    return torch.device("cpu")

@@ -66,8 +66,9 @@ class Tabled:
             self.sums = torch.zeros(len(items), 0, dtype=torch.float64, device=self.device)
         self.groups = [replace(group, items=[_without_gradient(item) for item in group.items]) for group in self.groups]
         self.places = [np.array(group.places, np.int64) for group in self.groups]
-        self.written = native.Written([tensor for group in self.groups for item in group.items for tensor in item.written
-                        if tensor is not item.counter and tensor is not item.tensors[1]])
+        self.written = native.Written([
+            tensor for group in self.groups for item in group.items for tensor in item.written
+            if tensor is not item.counter and tensor is not item.tensors[1]])
         self.zeroed = [weakref.ref(item.tensors[1]) for item in items if item.zero]
 
     def more(self) -> list[np.ndarray]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttrain.kernels import native, norm
+from fasttrain.kernels import norm
 from fasttrain.optim.part import declared
 
 
@@ -45,14 +45,6 @@ def local(tensor: Any) -> Any:
 def version(tensor: Any) -> int:
     """What changes whenever a tensor is written through torch, through the whole or through its local part."""
     return tensor._version + (tensor._local_tensor._version if is_dtensor(tensor) else 0)
-
-
-def versions(tensors: Sequence[Any]) -> list[int]:
-    """The version of each."""
-    if native.load()[0] is None:
-        return [version(tensor) for tensor in tensors]
-    found: list[int] = native.module().versions(native.reader(dtensor_type()), tensors)
-    return found
 
 
 def check_placed(name: str, p: Any) -> None:

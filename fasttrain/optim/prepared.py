@@ -20,8 +20,9 @@ from fasttrain.optim.checks import plain
 from fasttrain.optim.cohorts import Cohorts
 from fasttrain.optim.equation import reads_step
 from fasttrain.optim.kept import Layout, follow
-from fasttrain.optim.local import is_dtensor, local, version, versions
+from fasttrain.optim.local import is_dtensor, local, version
 from fasttrain.optim.report import StepReport
+from fasttrain.optim.roster import versions
 from fasttrain.optim.running import Line, Running
 from fasttrain.precision.storage import is_plain
 from fasttrain.rule import Rule

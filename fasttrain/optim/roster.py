@@ -169,6 +169,7 @@ class Roster:
             own = [p, *(tensor for _, tensor, _ in known.held)]
             written += [one for tensor in own for one in dict.fromkeys((tensor, local(tensor)))]
             if known.zero:
+                assert p.grad is not None
                 written.append(p.grad)
         increment(written)
 
@@ -246,3 +247,11 @@ def compiled(groups: Sequence[Sequence[Tensor]]) -> Any:
 def roster(groups: Sequence[Sequence[Tensor]]) -> Any:
     """What compares any parameters."""
     return Roster(groups, None) if native.load()[0] is None else Both(groups)
+
+
+def versions(tensors: Sequence[Any]) -> list[int]:
+    """The version of each tensor."""
+    if native.load()[0] is None:
+        return [version(tensor) for tensor in tensors]
+    found: list[int] = native.module().versions(native.reader(dtensor_type()), tensors)
+    return found

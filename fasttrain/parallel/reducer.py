@@ -23,15 +23,15 @@ from fasttrain.kernels import norm
 from fasttrain.parallel import blame, reduced, steps
 from fasttrain.parallel.buckets import Bucket
 from fasttrain.parallel.hierarchy import ranks_and_method
-from fasttrain.parallel.passes import Passes
 from fasttrain.parallel.timeline import Timeline
+from fasttrain.parallel.vouching import Vouching
 from fasttrain.parallel.watching import wire_over
 from fasttrain.parallel.wires import Method
 
 MIB = 1 << 20
 
 
-class Reducer(Passes):
+class Reducer(Vouching):
     """Averages the gradients of parameters over the ranks of a mesh, in the backward pass itself.
 
     After a backward pass, `p.grad` is the mean over ranks, as after torch's DistributedDataParallel; a parameter that
@@ -96,8 +96,6 @@ class Reducer(Passes):
             p.grad_dtype = None  # any: the first comes in the parameter's own, and is cast as it is packed
         reduced.own(self.params, self)
         self._hooks: list[Any] = []
-        self._vouched_for: weakref.ref[Any] | None = None
-        self._covers = False
         if not self.idle:
             self._attach()
         steps.watch(self)
@@ -178,29 +176,6 @@ class Reducer(Passes):
         norm_of_mean = (squares.sqrt() / scale).float()
         optimizer.step_scaled(scale.float(), found, norm_of_mean, max_norm)
         return norm_of_mean
-
-    def vouch(self, optimizer: Any) -> bool:
-        """Spare an optimizer's next step the comparison of every parameter with what it was, where gradients are views
-        of the buckets that they were views of before: on a GPU the host's part of it then does not grow with their
-        number, but for what autograd is told.
-
-        By calling this you say that since the last step nothing but the values of parameters, states and gradients
-        changed: nobody assigned `p.grad`, `p.data` or an entry of `optimizer.state`. Loading a state dict, and adding
-        parameters, is noticed.
-
-        Returns:
-            Whether it was said; not if a parameter has no gradient in this step, if the optimizer has other parameters
-            than this reducer, or is not of this package. The step then compares.
-        """
-        params = [p for group in optimizer.param_groups for p in group["params"]] \
-            if self._vouched_for is None or self._vouched_for() is not optimizer else None
-        if params is not None:
-            self._vouched_for = weakref.ref(optimizer)
-            self._covers = hasattr(optimizer, "vouched") and all(p in self._index for p in params)
-        if not self._covers or not self._all_here or self.idle or self.method.final:
-            return False
-        optimizer.vouched = id(self), sum(len(group["params"]) for group in optimizer.param_groups)
-        return True
 
     def grad_ready(self, p: Tensor) -> None:
         """Tell that a gradient is complete, where no hook of autograd does (a pipeline that splits backward)."""
