@@ -104,7 +104,7 @@ class Standing:
             else:
                 self.made.on_device.update(place, launches.live(own, self.made.gradients, moving))
         made, chosen = self.made, [(group.kind, group.items) for group in self.groups]
-        clips = [any(rows[row][-3] != np.inf for row in group.rows) and not group.items[0].plain
+        clips = [not group.items[0].plain and any(rows[row][-3] != np.inf for row in group.rows)
                  for group in self.groups]
         return lambda: self.backend.start(chosen, made, clips)
 

@@ -200,6 +200,13 @@ def upload(array: np.ndarray, device: torch.device, what: str = "the tables of a
         return ring.upload(place_of(device), array).view(tensor.dtype).view(tensor.shape)
 
 
+def patched(kept: Tables[resident.Resident], key: tuple[Any, ...], array: np.ndarray, device: torch.device,
+            what: str) -> torch.Tensor:
+    """The same of a table that stays there (`resident.patched`)."""
+    with resident.making(what, device):
+        return resident.patched(kept, place_of(device), key, array)
+
+
 def count_up(items: Sequence[Item]) -> None:
     """Add one to every step count."""
     for item in items:
