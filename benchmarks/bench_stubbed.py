@@ -23,7 +23,7 @@ ELEMENTS = 64
 KINDS = ("plain", "DTensor", "in buckets")
 
 
-def run(counts: tuple[int, ...] = COUNTS, rounds: int = 15) -> list[dict[str, Any]]:
+def run(counts: tuple[int, ...] = COUNTS, rounds: int = 8) -> list[dict[str, Any]]:
     """Microseconds of a step of AdamW, driven by the host and by the device, in turn with new and the same gradients.
 
     In buckets, after a backward pass each time, with `Reducer.vouch`.
