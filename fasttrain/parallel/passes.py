@@ -51,6 +51,7 @@ class Passes:
         self._pending: Pending | None = None
         self._squares: tuple[Tensor, Tensor] | None = None
         self._arrivals: list[int] = []
+        self._all_here = False       # after the last synchronised backward pass every gradient is the view of its slot
         self.blaming = Blame()
         self.uses = 0  # forward passes and steps
         self.broken, self._awaiting = Cause(), False  # what has ended a backward pass; whether its end is awaited
@@ -155,6 +156,7 @@ class Passes:
             self.timeline.backward_ended()
         self._check_unchanged()
         used = [bucket.has(place) for bucket, place in self._where]
+        self._all_here = all(used)
         for bucket in self.buckets[len(self._works) :]:
             bucket.close(self._factor)
         self._send_ready()

@@ -25,13 +25,14 @@ from fasttrain.parallel.buckets import Bucket
 from fasttrain.parallel.hierarchy import ranks_and_method
 from fasttrain.parallel.items import Items
 from fasttrain.parallel.timeline import Timeline
+from fasttrain.parallel.vouching import Vouching
 from fasttrain.parallel.watching import wire_over
 from fasttrain.parallel.wires import Method
 
 MIB = 1 << 20
 
 
-class Reducer(Items):
+class Reducer(Vouching, Items):
     """Averages the gradients of parameters over the ranks of a mesh, in the backward pass itself.
 
     After a backward pass, `p.grad` is the mean over ranks, as after torch's DistributedDataParallel; a parameter that
