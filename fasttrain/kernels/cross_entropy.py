@@ -177,6 +177,12 @@ def wrong(targets: Tensor, terms: Terms) -> Tensor:
     return (targets != terms.ignore_index) & ((targets < 0) | (targets >= terms.vocabulary))
 
 
+def check_classes(targets: Tensor, terms: Terms) -> None:
+    """Raise IndexError if a target in CPU memory is no class."""
+    if targets.device.type == "cpu" and (bad := wrong(targets, terms)).any():
+        raise no_class(targets, int(bad.nonzero()[0]), terms)
+
+
 def _rows_and_targets(logits: Tensor, targets: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
     rows = logits.reshape(-1, logits.shape[-1]) if logits.numel() else logits.new_zeros(targets.numel(), 0)
     return (rows if rows.dtype == torch.float64 else rows.float()), targets.reshape(-1).long()
@@ -184,11 +190,9 @@ def _rows_and_targets(logits: Tensor, targets: Tensor, terms: Terms) -> tuple[Te
 
 def _measure_reference(logits: Tensor, targets: Tensor, terms: Terms, whole: bool) -> Measured:
     x, targets = _rows_and_targets(logits, targets, terms)
-    bad = wrong(targets, terms)
-    if x.device.type == "cpu" and bad.any():
-        raise no_class(targets, int(bad.nonzero()[0]), terms)
+    check_classes(targets, terms)
     here = targets - terms.first
-    inside = (here >= 0) & (here < x.shape[1]) & ~bad
+    inside = (here >= 0) & (here < x.shape[1]) & ~wrong(targets, terms)
     nan, none = x.new_full((), torch.nan), x.new_full((len(x), 1), -torch.inf)
     most = torch.cat([none, x], 1).amax(1)
     total = (x - finite(most)[:, None]).exp().sum(1)
@@ -211,8 +215,9 @@ def combine(parts: Tensor) -> Tensor:
     Example:
         >>> x = torch.randn(3, 8)
         >>> targets = torch.tensor([0, 7, 2])
-        >>> pieces = [measure_part(x[:, a:b], targets, Terms(a, 8, -100, 0.1, 0.0)) for a, b in ((0, 5), (5, 8))]
-        >>> torch.allclose(combine(torch.stack(pieces)), measure(x, targets, Terms(0, 8, -100, 0.1, 0.0)).parts, atol=1e-5)
+        >>> pieces = [measure_part(x[:, a:b], targets, Terms(a, 8, -100, 0.1, 0.0)) for a, b in [(0, 5), (5, 8)]]
+        >>> whole = measure(x, targets, Terms(0, 8, -100, 0.1, 0.0)).parts
+        >>> torch.allclose(combine(torch.stack(pieces)), whole, atol=1e-5)
         True
     """
     pieces = parts.double()
