@@ -66,10 +66,11 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, ta
     """
     terms = Terms(0, len(weight), ignore_index, label_smoothing, z_loss)
     flat, classes = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    kernel.check_classes(classes, terms)  # here, where rows have their own numbers
+    kernel.check_classes(classes, terms)  # where rows have their own numbers
     exact, device = torch.promote_types(hidden.dtype, torch.float32), hidden.device
     count = (classes != ignore_index).sum() if reduction == "mean" else torch.ones((), device=device)
-    scale, total = torch.ones((), dtype=exact, device=device) / count, torch.zeros((), dtype=torch.float64, device=device)
+    scale = torch.ones((), dtype=exact, device=device) / count
+    total = torch.zeros((), dtype=torch.float64, device=device)
     parts, rows = flat.new_empty(len(flat), kernel.PARTS, dtype=exact), flat.new_empty(len(flat), dtype=exact)
     sums = Sums(flat, weight, needed if reduction != "none" else [False] * 3, len(flat) > chunk)
     with torch.autocast(device.type, enabled=False):
