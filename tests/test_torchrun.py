@@ -123,3 +123,39 @@ def test_one_host(tmp_path: Path) -> None:
     assert "fasttrain: rank 0: --out run is not empty; give a new directory" in errors
     assert "fasttrain: rank 1: rank 0 failed: BadInput: --out run is not empty" in errors
     assert (host / "run" / "log.jsonl").read_bytes() == before
+
+
+SLURM = ROOT / "examples" / "slurm.sh"
+SCONTROL = """#!/bin/bash
+[ "$*" = "show hostnames two-hosts" ] && echo localhost && echo elsewhere
+"""
+SRUN = """#!/bin/bash
+shift
+"$@" & first=$!
+"$@"; second=$?
+wait $first && exit $second
+"""
+
+
+def test_the_slurm_example_is_bash() -> None:
+    assert subprocess.run(["bash", "-n", SLURM], check=False).returncode == 0
+
+
+@pytest.mark.slow
+def test_the_slurm_example_runs(tmp_path: Path) -> None:
+    """With SLURM's variables, and commands in the place of its own: srun starts torchrun twice."""
+    host = words(tmp_path / "host")
+    for name, content in (("scontrol", SCONTROL), ("srun", SRUN)):
+        (tmp_path / name).write_text(content)
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "torchrun").write_text(f'#!/bin/bash\nexec {sys.executable} -m torch.distributed.run "$@"\n')
+    (tmp_path / "torchrun").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT),
+                   "SLURM_JOB_NODELIST": "two-hosts", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1",
+                   "SLURM_JOB_ID": str(os.getpid())}
+    job = subprocess.Popen([SLURM, "--text", "words", "--out", "run", *TINY, "--steps", "2"], cwd=host, env=environment,
+                           text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    code, out, errors = finish(job, seconds=180)
+    assert code == 0, errors
+    assert "2 processes on cpu" in out
+    assert "step 2/2" in out
