@@ -46,7 +46,7 @@ def two_hosts(*hosts: Path, options: tuple[tuple[str, ...], ...] = ((), ()), mor
                 "--rdzv-id=job", *more]
     started = [start(host, launcher, *mine) for host, mine in zip(hosts, options, strict=True)]
     try:
-        return [finish(one) for one in started]
+        return [finish(one, seconds=150) for one in started]
     finally:
         for one in started:
             one.kill()
@@ -107,6 +107,20 @@ def test_two_hosts_start_again(tmp_path: Path) -> None:
     said = "".join(out for _, out, _ in ended)
     assert "step   0/300  started again (once by now), from the beginning: there is no checkpoint" in said
     assert (tmp_path / "run" / "summary.json").exists()
+
+
+@pytest.mark.slow
+def test_no_rank_outlives_torchrun(tmp_path: Path) -> None:
+    host = words(tmp_path / "host")
+    options = ("--steps", "1000000", "--out", str(tmp_path / "run"))
+    torchrun = start(host, ["--standalone", "--nproc-per-node=2"], *options)
+    log = tmp_path / "run" / "log.jsonl"
+    wait_for(lambda: log.exists() and '"train"' in log.read_text(), "the first line of the log")
+    assert {0, 1} <= set(processes_of(tmp_path).values())
+    torchrun.kill()
+    errors = finish(torchrun)[2]
+    assert "torchrun has ended on its host without ending it" in errors
+    wait_for(lambda: not processes_of(tmp_path), "the processes to end", seconds=10)
 
 
 @pytest.mark.slow
