@@ -244,3 +244,18 @@ def test_a_failure_is_told_where_torch_waits() -> None:
     assert "rank 1" in first.text
     assert "the data is broken" in first.text
     assert first.at - second.at < 5
+
+
+def parts(wire: Any, watcher: Any) -> None:
+    """One rank calls the model twice, as in a validation of its own, while the other goes on to backward."""
+    sharded = shard(Net(), blocks="layers", watch=watcher)
+    loss = loss_of(sharded.module, batch(0, wire.rank, 0, torch.float32))
+    if wire.rank:
+        loss = loss_of(sharded.module, batch(0, wire.rank, 0, torch.float32))
+    loss.backward()
+
+
+def test_ranks_that_call_the_model_differently_are_told() -> None:
+    for ended in ranks.faulty(parts, 2):
+        assert ended.code
+        assert "the ranks issue different collectives" in ended.text
