@@ -186,6 +186,14 @@ def test_doctor_is_called(monkeypatch):
     assert cli.main(["doctor"]) == 7
 
 
+@pytest.mark.parametrize("nccl, said", [(True, ["gloo", "NCCL (beyond one rank: never run)"]), (False, ["gloo"])])
+def test_doctor_says_what_has_never_run(monkeypatch, nccl, said):
+    from fasttrain import doctor
+
+    monkeypatch.setattr(doctor.dist, "is_nccl_available", lambda: nccl)
+    assert list(doctor.collectives()) == said
+
+
 def test_sigterm_ends_like_control_c_with_its_own_code(monkeypatch, capsys):
     def launch(*arguments):
         os.kill(os.getpid(), signal.SIGTERM)

@@ -157,14 +157,16 @@ def test_ours_and_stock_agree(two):
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_it_learns_the_same(two):
+@pytest.mark.parametrize("zero", [0, 3])
+def test_on_a_gpu_it_learns_the_same(two, zero):
     wire = Wire(torch.device("cuda", 0), store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
-        records, _ = run(wire, TINY)
+        records, _ = run(wire, dataclasses.replace(TINY, zero=zero))
     finally:
         wire.close()
     assert losses(records) == pytest.approx(losses(two[0][0]), rel=1e-3)
     assert all(share > 0 for r in records if r["event"] == "train" for share in r["share"].values())
+    assert (records[-2]["bytes"], records[-2]["exposed_s"]) == (0, None)
 
 
 def explode(wire):

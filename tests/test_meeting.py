@@ -77,8 +77,24 @@ def again(wire: Any, folder: Path) -> Any:
 
 
 def test_a_rank_that_is_started_again_goes_on(tmp_path: Path) -> None:
-    """Of one rank, for the first one raises alone: the others are told by the watcher (tests/test_torchrun.py)."""
+    """Of one rank: what the others hear is in the next test."""
     (refused, other), = ranks.run(again, 1, tmp_path)
     assert refused.endswith("out0 is not empty; give a new directory, remove what is there, or go on with the run in "
                             "it by --resume auto")
     assert "holds a run with --lr None, not 0.5" in other
+
+
+def meets_and_fails(wire: Any, watcher: Any, folder: Path) -> None:
+    with watcher.guard():
+        meet(dataclasses.replace(CONFIG, text=text_in(folder / f"text{wire.rank}"), out=folder / "out"), wire)
+
+
+def test_the_others_hear_why_the_first_cannot_write(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    first, second = ranks.faulty(meets_and_fails, 2, tmp_path)
+    why = f"--out {tmp_path / 'out'} is not empty; give a new directory, or remove what is there"
+    assert f"BadInput: {why}" in first.text
+    assert f"PeerFailed: rank 0 failed: BadInput: {why}" in second.text
+    assert (first.code, second.code) == (70, 71)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]

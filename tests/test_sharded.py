@@ -257,3 +257,18 @@ def test_a_parameter_that_is_used_on_one_rank_only_ends_all() -> None:
         assert one.code
         assert "PASSED" not in one.text
         assert re.search(r"the ranks issue different collectives: collective \d+ is reduce_scatter of", one.text), one
+
+
+def parts(wire: Any, watcher: Any) -> None:
+    """One rank calls the model twice, as in a validation of its own, while the other goes on to backward."""
+    sharded = shard(Net(), blocks="layers", watch=watcher)
+    loss = loss_of(sharded.module, batch(0, wire.rank, 0, torch.float32))
+    if wire.rank:
+        loss = loss_of(sharded.module, batch(0, wire.rank, 0, torch.float32))
+    loss.backward()
+
+
+def test_ranks_that_call_the_model_differently_are_told() -> None:
+    for ended in ranks.faulty(parts, 2):
+        assert ended.code
+        assert "the ranks issue different collectives" in ended.text

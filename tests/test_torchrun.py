@@ -46,7 +46,7 @@ def two_hosts(*hosts: Path, options: tuple[tuple[str, ...], ...] = ((), ()), mor
                 "--rdzv-id=job", *more]
     started = [start(host, launcher, *mine) for host, mine in zip(hosts, options, strict=True)]
     try:
-        return [finish(one) for one in started]
+        return [finish(one, seconds=150) for one in started]
     finally:
         for one in started:
             one.kill()
@@ -110,6 +110,20 @@ def test_two_hosts_start_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_no_rank_outlives_torchrun(tmp_path: Path) -> None:
+    host = words(tmp_path / "host")
+    options = ("--steps", "1000000", "--out", str(tmp_path / "run"))
+    torchrun = start(host, ["--standalone", "--nproc-per-node=2"], *options)
+    log = tmp_path / "run" / "log.jsonl"
+    wait_for(lambda: log.exists() and '"train"' in log.read_text(), "the first line of the log")
+    assert {0, 1} <= set(processes_of(tmp_path).values())
+    torchrun.kill()
+    errors = finish(torchrun)[2]
+    assert "torchrun has ended on its host without ending it" in errors
+    wait_for(lambda: not processes_of(tmp_path), "the processes to end", seconds=10)
+
+
+@pytest.mark.slow
 def test_one_host(tmp_path: Path) -> None:
     """The second time the directory is there: the first rank says so, and the other why it ends."""
     host = words(tmp_path / "host")
@@ -123,3 +137,39 @@ def test_one_host(tmp_path: Path) -> None:
     assert "fasttrain: rank 0: --out run is not empty; give a new directory" in errors
     assert "fasttrain: rank 1: rank 0 failed: BadInput: --out run is not empty" in errors
     assert (host / "run" / "log.jsonl").read_bytes() == before
+
+
+SLURM = ROOT / "examples" / "slurm.sh"
+SCONTROL = """#!/bin/bash
+[ "$*" = "show hostnames two-hosts" ] && echo localhost && echo elsewhere
+"""
+SRUN = """#!/bin/bash
+shift
+"$@" & first=$!
+"$@"; second=$?
+wait $first && exit $second
+"""
+
+
+def test_the_slurm_example_is_bash() -> None:
+    assert subprocess.run(["bash", "-n", SLURM], check=False).returncode == 0
+
+
+@pytest.mark.slow
+def test_the_slurm_example_runs(tmp_path: Path) -> None:
+    """With SLURM's variables, and commands in the place of its own: srun starts torchrun twice."""
+    host = words(tmp_path / "host")
+    for name, content in (("scontrol", SCONTROL), ("srun", SRUN)):
+        (tmp_path / name).write_text(content)
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "torchrun").write_text(f'#!/bin/bash\nexec {sys.executable} -m torch.distributed.run "$@"\n')
+    (tmp_path / "torchrun").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT),
+                   "SLURM_JOB_NODELIST": "two-hosts", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1",
+                   "SLURM_JOB_ID": str(os.getpid())}
+    job = subprocess.Popen([SLURM, "--text", "words", "--out", "run", *TINY, "--steps", "2"], cwd=host, env=environment,
+                           text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    code, out, errors = finish(job, seconds=180)
+    assert code == 0, errors
+    assert "2 processes on cpu" in out
+    assert "step 2/2" in out

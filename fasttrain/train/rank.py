@@ -11,7 +11,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -134,9 +133,15 @@ def join(config: TrainConfig, here: Place) -> None:
 
     It ends this process if it fails, after one line of standard error, or a traceback if the reason is not known.
     """
-    begun = time.perf_counter()
+    begun, parent = time.perf_counter(), os.getppid()
+
+    def begin(wire: Wire) -> tuple[Text, Path]:
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            threading.Thread(target=end_with_torchrun, args=(parent, wire.watch), daemon=True).start()
+        return meet(config, wire)
+
     with told(here.rank):
-        ended = work(config, here, partial(meet, config))
+        ended = work(config, here, begin)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if here.rank == 0 and ended.reason == ASKED:
             print(f"fasttrain: {report.stopped(ended.directory)}", file=sys.stderr)
@@ -146,13 +151,22 @@ def join(config: TrainConfig, here: Place) -> None:
             sys.exit(ended.exit_code)
 
 
+def end_with_torchrun(parent: int, watcher: Watcher) -> None:
+    """End this process, and so the job, when torchrun is gone: killed, it leaves its processes behind."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    cause = "torchrun has ended on its host without ending it"
+    print(f"fasttrain: {cause}", file=sys.stderr)
+    end_process(watcher.fail(cause))
+
+
 @contextlib.contextmanager
 def told(rank: int) -> Iterator[None]:
     """End this process if what is within fails, and leave the reason for torchrun's report."""
     try:
         yield
-    except KeyboardInterrupt:
-        end_process(INTERRUPTED)
+    except KeyboardInterrupt as error:  # of the command's handler of SIGTERM: with a code of its own
+        end_process(error.args[0] if error.args else INTERRUPTED)
     except Exception as error:
         get_error_handler().record_exception(error)
         if isinstance(error, (BadInput, PeerFailed)):
