@@ -7,12 +7,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fasttrain.dist.control import Control, Outcome, Pending
 from fasttrain.dist.layout import FlatLayout
-from fasttrain.dist.watcher import Watcher
 from fasttrain.dist.wire import Wire
 from fasttrain.parallel.blame import Blame
 from fasttrain.parallel.buckets import Bucket
@@ -109,8 +107,7 @@ class Passes:
 
     def expect(self, outputs: Any) -> None:
         """A backward pass will begin at these outputs of the model: an exception before any gradient is seen, too."""
-        if isinstance(self.wire.watch, Watcher) and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            at_backward_of(outputs, partial(_begun, weakref.ref(self)))
+        at_backward_of(outputs, self.wire, partial(_begun, weakref.ref(self)))
 
     def _start(self) -> None:
         """A synchronised step begins."""
@@ -211,4 +208,4 @@ def _lost(passes: weakref.ref[Passes], cause: Cause) -> None:
         """A pass without any gradient yet can be tried again."""
         return begun or ((now := passes()) is not None and now.uses == uses)
 
-    tell(self.wire.watch, cause, GRACE_S if begun else RETRY_S, still)
+    tell(self.wire, cause, GRACE_S if begun else RETRY_S, still)

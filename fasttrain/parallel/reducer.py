@@ -241,7 +241,7 @@ class Reducer(Items):
         if isinstance(self.wire.watch, Watcher):
             self.wire.watch.fail(cause)
         raise RuntimeError(f"{cause}. The ranks cannot go on together: let the exception end the process, and start "
-                           "again") from self.broken.error
+                           "again")
 
     def before_step(self) -> None:
         """An optimizer is about to step these parameters.

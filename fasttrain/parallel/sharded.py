@@ -92,7 +92,7 @@ def shard(model: nn.Module, mesh: DeviceMesh | None = None, *, blocks: str | Seq
         for part in divided:
             part.set_custom_reduce_scatter(Scattered(shards))
     replaced.watch(model, [p for _, p in named])
-    model.register_forward_hook(Watched(everyone.watch).after_forward)
+    model.register_forward_hook(Watched(everyone).after_forward)
     return Sharded(model, shards, everyone)
 
 
