@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fasttrain.dist.board import TROUBLE_S
 from fasttrain.dist.failures import FAILED, PEER_FAILED
 from fasttrain.optim import SGD
 from fasttrain.parallel import DataParallel, Zero, shard
-from fasttrain.parallel.unfinished import RETRY_S
+from fasttrain.parallel.unfinished import BROKEN, GRACE_S
 
 CULPRIT = 1
 
@@ -45,6 +46,8 @@ class Net(nn.Module):
         self.rank, self.how = rank, how
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.how == "forward" and self.rank == CULPRIT:
+            raise ValueError("the batch is bad")
         h = self.first(x)
         if self.how == "in C++":
             h.register_hook(lambda grad: grad[:, :2] if self.rank == CULPRIT else grad)  # of another shape
@@ -77,7 +80,8 @@ def lives_on(wire: Any, watcher: Any, how: str) -> None:
 
 
 WORDS = {"in Python": "ValueError: the batch is bad", "re-entrant": "ValueError: the batch is bad",
-         "in C++": r"RuntimeError: .*", "at once": "ValueError: the batch is bad",
+         "forward": "ValueError: the batch is bad", "in C++": r"RuntimeError: .*",
+         "at once": "ValueError: the batch is bad",
          "ZeRO": "ValueError: the batch is bad", "shard": "ValueError: the batch is bad"}
 
 
@@ -85,11 +89,14 @@ WORDS = {"in Python": "ValueError: the batch is bad", "re-entrant": "ValueError:
 def test_every_rank_ends_although_it_was_caught(how: str) -> None:
     ended = ranks.faulty(lives_on, 3, how)
     begun = max(ranks.times("FAULT", ended))
-    words = f"a backward pass ended with an exception, and its gradients were never sent: {WORDS[how]}"
+    begins = "a forward pass ended with an exception" if how == "forward" else BROKEN
+    words = f"{begins}: {WORDS[how]}"
     for rank, one in enumerate(ended):
         assert one.at - begun < 5, one.text  # what the issue asks for
         assert one.code == (FAILED if rank == CULPRIT else PEER_FAILED), one.text
         assert re.search(rf"rank {rank} ends: (rank {CULPRIT} failed in step 7: )?{words}", one.text), one.text
+    if how in ("forward", "at once"):  # nothing was sent: it might have tried again, and was in no hurry
+        return
     assert 'in lives_on\n    (out["out"][0]' in ended[CULPRIT].text, "where the program was"
     assert ended[CULPRIT].text.count("Traceback") == 1
 
@@ -135,15 +142,35 @@ def goes_on(wire: Any, watcher: Any) -> None:
     model.module.rank = 0
     if wire.rank == CULPRIT:
         model(torch.ones(2, 4))["out"][0].sum().backward()
-    time.sleep(RETRY_S + 0.5)
+    time.sleep(TROUBLE_S + 1)
     ranks.mark(f"NORM{model.grad_norm():.3f}")
 
 
-def stays_alone(wire: Any, watcher: Any) -> None:
-    model = DataParallel(Net(CULPRIT, "at once"), mesh=wire)
+def all_wait(wire: Any, watcher: Any) -> None:
+    """Where nobody waits nobody is told: all ranks fail, and take their time."""
+    model = DataParallel(Net(CULPRIT, "forward"), mesh=wire)
     with contextlib.suppress(ValueError):
-        model(torch.ones(2, 4))["out"][0].sum().backward()
-    time.sleep(RETRY_S + 0.5)
+        model(torch.ones(2, 4))
+    time.sleep(TROUBLE_S + 1)
+    model.module.rank = 0
+    model(torch.ones(2, 4)).sum().backward()
+    ranks.mark(f"NORM{model.grad_norm():.3f}")
+
+
+@pytest.mark.parametrize("work", [goes_on, all_wait])
+def test_before_any_gradient_it_may_be_tried_again(work: Any) -> None:
+    ended = ranks.faulty(work, 2)
+    assert [one.code for one in ended] == [0, 0], ended
+    assert len({one.text.split()[0] for one in ended}) == 1
+    assert ended[0].text.startswith("NORM")
+
+
+def stays_alone(wire: Any, watcher: Any) -> None:
+    """After a gradient, and with nobody to tell."""
+    model = DataParallel(Net(CULPRIT, "in Python"), mesh=wire, wire="ordered")
+    with contextlib.suppress(ValueError):
+        model(torch.ones(2, 4)).sum().backward()
+    time.sleep(GRACE_S + 0.5)
     ranks.mark("ALIVE")
 
 
@@ -151,9 +178,3 @@ def test_alone_nobody_is_told() -> None:
     (ended,) = ranks.faulty(stays_alone, 1)
     assert ended.code == 0
     assert ended.text.startswith("ALIVE")
-
-
-def test_a_pass_without_any_gradient_may_be_tried_again() -> None:
-    ended = ranks.faulty(goes_on, 2)
-    assert [one.code for one in ended] == [0, 0], ended
-    assert len({one.text.split()[0] for one in ended}) == 1

@@ -234,7 +234,7 @@ class Reducer(Items):
             RuntimeError: the last backward pass has not come to its end, so that the other ranks wait for its
                 gradients: they are told.
         """
-        self.uses += 1
+        self.goes_on()
         if self._open is None or torch._C._current_graph_task_id() != -1:
             return
         cause = str(self.broken)

@@ -1,7 +1,8 @@
 """A backward pass that an exception ended: seen as autograd lets go of it, and told to the other ranks with its cause.
 
 The others wait for its gradients, so there is no way on. An exception that leaves the program is told by the watcher's
-hook; one that the program catches, or is slow to end by, is told from here.
+hook; one that the program catches, or is slow to end by, is told from here. Before the first gradient, and in a forward
+pass, the program may try again: the others are told only if they wait and it does not.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from fasttrain.dist.wire import Wire
 from fasttrain.dist.work import WireError
 
 GRACE_S = 1.0  # for the exception to end the program itself, and to be told with its whole traceback
-RETRY_S = 2.0  # for the program to begin anew, where no gradient had come yet
 BROKEN = "a backward pass ended with an exception, and its gradients were never sent"
 engine = torch.autograd.Variable._execution_engine
 
@@ -106,15 +106,14 @@ class Cause:
         sys.settrace(lambda *_: None)
 
 
-def tell(wire: Wire, cause: Cause, after_s: float, still: Callable[[], bool]) -> None:
-    """Tell the other ranks, and end this process, unless that is under way after a while, or it is broken no longer."""
+def tell(wire: Wire, cause: Cause) -> None:
+    """Tell the other ranks, and end this process, unless that is under way after a while."""
     if isinstance(wire.watch, Watcher) and wire.size > 1:
-        threading.Thread(target=_tell, args=(wire.watch, cause, after_s, still), name="fasttrain backward",
-                         daemon=True).start()
+        threading.Thread(target=_tell, args=(wire.watch, cause), name="fasttrain backward", daemon=True).start()
 
 
-def _tell(watch: Watcher, cause: Cause, after_s: float, still: Callable[[], bool]) -> None:
-    if watch.ends_within(after_s) or not still():
+def _tell(watch: Watcher, cause: Cause) -> None:
+    if watch.ends_within(GRACE_S):
         return
     own = "" if cause.echo is not None else f"fasttrain: rank {watch.rank} ends: {cause}\n"
     os.write(2, f"{cause.trace}{own}".encode())
@@ -150,7 +149,7 @@ class Watched:
     def _lost(self, cause: Cause) -> None:
         self._awaiting = False
         if self.wire is not None:
-            tell(self.wire, cause, GRACE_S, lambda: True)
+            tell(self.wire, cause)
 
 
 def at_backward_of(outputs: Any, wire: Wire, begins: Callable[[Tensor], None]) -> None:
