@@ -116,6 +116,18 @@ class Watcher:
         self._end_in(END_S, code)
         return code
 
+    def in_trouble(self, words: object) -> None:
+        """This rank may be unable to go on: the others are told if they wait for it, and it does not soon `go_on`.
+
+        Arguments:
+            words: the cause, as text when it is told.
+        """
+        self.board.trouble = words, time.monotonic()
+
+    def go_on(self) -> None:
+        """It is in trouble no longer."""
+        self.board.trouble = None
+
     def ends_within(self, seconds: float) -> bool:
         """Whether this process is about to end, or has taken leave, at the latest after so many seconds: waits for it."""
         end = time.monotonic() + seconds

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join, Joinable
 
+from fasttrain.dist.failures import first_words
 from fasttrain.parallel.accumulate import Accumulation
 from fasttrain.parallel.hooks import TorchHook
 from fasttrain.parallel.join import Present, Shadow, ask
@@ -104,7 +105,11 @@ class DataParallel(nn.Module, Joinable):
                 if handle is not None:
                     handle.wait()
             self.before_forward(ask(self.reducer.wire, False, self.reducer.syncing) if joining else None)
-        outputs = self.module(*inputs, **kwargs)
+        try:
+            outputs = self.module(*inputs, **kwargs)
+        except Exception as error:
+            self.reducer.trouble(f"a forward pass ended with an exception: {first_words(error)}")
+            raise
         self.reducer.expect(outputs)
         return outputs
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fasttrain.dist.control import Control, Outcome, Pending
@@ -17,7 +16,7 @@ from fasttrain.dist.wire import Wire
 from fasttrain.parallel.blame import Blame
 from fasttrain.parallel.buckets import Bucket
 from fasttrain.parallel.timeline import Timeline
-from fasttrain.parallel.unfinished import GRACE_S, RETRY_S, Cause, Ending, at_backward_of, tell
+from fasttrain.parallel.unfinished import Cause, Ending, at_backward_of, tell
 from fasttrain.parallel.wires import Method, Sent, total
 
 AGREED = ("the step", "the number of backward passes in it", "the checksum of its collectives",
@@ -53,7 +52,6 @@ class Passes:
         self._arrivals: list[int] = []
         self._all_here = False       # after the last synchronised backward pass every gradient is the view of its slot
         self.blaming = Blame()
-        self.uses = 0  # forward passes and steps
         self.broken, self._awaiting = Cause(), False  # what has ended a backward pass; whether its end is awaited
         self._make_buckets(Bucket)
 
@@ -109,12 +107,22 @@ class Passes:
     def _await_the_end(self) -> None:
         if not self._awaiting:
             self._awaiting, self.broken = True, Cause()
+            self.goes_on()
             Ending(self._ended, partial(_lost, weakref.ref(self)))
+
+    def trouble(self, words: object) -> None:
+        """A pass has ended with an exception before any gradient had come: the program may try again."""
+        if isinstance(self.wire.watch, Watcher):
+            self.wire.watch.in_trouble(words)
+
+    def goes_on(self) -> None:
+        """It does."""
+        if isinstance(self.wire.watch, Watcher):
+            self.wire.watch.go_on()
 
     def expect(self, outputs: Any) -> None:
         """A backward pass will begin at these outputs of the model: an exception before any gradient is seen, too."""
-        if isinstance(self.wire.watch, Watcher) and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            at_backward_of(outputs, partial(_begun, weakref.ref(self)))
+        at_backward_of(outputs, self.wire, partial(_begun, weakref.ref(self)))
 
     def _start(self) -> None:
         """A synchronised step begins."""
@@ -219,10 +227,7 @@ def _lost(passes: weakref.ref[Passes], cause: Cause) -> None:
     if (self := passes()) is None:
         return
     self._awaiting, self.broken = False, cause
-    begun, uses = self._open is not None, self.uses
-
-    def still() -> bool:
-        """A pass without any gradient yet can be tried again."""
-        return begun or ((now := passes()) is not None and now.uses == uses)
-
-    tell(self.wire.watch, cause, GRACE_S if begun else RETRY_S, still)
+    if self._open is not None:
+        tell(self.wire, cause)
+    else:
+        self.trouble(cause)

@@ -235,14 +235,14 @@ class Reducer(Vouching, Items):
             RuntimeError: the last backward pass has not come to its end, so that the other ranks wait for its
                 gradients: they are told.
         """
-        self.uses += 1
+        self.goes_on()
         if self._open is None or torch._C._current_graph_task_id() != -1:
             return
         cause = str(self.broken)
         if isinstance(self.wire.watch, Watcher):
             self.wire.watch.fail(cause)
         raise RuntimeError(f"{cause}. The ranks cannot go on together: let the exception end the process, and start "
-                           "again") from self.broken.error
+                           "again")
 
     def before_step(self) -> None:
         """An optimizer is about to step these parameters.

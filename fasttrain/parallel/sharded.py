@@ -94,7 +94,7 @@ def shard(model: nn.Module, mesh: DeviceMesh | None = None, *, blocks: str | Seq
             part.set_custom_reduce_scatter(Scattered(shards))
             part.set_custom_all_gather(Gathered(shards))
     replaced.watch(model, [p for _, p in named])
-    model.register_forward_hook(Watched(everyone.watch).after_forward)
+    model.register_forward_hook(Watched(everyone).after_forward)
     return Sharded(model, shards, everyone)
 
 
