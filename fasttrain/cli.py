@@ -15,14 +15,15 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import subcommand
 
-from fasttrain.commands import Compare, Doctor, DrawSchedule, Inspect, Report, Tokenize, Verify, say
+from fasttrain.commands import Compare, Demo, Doctor, DrawSchedule, Inspect, Report, Tokenize, Verify, say
 from fasttrain.train.config import BadInput, TrainConfig
 from fasttrain.train.options import config_argument, from_file
 from fasttrain.train.place import Place, place
 
 COMMANDS = (("tokenize", Tokenize), ("compare", Compare), ("report", Report), ("schedule", DrawSchedule),
-            ("verify", Verify), ("inspect", Inspect), ("doctor", Doctor))
-Command = Tokenize | Compare | Report | DrawSchedule | Verify | Inspect | Doctor
+            ("verify", Verify), ("inspect", Inspect), ("demo", Demo),
+            ("doctor", Doctor))
+Command = Tokenize | Compare | Report | DrawSchedule | Verify | Inspect | Demo | Doctor
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -179,6 +179,26 @@ class Inspect:
 
 
 @dataclasses.dataclass(frozen=True)
+class Demo:
+    """Train, kill a second run in the middle of a save, go on, and prove that both end in the same bits. A minute."""
+
+    out: Path | None = None
+    """Keep both runs in this new directory. Without it: nothing stays."""
+    processes: int = 2
+    """Of each run."""
+
+    def run(self) -> int:
+        """Say what happens, and whether all is equal."""
+        from fasttrain.train.demo import demo
+        from fasttrain.train.launch import RunFailed
+
+        try:
+            return 0 if demo(self.out, self.processes, lambda line: print(line, flush=True)) else 1
+        except RunFailed as error:
+            return say(str(error), 1)
+
+
+@dataclasses.dataclass(frozen=True)
 class Doctor:
     """Say what is installed, which backend each kernel would use, and why not the others."""
 
