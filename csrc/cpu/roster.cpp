@@ -35,7 +35,6 @@ bool Roster::gradient(Entry& entry, py::handle grad, dlpack::Tensor* now) const 
   if (!reader_.placed(grad, entry.param, &entry.placed)) return false;
   const py::object part = reader_.part(grad);
   if (!reader_.read_part(part, now) || reader_.negated(part)) return false;
-  entry.last_grad = ahead_.place(part);
   return !Kind(*now).complex() || !py::cast<bool>(part.attr("is_conj")());
 }
 
@@ -77,7 +76,6 @@ void Roster::fetch_ahead(size_t index) const {
     if (!entry.ready) return;
     ahead_.object(entry.param);
     if (!entry.part.is(entry.param)) ahead_.object(entry.part);
-    entry.last_grad.fetch();
     if (!entry.held.empty()) ahead_.object(entry.state);
     for (const Held& held : entry.held) {
       ahead_.object(held.tensor);
@@ -101,7 +99,27 @@ void Roster::fetch_ahead(size_t index) const {
 void Roster::take(size_t index, bool active, py::object grad) {
   listed_ &= active_[index] == (active ? 1 : 0);
   active_[index] = active ? 1 : 0;
-  if (active) grads_[index] = std::move(grad);
+  grads_[index] = active ? std::move(grad) : py::object();
+}
+
+py::object Roster::gradient_of(size_t index) const {
+  static PyObject* const name = PyUnicode_InternFromString("grad");
+  auto grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(entries_[index].param.ptr(), name));
+  if (!grad) throw py::error_already_set();
+  return grad;
+}
+
+// Gradients that are new lie where nobody knows: they are taken ahead, and what they point to is fetched.
+void Roster::fetch_gradients_ahead(size_t index) {
+  const auto at = [&](size_t distance) -> PyObject* {
+    if (index + distance >= entries_.size()) return nullptr;
+    const py::object& grad = grads_[index + distance];
+    return grad && !grad.is_none() ? grad.ptr() : nullptr;
+  };
+  if (index + kDistance < entries_.size()) grads_[index + kDistance] = gradient_of(index + kDistance);
+  if (PyObject* grad = at(kDistance)) ahead_.object(grad);
+  if (PyObject* grad = at(kDistance - 1)) ahead_.tensor(grad);
+  if (PyObject* grad = at(kDistance - 2)) ahead_.inside(grad);
 }
 
 py::object Roster::scan(py::dict state, const std::vector<py::list>& groups) {
@@ -109,17 +127,21 @@ py::object Roster::scan(py::dict state, const std::vector<py::list>& groups) {
   if (groups.size() != group_sizes_.size()) return py::none();
   for (size_t group = 0; group < groups.size(); ++group)
     if (groups[group].size() != group_sizes_[group]) return py::none();
-  static PyObject* const name = PyUnicode_InternFromString("grad");
   py::list attention;
   Beside beside(state);
   size_t i = 0;
+  for (; i < std::min(kDistance, entries_.size()); ++i) grads_[i] = gradient_of(i);
+  i = 0;
   for (const py::list& params : groups) {
     for (py::handle param : params) {
       fetch_ahead(i);
+      fetch_gradients_ahead(i);
       Entry& entry = entries_[i];
-      if (param.ptr() != entry.param.ptr()) return py::none();
-      auto grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(param.ptr(), name));
-      if (!grad) throw py::error_already_set();
+      if (param.ptr() != entry.param.ptr()) {
+        release();
+        return py::none();
+      }
+      py::object grad = std::move(grads_[i]);
       PyObject* found = entry.held.empty() ? nullptr : beside.find(param);
       const bool active = !grad.is_none() && same(entry, grad, found);
       if (!grad.is_none() && !active) attention.append(i);

@@ -64,7 +64,6 @@ class Roster {
   struct Entry {
     py::object param, part, state;
     py::object placed;  // the placement of a gradient that was placed as the parameter
-    Ahead::Place last_grad;
     std::vector<Held> held;
     Kind param_kind, grad_kind;
     Layout layout, grad_layout;
@@ -77,6 +76,8 @@ class Roster {
   bool same(Entry& entry, py::handle grad, py::handle state) const;
   bool gradient(Entry& entry, py::handle grad, dlpack::Tensor* now) const;
   void fetch_ahead(size_t index) const;
+  py::object gradient_of(size_t index) const;
+  void fetch_gradients_ahead(size_t index);
   bool read(py::handle tensor, py::object* part, dlpack::Tensor* now) const;
   void take(size_t index, bool active, py::object grad);
   void list_written();
