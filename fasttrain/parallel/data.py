@@ -107,8 +107,9 @@ class DataParallel(nn.Module, Joinable):
             self.before_forward(ask(self.reducer.wire, False, self.reducer.syncing) if joining else None)
         try:
             outputs = self.module(*inputs, **kwargs)
-        except Exception as error:
-            self.reducer.trouble(f"a forward pass ended with an exception: {first_words(error)}")
+        except Exception as error:  # within backward torch ends a recomputation by one
+            if self.training and torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
+                self.reducer.trouble(f"a forward pass ended with an exception: {first_words(error)}")
             raise
         self.reducer.expect(outputs)
         return outputs
