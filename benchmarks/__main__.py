@@ -10,7 +10,7 @@ import sys
 from importlib import import_module
 from types import ModuleType
 
-SUITES = ("step", "pass", "optimizers", "loop", "pack", "exchange", "failures", "parallel", "zero", "checkpoint",
+SUITES = ("step", "pass", "optimizers", "loop", "pack", "exchange", "failures", "parallel", "zero", "saving", "checkpoint",
           "host", "threads", "import")
 QUALITY = ("codes", "wire", "convergence")
 PLOTS = {"step": "steps", "convergence": "convergence"}
