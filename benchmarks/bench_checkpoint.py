@@ -15,6 +15,7 @@ import torch
 
 from benchmarks import harness
 from fasttrain.checkpoint.files import Piece, Reader, publish, write_rank
+from fasttrain.checkpoint.regions import Region
 
 BYTES, TENSORS, ROUNDS = 1 << 30, 100, 7
 
@@ -62,8 +63,10 @@ def writers(held: dict[str, torch.Tensor], folder: Path) -> dict[str, Callable[[
 
 def readers(held: dict[str, torch.Tensor], folder: Path) -> dict[str, Callable[[], Any]]:
     """Each reads what the writers wrote into the memory of `held`, as a load into a model does."""
-    def ours(verify: bool) -> None:
+    def ours(verify: bool, first: bool = False) -> None:
         with Reader(folder / "step-000000000001", verify) as reader:
+            if first:
+                reader.verify_all((name, Region(tuple(tensor.shape))) for name, tensor in held.items())
             for name, tensor in held.items():
                 reader.read(name, out=tensor.numpy())
 
@@ -71,7 +74,8 @@ def readers(held: dict[str, torch.Tensor], folder: Path) -> dict[str, Callable[[
         for name, tensor in held.items():
             tensor.copy_(loaded[name])
 
-    return {"fasttrain": lambda: ours(True), "unverified": lambda: ours(False),
+    return {"fasttrain": lambda: ours(True), "verified first": lambda: ours(True, True),
+            "unverified": lambda: ours(False),
             "torch.load": lambda: copied(torch.load(folder / "state.pt")),
             "safetensors": lambda: copied(safetensors.torch.load_file(folder / "state.safetensors"))}
 

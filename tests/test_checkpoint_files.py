@@ -35,6 +35,7 @@ from fasttrain.checkpoint.files import (
     write_rank,
 )
 from fasttrain.checkpoint.pieces import SIZES
+from fasttrain.checkpoint.regions import Region
 
 
 def test_no_torch() -> None:
@@ -187,6 +188,29 @@ def test_only_the_chunks_that_are_read_are_verified(tmp_path: Path) -> None:
         assert reader._verified["rank-00000-of-00001.safetensors", begin] == {0, 1, 2, 3, 4, 6, 7, 8, 9}
     with Reader(path, verify=False) as reader:
         assert bytes(reader.read("w")) != data.tobytes()
+
+
+def test_verified_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each chunk that is needed is hashed once, by any thread; reading hashes nothing again."""
+    path = save(tmp_path, 5, 2)
+    with Reader(path) as reader:
+        wanted = [("model/weight", Region((40, 30), span=(0, 300))), ("optimizer/weight/exp_avg", Region((40, 30))),
+                  ("model/weight", Region((40, 30), box=((0, 0), (40, 1)))), ("optimizer/step", Region(()))]
+        reader.verify_all(wanted)
+        files = [f"rank-0000{rank}-of-00002.safetensors" for rank in range(2)]
+        seen = {(file, len(chunks)) for (file, _), chunks in reader._verified.items()}
+        assert seen == {(files[0], 1), (files[0], 3), (files[0], 5), (files[1], 3), (files[1], 5)}
+        monkeypatch.setattr(mapped, "digest", lambda _: pytest.fail("hashed again"))
+        assert bytes(reader.read("optimizer/weight/exp_avg")) == arrays(5)["optimizer/weight/exp_avg"].tobytes()
+    monkeypatch.undo()
+    content = bytearray((path / files[0]).read_bytes())
+    content[-1] ^= 1
+    (path / files[0]).write_bytes(content)
+    with Reader(path) as reader, pytest.raises(Damaged, match="tensor 'rng/rank0/torch'"):
+        reader.verify_all([(name, Region(stored.shape)) for name, stored in reader.tensors.items()], threads=3)
+    with Reader(path, verify=False) as reader:
+        reader.verify_all([(name, Region(stored.shape)) for name, stored in reader.tensors.items()])
+        assert reader._verified == {}
 
 
 def test_only_the_files_that_are_needed_are_opened(tmp_path: Path) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +19,10 @@ from fasttrain.checkpoint.manifest import Part
 from fasttrain.checkpoint.mapped import check_header, check_size, chunk_of, is_good, map_file, unmap
 from fasttrain.checkpoint.pieces import SIZES
 from fasttrain.checkpoint.regions import Box, Region, intersection, overlap
+from fasttrain.checkpoint.stored import Stored, gathered
 
 BLOCK = 1 << 20  # bytes hashed and then copied
 _WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}  # to move elements by, whatever they mean
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor of a checkpoint: its dtype (safetensors' name), its whole shape, and where its parts lie."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    parts: tuple[Part, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the whole tensor."""
-        return Region(self.shape).elements * SIZES[self.dtype]
 
 
 class Reader:
@@ -74,7 +62,7 @@ class Reader:
         self._maps: dict[str, memoryview] = {}
         self._mapping = threading.Lock()
         self._verified: dict[tuple[str, int], set[int]] = {}
-        self.tensors: Mapping[str, Stored] = dict(sorted(_gathered(self.path, ranks).items()))
+        self.tensors: Mapping[str, Stored] = dict(sorted(gathered(self.path, ranks).items()))
 
     def values(self, rank: int = 0) -> dict[str, Any]:
         """The tree of JSON that a rank saved. It is the caller's own to change only after a copy."""
@@ -161,6 +149,32 @@ class Reader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def verify_all(self, reads: Iterable[tuple[str, Region]], threads: int | None = None) -> None:
+        """Verify what several reads need, without copying it: each chunk once, by several threads.
+
+        Arguments:
+            reads: names, and which elements of them.
+            threads: how many; None: one for each core, up to four.
+
+        Raises:
+            KeyError: there is no such tensor.
+            Damaged: bytes are not those that were written; the first by the order of the reads.
+        """
+        if not self._verify:
+            return
+        chunks: dict[tuple[str, int, int], tuple[str, Part]] = {}
+        for name, region in reads:
+            for part in self.tensors[name].parts:
+                for low, high in _bytes_of(region, part, SIZES[self.tensors[name].dtype]):
+                    chunks |= {(part.file, part.offset, index): (name, part)
+                               for index in range(low // part.chunk, -(-high // part.chunk))
+                               if index not in self._seen(part)}
+        views = {file: self._map(file) for file, _, _ in chunks}
+        with ThreadPoolExecutor(threads or min(4, len(os.sched_getaffinity(0)))) as pool:
+            good = pool.map(lambda key: is_good(views[key[0]], chunks[key][1], key[2]), chunks)
+            for ((_, _, index), (name, part)), this in zip(chunks.items(), good, strict=True):
+                self._judge(name, part, index, this)
+
     def _interval(self, name: str, part: Part, wanted: Region, size: int, into: memoryview, covered: list[Box]) -> int:
         """What an interval and a part that is one have in common."""
         first, length = wanted.span or (0, wanted.elements)
@@ -176,25 +190,17 @@ class Reader:
     def _boxes(self, name: str, part: Part, wanted: Region, size: int, into: memoryview, covered: list[Box]) -> int:
         """What they have in common, box by box: an interval is a few boxes too."""
         got = 0
-        theirs = [(at, box) for at, box in part.region.blocks()]
-        for to, mine in wanted.blocks():
-            for at, box in theirs:
-                shared = intersection(mine, box)
-                if shared is None:
-                    continue
-                covered.append(shared)
-                source, target = _slices(shared, box), _slices(shared, mine)
-                for low, high in _needed(source, box[1], size, part.chunk):
-                    self._check(name, part, at * size + low, at * size + high)
-                word = _WORDS[size]
-                elements = int(np.prod(box[1], dtype=np.int64))
-                begin = part.offset + at * size
-                held = np.frombuffer(self._map(part.file)[begin : begin + elements * size], word).reshape(box[1])
-                count = int(np.prod(mine[1], dtype=np.int64))
-                given = np.frombuffer(into[to * size : (to + count) * size], word).reshape(mine[1])
-                given[target] = held[source]
-                del held
-                got += int(np.prod(shared[1], dtype=np.int64))
+        for to, mine, at, box, shared in _shared(wanted, part.region):
+            covered.append(shared)
+            source, target = _slices(shared, box), _slices(shared, mine)
+            for low, high in _needed(source, box[1], size, part.chunk):
+                self._check(name, part, at * size + low, at * size + high)
+            begin = part.offset + at * size
+            held = self._map(part.file)[begin : begin + math.prod(box[1]) * size]
+            given = into[to * size : (to + math.prod(mine[1])) * size]
+            np.frombuffer(given, _WORDS[size]).reshape(mine[1])[target] = (
+                np.frombuffer(held, _WORDS[size]).reshape(box[1])[source])
+            got += math.prod(shared[1])
         return got
 
     def _copy(self, name: str, part: Part, low: int, high: int, into: memoryview) -> None:
@@ -245,19 +251,6 @@ class Reader:
             return self._maps[file]
 
 
-def _gathered(path: Path, ranks: list[manifest.RankManifest]) -> dict[str, Stored]:
-    """The parts that all ranks hold of each tensor."""
-    gathered: dict[str, Stored] = {}
-    for rank, read in enumerate(ranks):
-        for name, dtype, part in read.tensors:
-            shape, file = part.region.shape, path / f"{manifest.stem(rank, len(ranks))}.json"
-            before = gathered.get(name, Stored(dtype, shape, ()))
-            manifest.need(file, (before.dtype, before.shape) == (dtype, shape),
-                          f"{dtype} of shape {shape}, but {before.dtype} of {before.shape} in another part", name)
-            gathered[name] = Stored(dtype, shape, (*before.parts, part))
-    return gathered
-
-
 def _flat(out: memoryview | np.ndarray | None, nbytes: int, name: str) -> memoryview:
     """Where to write, as bytes."""
     if out is None:
@@ -267,6 +260,22 @@ def _flat(out: memoryview | np.ndarray | None, nbytes: int, name: str) -> memory
         raise ValueError(f"out must be writable and contiguous and have {nbytes} bytes for what is read of {name!r}; "
                          f"it has {view.nbytes}{', read-only' * view.readonly}{', strided' * (not view.c_contiguous)}")
     return np.frombuffer(view, np.uint8).data if nbytes else memoryview(bytearray())
+
+
+def _shared(one: Region, other: Region) -> Iterator[tuple[int, Box, int, Box, Box]]:
+    """What two parts of a tensor share, box by box: (place in one, its box, place in the other, its box, shared)."""
+    theirs = list(other.blocks())
+    for to, mine in one.blocks():
+        for at, box in theirs:
+            if (shared := intersection(mine, box)) is not None:
+                yield to, mine, at, box, shared
+
+
+def _bytes_of(region: Region, part: Part, size: int) -> Iterator[tuple[int, int]]:
+    """Intervals of a part's bytes that hold what it has of a region."""
+    for _, _, at, box, shared in _shared(region, part.region):
+        for low, high in _needed(_slices(shared, box), box[1], size, part.chunk):
+            yield at * size + low, at * size + high
 
 
 def _slices(inner: Box, outer: Box) -> tuple[slice, ...]:
@@ -280,7 +289,7 @@ def _needed(source: tuple[slice, ...], shape: tuple[int, ...], size: int, chunk:
     if not shape:
         yield 0, size
         return
-    row = size * int(np.prod(shape[1:], dtype=np.int64))
+    row = size * math.prod(shape[1:])
     if len(shape) > 1 and row > chunk:
         for index in range(source[0].start, source[0].stop):
             yield from ((index * row + low, index * row + high)
