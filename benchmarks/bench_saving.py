@@ -119,14 +119,15 @@ def loads(model: nn.Module, optimizer: AdamW, folder: Path, rounds: int) -> dict
         name: harness.ratio(seconds, "verified", name) for name in ("unverified", "torch.load")}}
 
 
-def run(width: int = WIDTH, layers: int = LAYERS, rounds: int = ROUNDS, where: Path | None = None) -> list[dict[str, Any]]:
+def run(width: int = WIDTH, layers: int = LAYERS, rounds: int = ROUNDS,
+        where: Path | None = None) -> list[dict[str, Any]]:
     """All of it, in a folder of `where`."""
     warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
     model, optimizer = build(width, layers)
     with tempfile.TemporaryDirectory(dir=where or Path.cwd()) as name:  # /tmp may be memory
         folder = Path(name)
         return [stalls(model, optimizer, folder, rounds), *(
-            slowdown(model, optimizer, folder, rounds, nice) for nice in (0, 19)),
+            slowdown(model, optimizer, folder, rounds, nice) for nice in (0, 10)),
             loads(model, optimizer, folder, rounds)]
 
 
@@ -139,8 +140,8 @@ def report(figures: list[dict[str, Any]]) -> str:
             told = f"  {ratio['median']:.2f}x ({ratio['low']:.2f} to {ratio['high']:.2f})" if ratio else ""
             lines.append(f"{row['work']:14} {name:16} {seconds * 1e3:8.1f} ms{told}")
         if "first" in row:
-            lines.append(f"{'':14} the first save {row['first'] * 1e3:10.1f} ms, {row['memory_added'] / 1e6:,.0f} MB of "
-                         f"memory kept for {row['bytes'] / 1e6:,.0f} MB of state")
+            lines.append(f"{'':14} the first save {row['first'] * 1e3:10.1f} ms, {row['memory_added'] / 1e6:,.0f} MB "
+                         f"of memory kept for {row['bytes'] / 1e6:,.0f} MB of state")
         if "writing" in row:
             lines.append(f"{'':14} writing took     {row['writing'] * 1e3:8.0f} ms")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Tensors that are cut over meshes of any kind, tensor parallelism's among them: saved once, and loaded whole or cut."""
+"""Tensors that are cut over meshes of any kind, tensor parallelism's too: saved once, and loaded whole or cut."""
 
 from __future__ import annotations
 
