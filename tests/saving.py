@@ -17,10 +17,21 @@ import time
 from pathlib import Path
 from typing import Any
 
-from checkpointing import proven, save
+from checkpointing import CHUNK, pieces, proven, save, values
 
 from fasttrain.checkpoint.disk import Files
-from fasttrain.checkpoint.files import Keep, Lock, Writer, clean, complete, leftovers, prune
+from fasttrain.checkpoint.files import (
+    CheckpointError,
+    Keep,
+    Lock,
+    Writer,
+    clean,
+    complete,
+    leftovers,
+    prune,
+    publish,
+    write_rank,
+)
 
 ROWS = 1000  # a third of a megabyte
 KEEP = Keep(last=2)
@@ -93,6 +104,26 @@ def killed_at_random(directory: Path, how: str, kills: str) -> None:
                 os.write(1, line.encode())
         assert os.waitpid(child, 0)[1] == signal.SIGKILL
         say(killed=[path.name for path in leftovers(directory)])
+
+
+def in_ranks(directory: Path) -> None:
+    """Three processes save together, four times; in the second and third save one of them is killed on the way."""
+    for attempt, (victim, at) in enumerate([(None, 0), (1, 6), (2, 10), (None, 0)], 1):
+        part, children = directory / f".part-{attempt}-x", []
+        for rank in range(3):
+            if (child := os.fork()) == 0:
+                files = Dying(at) if rank == victim else Files()
+                write_rank(part, rank, 3, pieces(attempt, rank, 3), values(attempt, rank), files=files, chunk=CHUNK)
+                if rank == 0:
+                    while any(not (part / f"rank-0000{other}-of-00003.json").exists() for other in {1, 2} - {victim}):
+                        time.sleep(0.01)  # whom the deadline is not to hit
+                    try:
+                        say(published=publish(directory, part, attempt, 3, deadline_s=0.1).name)
+                    except CheckpointError as error:
+                        say(error=str(error))
+                os._exit(0)
+            children.append(child)
+        say(ended=[os.waitpid(child, 0)[1] for child in children])
 
 
 def die_everywhere(directory: Path) -> None:

@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from checkpointing import proven, save
 from hypothesis import given
@@ -188,5 +189,7 @@ def test_steps_that_are_none(step: Any, tmp_path: Path) -> None:
 
 def test_metrics_that_are_no_numbers(tmp_path: Path) -> None:
     write_rank(tmp_path / ".part", 0, 1, [], {})
-    with pytest.raises(TypeError, match=r"metrics are numbers, not {'loss': '0.1'}"):
-        publish(tmp_path, tmp_path / ".part", 1, 1, metrics={"loss": "0.1"})  # type: ignore[dict-item]
+    with pytest.raises(TypeError, match=r"metrics are numbers, which retention compares; 'loss' is '0\.1'"):
+        publish(tmp_path, tmp_path / ".part", 1, 1, metrics={"loss": "0.1"})
+    publish(tmp_path, tmp_path / ".part", 1, 1, metrics={"loss": np.float64(0.1)})
+    assert newest(tmp_path).metrics == {"loss": 0.1}

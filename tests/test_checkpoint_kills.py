@@ -57,6 +57,18 @@ def test_killed_at_random_moments(how: str, tmp_path: Path) -> None:
     assert verify(directory) == []
 
 
+def test_a_rank_is_killed(tmp_path: Path) -> None:
+    """Three processes, no collective: the first says who is missing, publishes nothing, and the next save works."""
+    lines = said("in_ranks", tmp_path)
+    assert [line for line in lines if "before" not in line] == [
+        {"published": "step-000000000001"}, {"ended": [0, 0, 0]},
+        {"error": f"{tmp_path}/.part-2-x: within 0.1 s nothing came from rank 1 of 3; nothing was published"},
+        {"ended": [0, 9, 0]},
+        {"error": f"{tmp_path}/.part-3-x: within 0.1 s nothing came from rank 2 of 3; nothing was published"},
+        {"ended": [0, 0, 9]}, {"published": "step-000000000004"}, {"ended": [0, 0, 0]}]
+    assert [proven(one.path) for one in complete(tmp_path)] == [4, 1]
+
+
 def test_killed_before_every_operation(tmp_path: Path) -> None:
     """Between any two operations of a save, and of the removal of an old one."""
     published, killed_before = 0, []

@@ -44,9 +44,10 @@ def publish(directory: Path, part: Path, step: int, world: int, *, deadline_s: f
     """
     if type(step) is not int or step < 0:
         raise ValueError(f"step must be a non-negative integer, not {step!r}")
-    measured = dict(metrics or {})
-    if wrong := {name: value for name, value in measured.items() if type(value) not in (int, float)}:
-        raise TypeError(f"metrics are numbers, not {wrong}: retention compares them")
+    for name, value in (metrics or {}).items():
+        if not isinstance(value, int | float):
+            raise TypeError(f"metrics are numbers, which retention compares; {name!r} is {value!r}")
+    measured = {str(name): float(value) for name, value in (metrics or {}).items()}
     directory = Path(directory)
     ranks = _wait(part, world, deadline_s, waiting)
     before = listed(directory)
@@ -86,9 +87,8 @@ def _wait(part: Path, world: int, deadline_s: float, waiting: Callable[[list[int
         if not missing:
             return [found[rank] for rank in range(world)]
         if time.monotonic() > end:
-            raise Incomplete(f"{part}: after {deadline_s:g} s rank{'s' if len(missing) > 1 else ''} "
-                             f"{', '.join(map(str, missing[:20]))} of {world} have not written theirs; nothing was "
-                             f"published")
+            raise Incomplete(f"{part}: within {deadline_s:g} s nothing came from rank{'s' * (len(missing) > 1)} "
+                             f"{', '.join(map(str, missing[:20]))} of {world}; nothing was published")
         if waiting is not None:
             waiting(missing)
         time.sleep(pause)

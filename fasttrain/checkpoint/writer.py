@@ -47,15 +47,22 @@ class Job:
             WriterDied: its thread is gone.
             Exception: its own error.
         """
+        self.join(timeout_s)
+        if (error := self.failed()) is not None:
+            self.told = True
+            raise error
+        return self._result
+
+    def join(self, timeout_s: float | None = None) -> None:
+        """Wait for its end, whatever it is.
+
+        Raises:
+            TimeoutError: it did not end in time; it goes on.
+        """
         if self._process == os.getpid() and self._thread is not None:
             self._thread.join(timeout_s)
         if not self.done:
             raise TimeoutError(f"{self.name} has not ended after {timeout_s} s")
-        error = self.failed()
-        if error is not None:
-            self.told = True
-            raise error
-        return self._result
 
     def failed(self) -> BaseException | None:
         """Why it failed, if it did."""
@@ -146,17 +153,12 @@ class Writer:
         """
         if (job := self._job) is None:
             return
-        told = job.told
-        try:
-            job.wait(timeout_s)
-        except BaseException as error:
-            if not job.done:
-                raise
-            self._job = None
-            if not told:
-                error.add_note(f"in {job.name}")
-                raise
+        job.join(timeout_s)
         self._job = None
+        if not job.told and (error := job.failed()) is not None:
+            job.told = True
+            error.add_note(f"in {job.name}")
+            raise error
 
     def check(self) -> None:
         """Raise the error of what has ended, if nobody was told yet; it never waits."""
