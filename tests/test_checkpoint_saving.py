@@ -377,24 +377,24 @@ torch.save(run.whole(), sys.argv[3])
 
 def test_a_training_that_is_killed_again_and_again_ends_in_the_same_bits(tmp_path: Path) -> None:
     """SIGKILL wherever it is, saves under way among them; the same command goes on."""
-    steps = "12"
+    steps = "16"
     done = forks.python(TRAINS, str(tmp_path / "unbroken"), steps, str(tmp_path / "unbroken.pt"))
     assert done.returncode == 0, done.stderr
-    kills = 0
-    for delay in (0.3, 0.45, 0.6, 0.75):
+    for number, delay in enumerate((0.0, 0.003, 0.01, 0.03)):
+        said = tmp_path / f"out {number}"
         process = forks.context.Process(target=forks._python, args=(
             TRAINS, (str(tmp_path / "killed"), steps, str(tmp_path / "killed.pt")), dict(os.environ),
-            (tmp_path / "out", tmp_path / "errors")))
+            (said, tmp_path / "errors")))
         process.start()
-        process.join(delay)
-        if process.exitcode is None:
-            process.kill()
-            kills += 1
+        while not said.exists() or said.read_text().count("\n") < 2:  # it has made two more steps
+            assert process.exitcode is None, (tmp_path / "errors").read_text()
+            time.sleep(0.001)
+        time.sleep(delay)
+        process.kill()
         process.join()
-        assert process.exitcode in (0, -signal.SIGKILL)
+        assert process.exitcode == -signal.SIGKILL
     done = forks.python(TRAINS, str(tmp_path / "killed"), steps, str(tmp_path / "killed.pt"))
     assert done.returncode == 0, done.stderr
     assert_same(torch.load(tmp_path / "killed.pt"), torch.load(tmp_path / "unbroken.pt"))
     assert len(list((tmp_path / "killed").glob("step-*"))) == 2
     assert not list((tmp_path / "killed").glob(".*"))
-    assert kills

@@ -266,6 +266,25 @@ def test_averages_in_the_place_of_the_weights_are_not_saved(tmp_path: Path) -> N
         checkpoints.save(1, {"model": model, "optimizer": optimizer})
 
 
+def test_digits_that_wait_for_the_first_step(tmp_path: Path) -> None:
+    """A run that starts from fp32 weights and is saved before its first step."""
+    weights = [torch.randn(p.shape) for p in net().parameters()]
+    made = []
+    for place in ("saved", "loaded"):
+        torch.manual_seed(1)
+        model = net().bfloat16()
+        optimizer = optim.AdamW(model.parameters(), master="split")
+        if place == "saved":
+            optimizer.load_full_precision(weights)
+            save(tmp_path, {"model": model, "optimizer": optimizer})
+        else:
+            load(tmp_path, {"model": model, "optimizer": optimizer})
+        stepped(model, optimizer, 1)
+        made.append(optimizer.full_precision())
+    for mine, theirs in zip(*made, strict=True):
+        assert_same_bits(mine, theirs)
+
+
 def test_fp32_states_of_16_bit_parameters_keep_their_dtype_in_torchs_optimizers(tmp_path: Path) -> None:
     model = net().bfloat16()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)

@@ -84,7 +84,8 @@ class Checkpointer:
         when_busy: what `save` does while one is being written: "wait" for it, or "skip" this one, which is counted.
             To skip, several ranks ask one another in `save` (a message of 8 bytes).
         deadline_s: how long the first rank waits for the others' parts.
-        nice: of the writing thread: added to its niceness, so that training goes first.
+        nice: added to the writing thread's niceness, so that training goes first where it uses all cores: writing then
+            takes longer. 0: writing is as fast as it can be.
         record: called in the thread of `save`, `check` and `close` with what was done: ``{"event": "checkpoint",
             "step", "bytes", "stall_s", "staging_bytes"}`` when a save began (`staging_bytes`: memory that is kept from
             now on), ``{"event": "checkpoint written", "step", "seconds", "path", "removed"}`` when it was durable.
@@ -115,7 +116,7 @@ class Checkpointer:
 
     def __init__(self, directory: str | os.PathLike[str], *, keep: Keep | int | None = None, every: int | None = None,
                  wire: Wire | None = None, staging: str = "memory", when_busy: str = "wait", deadline_s: float = 600.0,
-                 nice: int = 0, record: Callable[[Record], None] | None = None):
+                 nice: int = 10, record: Callable[[Record], None] | None = None):
         for name, value, known in (("staging", staging, ("memory", "none")),
                                    ("when_busy", when_busy, ("wait", "skip"))):
             if value not in known:
@@ -129,7 +130,8 @@ class Checkpointer:
         self.skipped, self.cleaned = 0, list[Path]()
         self._record = record or _nothing
         self._staging = Staging() if staging == "memory" else None
-        self._writer, self._saves, self._ended = Writer(nice), 0, list[Record]()
+        self._writer = Writer(min(19, max(0, os.nice(0)) + nice) if nice else 0)
+        self._saves, self._ended = 0, list[Record]()
         self._lock: Lock | None = None
         self._closed = False
         self._token = self._meet()

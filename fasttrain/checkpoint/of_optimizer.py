@@ -15,6 +15,7 @@ from fasttrain.checkpoint.parts import BY_NAME, DTYPES, Among, Part, parts_of
 from fasttrain.checkpoint.regions import Region
 from fasttrain.checkpoint.saved import Plan, Saved, given, refuse, states_of, whole_reads
 from fasttrain.optim import Optimizer, statedict
+from fasttrain.optim.local import is_dtensor
 from fasttrain.parallel import Zero
 from fasttrain.precision.codecs import code_dtype, codec
 from fasttrain.precision.storage import DEFAULTS, describe, is_plain
@@ -47,6 +48,7 @@ class OfOptimizer:
         if getattr(self.optimizer, "_swapped", False):
             raise RuntimeError(f"{self.key}: the parameters are their EMA (ema_weights): save after the `with` block")
         parts: list[Part] = []
+        digits: dict[str, Any] = {}
         if isinstance(self.optimizer, Zero):
             groups, more = self.optimizer.param_groups, {}
             params = [group["params"] for group in groups]
@@ -64,6 +66,7 @@ class OfOptimizer:
                     continue
                 p = by_number[number]
                 states[self.names[id(p)]] = self._encoded(p, state, parts)
+            digits = self._digits(parts)
 
         def take(path: str, value: Any) -> Mapping[str, Any]:
             name = f"{self.key}/{path}"
@@ -71,7 +74,7 @@ class OfOptimizer:
             parts.extend(parts_of(name, value, self.everyone))
             return {"name": name, **({"device": "cuda"} if value.is_cuda else {})}
 
-        told = {"kind": "optimizer", "class": self.class_name, "state": states,
+        told = {"kind": "optimizer", "class": self.class_name, "state": states, "digits": digits,
                 "more": encoding.encode(more, take, "more"),
                 "groups": [{"names": [self.names[id(p)] for p in own], "options": encoding.encode(
                     {key: group[key] for key in sorted(group) if key not in OWN}, take, f"groups/{index}")}
@@ -79,6 +82,19 @@ class OfOptimizer:
         if self.everyone.index > 0:
             told = {"kind": "optimizer", "state": states} if isinstance(self.optimizer, Zero) else None  # type: ignore
         return parts, told
+
+    def _digits(self, parts: list[Part]) -> dict[str, Any]:
+        """What parameters lack that were given weights in full precision, and have made no step since."""
+        found = {}
+        for p in (p for group in self.optimizer.param_groups for p in group["params"]):
+            if (second := getattr(self.optimizer, "_remainders", {}).get(id(p))) is not None:
+                if is_dtensor(p):
+                    raise RuntimeError(f"{self.key}: {self.names[id(p)]} is sharded, has weights in full precision "
+                                       "(load_full_precision) and has made no step since: save after a step")
+                name = self._address(p, "digits")
+                parts.extend(parts_of(name, second, self.everyone))
+                found[self.names[id(p)]] = {encoding.MARK: "tensor", **reference(name, second, p)}
+        return found
 
     def _address(self, p: Tensor, path: str) -> str:
         return f"{self.key}/{self.names[id(p)]}/{path}"
@@ -229,7 +245,8 @@ class OfOptimizer:
         """Reads, and what loads them: each process makes what it holds of every state."""
         reads: list[tuple[str, Region]] = []
         for p in params:
-            for one in encoding.references(states.get(self.names[id(p)], {})):
+            name = self.names[id(p)]
+            for one in encoding.references([states.get(name), told.get("digits", {}).get(name)]):
                 reads += [(one["name"], part.region) for part in
                           parts_of(one["name"], home(one, p, saved, self.inner, "meta"), self.everyone)]
 
@@ -251,6 +268,9 @@ class OfOptimizer:
                 start += len(group["params"])
             self.optimizer.load_state_dict({**more, "state": {**state, **more.get("state", {})},
                                             "param_groups": described})
+            for p in params:
+                if (one := told.get("digits", {}).get(self.names[id(p)])) is not None:
+                    self.inner._remainders[id(p)] = give_for(p)(one)
             if not isinstance(self.optimizer, Optimizer):
                 self._restore_dtypes(state, params, numbers)
 
