@@ -9,6 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fasttrain.checkpoint.errors import Damaged, Incomplete, Malformed
 from fasttrain.checkpoint.manifest import DataFile, Part, digest
 
@@ -67,3 +69,14 @@ def is_good(view: memoryview, part: Part, index: int) -> bool:
     """Whether a chunk of a part is what was written."""
     low, high = chunk_of(part, index)
     return digest(view[part.offset + low : part.offset + high]) == part.chunks[index]
+
+
+def flat(out: memoryview | np.ndarray | None, nbytes: int, name: str) -> memoryview:
+    """Where what is read is to be written, as bytes."""
+    if out is None:
+        out = np.empty(nbytes, np.uint8)
+    view = memoryview(out)  # type: ignore[arg-type]
+    if view.readonly or not view.c_contiguous or view.nbytes != nbytes:
+        raise ValueError(f"out must be writable and contiguous and have {nbytes} bytes for what is read of {name!r}; "
+                         f"it has {view.nbytes}{', read-only' * view.readonly}{', strided' * (not view.c_contiguous)}")
+    return np.frombuffer(view, np.uint8).data if nbytes else memoryview(bytearray())

@@ -16,7 +16,7 @@ import xxhash
 from fasttrain.checkpoint import find, manifest
 from fasttrain.checkpoint.errors import Damaged, Incomplete, Malformed
 from fasttrain.checkpoint.manifest import Part
-from fasttrain.checkpoint.mapped import check_header, check_size, chunk_of, is_good, map_file, unmap
+from fasttrain.checkpoint.mapped import check_header, check_size, chunk_of, flat, is_good, map_file, unmap
 from fasttrain.checkpoint.pieces import SIZES
 from fasttrain.checkpoint.regions import Box, Region, intersection, overlap
 from fasttrain.checkpoint.stored import Stored, gathered
@@ -94,7 +94,7 @@ class Reader:
         stored = self.tensors[name]
         wanted = Region(stored.shape, span, box)
         size = SIZES[stored.dtype]
-        into = _flat(out, wanted.elements * size, name)
+        into = flat(out, wanted.elements * size, name)
         got = 0
         covered: list[Box] = []
         for part in stored.parts:
@@ -224,17 +224,6 @@ class Reader:
                     check_header(path, view, told)
                 self._maps[file] = view
             return self._maps[file]
-
-
-def _flat(out: memoryview | np.ndarray | None, nbytes: int, name: str) -> memoryview:
-    """Where to write, as bytes."""
-    if out is None:
-        out = np.empty(nbytes, np.uint8)
-    view = memoryview(out)  # type: ignore[arg-type]
-    if view.readonly or not view.c_contiguous or view.nbytes != nbytes:
-        raise ValueError(f"out must be writable and contiguous and have {nbytes} bytes for what is read of {name!r}; "
-                         f"it has {view.nbytes}{', read-only' * view.readonly}{', strided' * (not view.c_contiguous)}")
-    return np.frombuffer(view, np.uint8).data if nbytes else memoryview(bytearray())
 
 
 def _shared(one: Region, other: Region) -> Iterator[tuple[int, Box, int, Box, Box]]:
