@@ -71,7 +71,7 @@ def stalls(model: nn.Module, optimizer: AdamW, folder: Path, rounds: int) -> dic
 
 def slowdown(model: nn.Module, optimizer: AdamW, folder: Path, rounds: int, nice: int) -> dict[str, Any]:
     """Seconds of a training step alone, and while a save is being written, in turn."""
-    x = torch.randn(256, model[0].in_features)  # type: ignore[index,operator]
+    x = torch.randn(128, model[0].in_features)  # type: ignore[index,operator]
 
     def step() -> float:
         begun = time.perf_counter()
@@ -127,7 +127,7 @@ def run(width: int = WIDTH, layers: int = LAYERS, rounds: int = ROUNDS,
     with tempfile.TemporaryDirectory(dir=where or Path.cwd()) as name:  # /tmp may be memory
         folder = Path(name)
         return [stalls(model, optimizer, folder, rounds), *(
-            slowdown(model, optimizer, folder, rounds, nice) for nice in (0, 10)),
+            slowdown(model, optimizer, folder, max(3, rounds // 2), nice) for nice in (0, 10)),
             loads(model, optimizer, folder, rounds)]
 
 

@@ -203,6 +203,19 @@ def test_rates_are_exact_in_any_order(name: str, order: str, tmp_path: Path) -> 
         stepped(other, mine, 1, again)
 
 
+def test_a_schedule_of_another_length_is_told(tmp_path: Path) -> None:
+    """torch's schedules take over what was saved; that they do is said."""
+    def made(length: int) -> Any:
+        optimizer = optim.SGD(net().parameters(), lr=0.1)
+        return torch.optim.lr_scheduler.SequentialLR(optimizer, [
+            torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=3),
+            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, length)], [3])
+
+    save(tmp_path, {"schedule": made(20)})
+    with pytest.warns(UserWarning, match="schedule: T_max is 20 in the checkpoint and 100 here: it goes on as the"):
+        load(tmp_path, {"schedule": made(100)})
+
+
 def test_loss_scaler_and_plateau(tmp_path: Path) -> None:
     model = net()
     optimizer, scaler = optim.SGD(model.parameters(), lr=0.1), LossScaler(2.0**10)

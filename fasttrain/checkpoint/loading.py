@@ -96,9 +96,7 @@ class _Trial:
             self.saved = Saved(OfReader(self.reader))
             self.plans, self.problems = whole.plans(state, self.saved, rank, everyone)
             if not self.problems:
-                for plan in self.plans:
-                    for name, region in plan.reads:
-                        self.saved.source.verify(name, region)
+                self.saved.source.verify([read for plan in self.plans for read in plan.reads])
         except (CheckpointError, OSError) as error:
             self.damage = str(error)
         except Exception as error:

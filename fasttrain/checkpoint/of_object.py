@@ -15,6 +15,8 @@ from fasttrain.checkpoint.saved import Plan, Saved, given, refuse, whole_reads
 
 SCHEDULED = ("lr", "initial_lr", "max_lr", "min_lr", "momentum", "base_momentum", "max_momentum", "betas",
              "weight_decay")  # options of groups that schedules write
+LENGTHS = ("T_max", "T_0", "T_mult", "total_steps", "total_iters", "milestones", "_milestones", "step_size", "gamma",
+           "power", "eta_min", "factor", "patience", "start_factor", "end_factor", "step_size_up", "step_size_down")
 
 
 class PerRank:
@@ -96,6 +98,9 @@ class OfObject:
 
         def apply() -> None:
             state = encoding.decode(told["state"], given(saved, _device()))
+            if groups is not None and (differ := _other_lengths(self.value.state_dict(), state)):
+                warnings.warn(f"{self.key}: {'; '.join(differ)}: it goes on as the checkpoint has it. To change it, "
+                              "leave the schedule out of the state, and set its step", stacklevel=6)
             if hasattr(self.value, "of_rank"):
                 self.value.of_rank(state, self.rank, saved.world)
             else:
@@ -108,6 +113,17 @@ class OfObject:
                         group[key] = value
 
         return Plan([], whole_reads(told["state"], saved), apply, order=2)
+
+
+def _other_lengths(mine: Any, saved: Any) -> list[str]:
+    """What a schedule was made with that is not what was saved: torch's take over what was saved without a word."""
+    if not isinstance(mine, Mapping) or not isinstance(saved, Mapping):
+        return []
+    found = [f"{key} is {saved[key]!r} in the checkpoint and {mine[key]!r} here" for key in LENGTHS
+             if key in mine and key in saved and mine[key] != saved[key]]
+    for one, other in zip(mine.get("_schedulers", ()), saved.get("_schedulers", ()), strict=False):
+        found += _other_lengths(one, other)
+    return found
 
 
 class OfValue:

@@ -112,31 +112,6 @@ class Reader:
                              f"{len(stored.parts)} parts hold {got:,} of them")
         return into
 
-    def verify(self, name: str, span: tuple[int, int] | None = None, box: Box | None = None) -> None:
-        """Verify elements of a tensor without copying them; what is read of it afterwards is not verified again.
-
-        Raises:
-            KeyError, ValueError, Damaged, Incomplete: as `read`.
-        """
-        if name not in self.tensors:
-            raise KeyError(f"{self.path} has no tensor {name!r}")
-        stored = self.tensors[name]
-        wanted = Region(stored.shape, span, box)
-        size = SIZES[stored.dtype]
-        got = 0
-        for part in stored.parts:
-            theirs = list(part.region.blocks())
-            for _, mine in wanted.blocks():
-                for at, held in theirs:
-                    if (shared := intersection(mine, held)) is None:
-                        continue
-                    got += int(np.prod(shared[1], dtype=np.int64))
-                    for low, high in _needed(_slices(shared, held), held[1], size, part.chunk):
-                        self._check(name, part, at * size + low, at * size + high)
-        if got < wanted.elements:
-            raise Incomplete(f"{self.path}: tensor {name!r}: {wanted.elements:,} elements were asked for, and its "
-                             f"{len(stored.parts)} parts hold {got:,} of them")
-
     def close(self) -> None:
         """Give the mapped files back. Views that `read` returned are no part of them."""
         for view in self._maps.values():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -10,10 +11,11 @@ import torch
 from torch import Tensor
 
 from fasttrain.checkpoint import encoding
+from fasttrain.checkpoint.errors import Incomplete
 from fasttrain.checkpoint.parts import BY_NAME, DTYPES
 from fasttrain.checkpoint.pieces import SIZES
 from fasttrain.checkpoint.read import Reader
-from fasttrain.checkpoint.regions import Region
+from fasttrain.checkpoint.regions import Region, intersection
 
 Problem = str
 
@@ -32,7 +34,7 @@ class Source(Protocol):
 
     def kinds(self) -> Mapping[str, Kind]: ...
     def values(self, rank: int) -> Mapping[str, Any]: ...
-    def verify(self, name: str, region: Region) -> None: ...
+    def verify(self, reads: Sequence[tuple[str, Region]]) -> None: ...
     def read(self, name: str, region: Region, out: memoryview) -> None: ...
 
 
@@ -49,8 +51,15 @@ class OfReader:
     def values(self, rank: int) -> Mapping[str, Any]:
         return self.reader.values(rank)
 
-    def verify(self, name: str, region: Region) -> None:
-        self.reader.verify(name, region.span, region.box)
+    def verify(self, reads: Sequence[tuple[str, Region]]) -> None:
+        for name, region in reads:
+            held = [box for part in self.reader.tensors[name].parts for _, box in part.region.blocks()]
+            got = sum(math.prod(shared[1]) for _, wanted in region.blocks() for box in held
+                      if (shared := intersection(wanted, box)) is not None)
+            if got < region.elements:
+                raise Incomplete(f"{self.reader.path}: tensor {name!r}: {region.elements:,} elements are wanted, and "
+                                 f"{got:,} of them are there")
+        self.reader.verify_all(reads)
 
     def read(self, name: str, region: Region, out: memoryview) -> None:
         self.reader.read(name, region.span, region.box, out)
@@ -75,7 +84,7 @@ class OfTensors:
     def values(self, rank: int) -> Mapping[str, Any]:
         return {"entries": self._entries}
 
-    def verify(self, name: str, region: Region) -> None:
+    def verify(self, reads: Sequence[tuple[str, Region]]) -> None:
         """Nothing is known of what they were."""
 
     def read(self, name: str, region: Region, out: memoryview) -> None:
