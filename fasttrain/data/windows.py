@@ -20,7 +20,7 @@ class Source(Protocol):
 
     Attributes:
         per_pass: samples of one pass over the data.
-        vocabulary: one more than the largest token there may be.
+        vocabulary: one more than the largest token there may be; 0: not known.
     """
 
     per_pass: int
@@ -73,7 +73,10 @@ class Windows:
                            f"least {2 * length + 1}; use shorter windows or more data")
         if positions and isinstance(stream, np.ndarray):
             raise DataError("positions=True needs to know where documents end: give a TokenDataset, not an array")
-        self.vocabulary = (np.iinfo(stream.dtype).max + 1 if isinstance(stream, np.ndarray) else stream.vocabulary)
+        if isinstance(stream, np.ndarray):  # wider ones are searched by nobody: they may be terabytes on a disk
+            self.vocabulary = 1 << 8 * stream.itemsize if stream.itemsize <= 2 else 0
+        else:
+            self.vocabulary = stream.vocabulary
 
     def __len__(self) -> int:
         return self.per_pass
