@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fasttrain.data import DataError, TooSmall, Windows, order
+from fasttrain.data import DataError, TooSmall, Windows, order, windows
 from fasttrain.data.order import mix, mix_each, overlapping, permuted, permuted_each
 
 
@@ -93,7 +93,21 @@ def test_what_cannot_be_windows():
         Windows(np.zeros(99, np.uint8), 8, positions=True)
 
 
+def test_fingerprints_of_arrays(monkeypatch):
+    stream = np.arange(50_000, dtype=np.uint16)
+    before = Windows(stream, 7).fingerprint()
+    assert Windows(stream.copy(), 7).fingerprint() == Windows(np.repeat(stream, 2)[::2], 7).fingerprint() == before
+    stream[-1] ^= 1
+    assert Windows(stream, 7).fingerprint() != before
+    monkeypatch.setattr(windows, "HASHED", 1000)
+    large = Windows(stream, 7).fingerprint()
+    assert large == Windows(stream.copy(), 7).fingerprint() != before
+    stream[-1] ^= 1
+    assert Windows(stream, 7).fingerprint() != large
+    assert Windows(stream[:-1], 7).fingerprint() != large
+
+
 def test_the_order_is_fixed_for_ever():
     """A run that is resumed with a later version goes on in the same order."""
-    windows = Windows(np.zeros(10_000, np.uint8), 7, seed=5)
-    assert [windows.start(i) for i in (0, 1, 2, 1426, 1427, 10**12)] == [6008, 2585, 8290, 3523, 8811, 3148]
+    some = Windows(np.zeros(10_000, np.uint8), 7, seed=5)
+    assert [some.start(i) for i in (0, 1, 2, 1426, 1427, 10**12)] == [6008, 2585, 8290, 3523, 8811, 3148]

@@ -1,5 +1,6 @@
 """`fasttrain tokenize`: the right tokens, in the right files, however often it was killed on the way."""
 
+import errno
 import fcntl
 import os
 import signal
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from helpers import ROOT
 
-from fasttrain.data import DataError, TokenDataset, WorkerDied, WrongTokenizer, tokenize
+from fasttrain.data import DataError, TokenDataset, WorkerDied, WrongTokenizer, progress, tokenize
 from fasttrain.data import make as making
 from fasttrain.data.dataset import INDEX
 from fasttrain.data.encoders import PIECE, pieces_of
@@ -209,6 +210,48 @@ def test_a_full_disk_is_foreseen_and_named(tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"the tokens need [\d,]+ bytes, and 100 are free"):
         tokenize([source], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_on_the_way(tmp_path, monkeypatch):
+    source = texts(tmp_path / "in")
+    sync = os.fsync
+
+    def full(descriptor):
+        if os.readlink(f"/proc/self/fd/{descriptor}").count("validation"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DataError, match=r"No space left on device, [\d,]+ bytes are free; make room, and the same"):
+        tokenize([source], tmp_path / "out", processes=1)
+    assert sorted(contents(tmp_path / "out")) == [PLAN, "train-00000.tokens"]
+    monkeypatch.undo()
+    tokenize([source], tmp_path / "out", processes=1)
+    tokenize([source], tmp_path / "unbroken", processes=1)
+    assert contents(tmp_path / "out") == contents(tmp_path / "unbroken")
+
+
+def test_a_directory_that_nobody_may_write(tmp_path, monkeypatch):
+    def refused(*arguments):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(making, "write_durably", refused)
+    with pytest.raises(DataError, match="out cannot be written: Permission denied"):
+        tokenize([texts(tmp_path / "in")], tmp_path / "out")
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress(monkeypatch, capsys, terminal):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    with progress.Progress(total=1000, done=100) as shown:
+        shown.show(400, "")
+        shown.show(500, "left out: a [b] is not text")
+    said = capsys.readouterr().out
+    assert "left out: a [b] is not text" in said
+    if not terminal:
+        assert said.startswith("going on: 100 of 1,000 bytes were done\n50% of 1,000 bytes, ")
+        assert said.count("\n") == 4
 
 
 def test_input_that_changed_meanwhile_is_refused(tmp_path, monkeypatch):

@@ -84,6 +84,13 @@ def test_a_worker_imports_only_what_it_needs(worker):
     assert worker.answer() == ("value", [])
 
 
+def test_only_the_loader_needs_torch():
+    names = "order windows shard writing dataset mixture packing position prefetch processes plan encoders make"
+    modules = ", ".join(f"fasttrain.data.{name}" for name in names.split())
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT).returncode == 0
+
+
 @pytest.mark.parametrize("code, said", [(3, "worker 1 ended with exit code 3"), (None, "killed by SIGBUS: a file")])
 def test_how_a_worker_ended_is_said(worker, code, said):
     other = Worker(Target(), "worker 1")

@@ -103,11 +103,10 @@ def _held(out: Path) -> Iterator[None]:
             raise DataError(f"{out} is in use: another `fasttrain tokenize` writes to it") from error
         yield
     except OSError as error:
-        free = shutil.disk_usage(out).free
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise DataError(f"{out}: {error.strerror}, {free:,} bytes are free; make room, and the same command goes "
-                        f"on") from error
+        said = f"{out} cannot be written: {error.strerror}"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            said += f", {shutil.disk_usage(out).free:,} bytes are free; make room, and the same command goes on"
+        raise DataError(said) from error
     finally:
         os.close(folder)
 

@@ -12,6 +12,7 @@ from fasttrain.data.errors import DataError, TooSmall
 from fasttrain.data.order import mix, mix_each, permuted, permuted_each
 
 BLOCK = 1024  # samples whose places are computed together: arrays of so many cost little more than of a few
+HASHED = 1 << 28  # bytes of an array that are read for its hash
 MOST_TRIES = 1000  # other windows for one that is damaged
 
 
@@ -20,7 +21,7 @@ class Source(Protocol):
 
     Attributes:
         per_pass: samples of one pass over the data.
-        vocabulary: one more than the largest token there may be.
+        vocabulary: one more than the largest token there may be; 0: not known.
     """
 
     per_pass: int
@@ -73,7 +74,10 @@ class Windows:
                            f"least {2 * length + 1}; use shorter windows or more data")
         if positions and isinstance(stream, np.ndarray):
             raise DataError("positions=True needs to know where documents end: give a TokenDataset, not an array")
-        self.vocabulary = (np.iinfo(stream.dtype).max + 1 if isinstance(stream, np.ndarray) else stream.vocabulary)
+        if isinstance(stream, np.ndarray):  # wider ones are searched by nobody: they may be terabytes on a disk
+            self.vocabulary = 1 << 8 * stream.itemsize if stream.itemsize <= 2 else 0
+        else:
+            self.vocabulary = stream.vocabulary
 
     def __len__(self) -> int:
         return self.per_pass
@@ -140,9 +144,19 @@ class Windows:
 
     def fingerprint(self) -> dict[str, Any]:
         """What decides the samples: the order's version, data, seed, length."""
-        array = isinstance(self.stream, np.ndarray)
-        data = xxhash.xxh3_128_hexdigest(self.stream.data) if array else self.stream.fingerprint
+        data = hash_of(self.stream) if isinstance(self.stream, np.ndarray) else self.stream.fingerprint
         return {"order": 1, "data": data, "seed": self.seed, "length": self.length}
+
+
+def hash_of(stream: np.ndarray) -> str:
+    """A hash of an array; of one of more than 256 MiB, which may lie on a disk, of its size and 4,096 pages."""
+    if stream.nbytes <= HASHED:
+        return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(stream).view(np.uint8).data)
+    page = 4096 // stream.itemsize
+    hashed = xxhash.xxh3_128(f"{stream.dtype.str} {len(stream)}".encode())
+    for begin in np.linspace(0, len(stream) - page, 4096).astype(int).tolist():
+        hashed.update(np.ascontiguousarray(stream[begin : begin + page]).view(np.uint8).data)
+    return hashed.hexdigest()
 
 
 def substitutes(indices: np.ndarray, per_pass: int, seed: int, sound: Callable[[int], bool],
