@@ -187,8 +187,18 @@ class Device:
 
 def test_one_small_copy_a_step_and_no_wait_for_what_has_arrived(monkeypatch):
     device, later = Device(monkeypatch), Later(delay=2)
+    ran = []
+
+    class Counting(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            ran.append(function.__name__.split(".")[0])
+            return function(*args, **(kwargs or {}))
+
     far = dict(loss=torch.empty((), device="meta"), flags=torch.empty(3, dtype=torch.bool, device="meta"))
-    assert later.put(0, "a", **far, scale=2.0) is None
+    with Counting():
+        assert later.put(0, "a", **far, scale=2.0) is None
+    views = ("view", "_unsafe_view", "detach", "zeros")
+    assert [one for one in ran if one not in views] == ["_to_copy", "cat"]
     assert later.put(1, "b", **far, scale=3.0) is None
     assert later.put(2, "c", **far) == (0, {"loss": 0.0, "flags": [0.0, 0.0, 0.0], "scale": 2.0}, "a")
     assert (device.sent, device.waited, later.waits) == (3, 0, 0)
