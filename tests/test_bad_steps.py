@@ -158,6 +158,37 @@ def test_most_must_be_a_count(most):
         NonFinite(most=most)
 
 
+def test_steps_on_arrival_cannot_be_skipped():
+    run = Run()
+    run.optimizer.step_on_arrival()
+    with pytest.raises(RuntimeError, match="before anything can be skipped"):
+        run.step(0)
+
+
+def test_good_steps_read_no_sums_and_parameters_without_names_are_told_by_shape():
+    guard, read = NonFinite(most=9), []
+    params = [torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(3, 1))]
+
+    class Sums:
+        def tolist(self):
+            read.append(1)
+            return [1.0, math.nan]
+
+    for step, found in enumerate((False, False, True)):
+        guard.watch(step, found=found, loss=1.0, sums=[(params, Sums())])
+    assert not read
+    assert guard.flush()[0].names == ("a parameter of shape (3, 1)",)
+    assert read == [1]
+
+
+def test_known_statistics_have_no_sums_and_the_gradients_are_looked_at():
+    run = Run()
+    run.model(torch.ones(1, 3)).sum().backward()
+    run.model[0].weight.grad[0, 0] = math.inf
+    run.guard.step(run.optimizer, 0, statistics=run.optimizer.grad_statistics())
+    assert run.guard.flush()[0].names == ("0.weight",)
+
+
 def test_host_numbers_alone():
     guard = NonFinite(most=2)
     assert guard.update(0, False, 2.0).kind == "good"

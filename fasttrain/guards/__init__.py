@@ -5,8 +5,9 @@
 """
 
 from fasttrain.guards.averages import ema
-from fasttrain.guards.bad_steps import Judged, NonFinite, TooManyBadSteps, nonfinite
+from fasttrain.guards.bad_steps import NonFinite, nonfinite
 from fasttrain.guards.decay import decay_groups
+from fasttrain.guards.judged import Judged, TooManyBadSteps
 from fasttrain.guards.later import Arrived, Later
 from fasttrain.guards.noise import GradientSquares, NoiseScale, UpdateRatios, square_norm
 from fasttrain.guards.spikes import LossSpikes, SpikeDecision
