@@ -158,6 +158,37 @@ def test_most_must_be_a_count(most):
         NonFinite(most=most)
 
 
+def test_steps_on_arrival_cannot_be_skipped():
+    run = Run()
+    run.optimizer.step_on_arrival()
+    with pytest.raises(RuntimeError, match="before anything can be skipped"):
+        run.step(0)
+
+
+def test_good_steps_read_no_sums_and_parameters_without_names_are_told_by_shape():
+    guard, read = NonFinite(most=9), []
+    params = [torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(3, 1))]
+
+    class Sums:
+        def tolist(self):
+            read.append(1)
+            return [1.0, math.nan]
+
+    for step, found in enumerate((False, False, True)):
+        guard.watch(step, found=found, loss=1.0, sums=[(params, Sums())])
+    assert not read
+    assert guard.flush()[0].names == ("a parameter of shape (3, 1)",)
+    assert read == [1]
+
+
+def test_known_statistics_have_no_sums_and_the_gradients_are_looked_at():
+    run = Run()
+    run.model(torch.ones(1, 3)).sum().backward()
+    run.model[0].weight.grad[0, 0] = math.inf
+    run.guard.step(run.optimizer, 0, statistics=run.optimizer.grad_statistics())
+    assert run.guard.flush()[0].names == ("0.weight",)
+
+
 def test_host_numbers_alone():
     guard = NonFinite(most=2)
     assert guard.update(0, False, 2.0).kind == "good"
@@ -187,8 +218,18 @@ class Device:
 
 def test_one_small_copy_a_step_and_no_wait_for_what_has_arrived(monkeypatch):
     device, later = Device(monkeypatch), Later(delay=2)
+    ran = []
+
+    class Counting(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            ran.append(function.__name__.split(".")[0])
+            return function(*args, **(kwargs or {}))
+
     far = dict(loss=torch.empty((), device="meta"), flags=torch.empty(3, dtype=torch.bool, device="meta"))
-    assert later.put(0, "a", **far, scale=2.0) is None
+    with Counting():
+        assert later.put(0, "a", **far, scale=2.0) is None
+    views = ("view", "_unsafe_view", "detach", "zeros")
+    assert [one for one in ran if one not in views] == ["_to_copy", "cat"]
     assert later.put(1, "b", **far, scale=3.0) is None
     assert later.put(2, "c", **far) == (0, {"loss": 0.0, "flags": [0.0, 0.0, 0.0], "scale": 2.0}, "a")
     assert (device.sent, device.waited, later.waits) == (3, 0, 0)

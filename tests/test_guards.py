@@ -137,6 +137,32 @@ def test_the_noise_scale_of_known_noise():
     assert math.isnan(guards.NoiseScale(1, 2, 0.0).update(3.0, 1.0).noise_scale), "no signal"
 
 
+def squares_of_a_rank(wire):
+    from fasttrain.parallel import DataParallel
+
+    torch.manual_seed(0)
+    model = DataParallel(nn.Linear(8, 4), mesh=wire, broadcast_buffers=False)
+    x = torch.full((2, 8), 1.0 + wire.rank)
+    squares = guards.GradientSquares(model)
+    with squares.measure():
+        model(x).square().mean().backward()
+    own = torch.autograd.grad(model.module(x).square().mean(), list(model.module.parameters()))
+    big = guards.square_norm(p.grad for p in model.parameters())
+    return squares.take().item(), guards.square_norm(own).item(), big.item(), model.reducer.statistics()[0].item()
+
+
+def test_squares_of_one_rank_before_they_are_averaged():
+    results = ranks.run(squares_of_a_rank, 2)
+    assert results[0][0] < 0.5 * results[1][0]
+    for small, own, big, reduced in results:
+        assert small == pytest.approx(own, rel=1e-5)
+        assert big == pytest.approx(reduced, rel=1e-5)
+        assert big != pytest.approx(small, rel=0.1)
+    assert results[0][2] == results[1][2]
+    with pytest.raises(RuntimeError, match="no backward pass was measured"):
+        guards.GradientSquares(nn.Linear(1, 1)).take()
+
+
 def test_update_ratios_are_measured_when_they_are_due():
     torch.manual_seed(0)
     model = nn.Linear(3, 2)

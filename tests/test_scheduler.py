@@ -69,6 +69,9 @@ def test_it_is_torchs():
     run.scheduler.step(5)
     assert run.scheduler.get_last_lr() == [0.1 * LR(5), 0.02 * LR(5)]
     assert not hasattr(run.optimizer.step, "_wrapped_by_lr_sched")
+    with pytest.raises(ValueError, match="no value at step -1"):
+        run.scheduler.step(-1)
+    assert run.scheduler.last_epoch == 5
     copied = copy.deepcopy(run.scheduler)
     copied.step()
     copied.optimizer.load_state_dict(run.optimizer.state_dict())

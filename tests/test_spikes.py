@@ -32,7 +32,7 @@ def test_scores_are_those_of_the_last_losses_that_were_no_spikes(values, method)
         decision = guard.update(step, loss)
         window = kept[-8:]
         if len(window) < 4:
-            assert decision == (False, 0.0, None, False, (), False)
+            assert decision == (False, 0.0, None, None, False, (), False)
         else:
             middle = statistics.median(window) if method == "mad" else statistics.fmean(window)
             deviation = (1.4826 * statistics.median([abs(one - middle) for one in window]) if method == "mad"
@@ -60,7 +60,7 @@ def test_patience_and_the_number_of_rollbacks():
     for step in range(8):
         guard.update(step, 2.0)
     assert not guard.update(8, 9.0, "a").rollback
-    assert guard.update(9, 9.0, "b")[3:] == (True, ("a", "b"), False)
+    assert guard.update(9, 9.0, "b")[3:] == (8, True, ("a", "b"), False)
     guard.load_state_dict(json.loads(json.dumps(guard.state_dict())))
     guard.rolled_back()
     older = LossSpikes(window=16, warmup=8).state_dict()
@@ -68,7 +68,7 @@ def test_patience_and_the_number_of_rollbacks():
     for step in range(8):
         guard.update(step, 2.0)
     guard.update(8, 9.0, "c")
-    assert guard.update(9, 9.0, "d")[3:] == (False, ("c", "d"), True)
+    assert guard.update(9, 9.0, "d")[3:] == (8, False, ("c", "d"), True)
 
 
 def test_a_loop_that_goes_back_ends_as_if_the_batch_had_not_been_there():

@@ -5,12 +5,14 @@
 """
 
 from fasttrain.guards.averages import ema
-from fasttrain.guards.bad_steps import Judged, NonFinite, TooManyBadSteps, nonfinite
+from fasttrain.guards.bad_steps import NonFinite, nonfinite
 from fasttrain.guards.decay import decay_groups
+from fasttrain.guards.judged import Judged, TooManyBadSteps
 from fasttrain.guards.later import Arrived, Later
-from fasttrain.guards.noise import NoiseScale, UpdateRatios, square_norm
+from fasttrain.guards.noise import GradientSquares, NoiseScale, UpdateRatios, square_norm
 from fasttrain.guards.spikes import LossSpikes, SpikeDecision
 from fasttrain.guards.stopping import Best, EarlyStopping, Gap
 
-__all__ = ["Arrived", "Best", "EarlyStopping", "Gap", "Judged", "Later", "LossSpikes", "NoiseScale", "NonFinite",
-           "SpikeDecision", "TooManyBadSteps", "UpdateRatios", "decay_groups", "ema", "nonfinite", "square_norm"]
+__all__ = ["Arrived", "Best", "EarlyStopping", "Gap", "GradientSquares", "Judged", "Later", "LossSpikes", "NoiseScale",
+           "NonFinite", "SpikeDecision", "TooManyBadSteps", "UpdateRatios", "decay_groups", "ema", "nonfinite",
+           "square_norm"]

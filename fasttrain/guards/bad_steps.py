@@ -4,61 +4,18 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fasttrain.guards.judged import MOST_NAMES, Judged, TooManyBadSteps
 from fasttrain.guards.later import Arrived, Later
 from fasttrain.optim import clip
 from fasttrain.precision.loss_scale import LossScaler
 
-MOST_NAMES = 20
 KEPT = 100  # bad steps that are remembered
-
-
-class Judged(NamedTuple):
-    """What has become of a step, told one step later.
-
-    Attributes:
-        step, batch: which, as they were given.
-        loss, norm: on the host; None if they were not given.
-        kind: "good"; "overflow": gradients overflowed a loss scale that backs off by itself; "bad".
-        names: the parameters whose gradients were not finite, where they are known.
-        in_a_row: bad steps up to this one.
-        skipped: steps that were not made so far.
-    """
-
-    step: int
-    batch: Any
-    loss: float | None
-    norm: float | None
-    kind: Literal["good", "overflow", "bad"]
-    names: tuple[str, ...]
-    in_a_row: int
-    skipped: int
-
-
-class TooManyBadSteps(FloatingPointError):
-    """As many steps in a row were bad as were allowed. Parameters and states are those after the last good step.
-
-    Attributes:
-        report: a list of JSON objects, one for each of the bad steps: step, batch, loss, norm, parameters.
-        last_good: the last step that was good; None if there was none.
-    """
-
-    def __init__(self, report: list[dict[str, Any]], last_good: int | None):
-        self.report, self.last_good = report, last_good
-        last = report[-1]
-        names = sorted({name for one in report for name in one["parameters"]})
-        told = f"; gradients that are not finite: {', '.join(names[:MOST_NAMES])}" if names else ""
-        whence = "since the start" if last_good is None else f"after step {last_good}"
-        super().__init__(
-            f"{len(report)} steps in a row had a loss or gradients that are not finite, {whence}: the last is step "
-            f"{last['step']}, batch {last['batch']}, loss {last['loss']}{told}. No bad step was made: parameters and "
-            "states are as after the last good one. Look at these batches, or use a lower learning rate, a longer "
-            "warmup or clipping")
 
 
 def nonfinite(named: Iterable[tuple[str, Tensor]]) -> list[str]:
@@ -75,9 +32,10 @@ class NonFinite:
     """Skips steps with a loss or gradients that are not finite, and gives up after `most` of them in a row.
 
     `step` makes the step of the optimizer, or has the device skip it: nothing is read on the host on the way, except
-    for torch's optimizers, which cannot skip by themselves. What became of a step is told in the next call. Which
-    parameters it was costs good steps nothing: on the CPU they are looked for in the bad step itself; on a GPU in the
-    steps that follow one, until one is good.
+    for torch's optimizers, which cannot skip by themselves. What became of a step is told in the next call, with the
+    parameters whose gradients were not finite: the pass that measures the norm leaves a sum for each, which stays on
+    the device and is read of bad steps only. Where `statistics` are given there are no such sums: then the gradients
+    are looked at in the bad step itself on the CPU, on a GPU in the steps that follow one, until one is good.
 
     Arguments:
         named: `model.named_parameters()`, or the module, to name them.
@@ -110,6 +68,7 @@ class NonFinite:
         if isinstance(most, bool) or not isinstance(most, int) or most < 1:
             raise ValueError(f"most={most!r} must be a whole number of at least 1")
         self._named = list(named.named_parameters() if isinstance(named, nn.Module) else named)
+        self._names = {id(p): name for name, p in self._named}
         self.most, self.culprits, self.later = most, culprits, Later(delay)
         self.skipped, self.overflows, self.last_good = 0, 0, None
         self._row: list[dict[str, Any]] = []
@@ -147,13 +106,18 @@ class NonFinite:
         Raises:
             TooManyBadSteps: it was the last that is allowed. This step has been made or skipped like any other.
             TypeError: a scaler with an optimizer of torch.
+            RuntimeError: parameters are stepped as their gradients arrive, before anything can be skipped.
         """
         together = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
-        squares, found = clip.statistics(together) if statistics is None else statistics
+        if any(getattr(one, "arriving", None) is not None for one in together):
+            raise RuntimeError("parameters are stepped as their gradients arrive (step_on_arrival), before anything "
+                               "can be skipped: remove() that, or watch() the losses only")
+        sums: list[tuple[list[Tensor], Tensor]] = []
+        squares, found = clip.statistics(together, sums) if statistics is None else statistics
         if loss is not None:
             here = loss.detach().to(found.device)
             found = found | (here - here != 0)  # not finite; isfinite would be four kernels
-        names, flags = self._look(found)
+        names, flags = ([], None) if sums else self._look(found)
         scale = None if scaler is None else scaler.scale_on_device
         if all(_skips(one) for one in together):
             norm = (self._fixed if scaler is None else scaler).step(together, max_norm, (squares, found))
@@ -164,20 +128,23 @@ class NonFinite:
             norm = squares.sqrt().float()
             if not found.item():
                 _step_of_torch(together, max_norm, norm)
-        return self.watch(step, found=found, loss=loss, norm=norm, batch=batch, scale=scale, names=names, flags=flags)
+        return self.watch(step, found=found, loss=loss, norm=norm, batch=batch, scale=scale, names=names, flags=flags,
+                          sums=sums)
 
     def watch(self, step: int, *, found: Tensor | bool, loss: Tensor | float | None = None,
               norm: Tensor | float | None = None, batch: Any = None, scale: Tensor | float | None = None,
-              names: Iterable[str] = (), flags: Tensor | None = None) -> Judged | None:
+              names: Iterable[str] = (), flags: Tensor | None = None,
+              sums: Sequence[tuple[Sequence[Tensor], Tensor]] = ()) -> Judged | None:
         """Tell of a step that was made or skipped elsewhere; else as `step`.
 
         Arguments:
             found: something was not finite, and the step was skipped.
             scale: the loss scale of the step, if it backs off by itself.
             names: of the parameters, where they are known already.
-            flags: for each parameter, whether its gradient is not finite, if that is to be read later.
+            flags: for each parameter of `named`, whether its gradient is not finite, to be read with the rest.
+            sums: parameters, and one sum of each one's gradient, which is read only if the step was bad.
         """
-        arrived = self.later.put(step, (batch, tuple(names)), found=found, loss=loss, norm=norm, scale=scale,
+        arrived = self.later.put(step, (batch, tuple(names), sums), found=found, loss=loss, norm=norm, scale=scale,
                                  flags=flags)
         return None if arrived is None else self._judge(arrived)
 
@@ -218,10 +185,14 @@ class NonFinite:
         return judged
 
     def _counted(self, arrived: Arrived) -> Judged:
-        values, (batch, names) = arrived.values, arrived.note
+        values, (batch, names, sums) = arrived.values, arrived.note
         if values["flags"] is not None:
             flags = values["flags"] if isinstance(values["flags"], list) else [values["flags"]]
             names = tuple(name for (name, _), flag in zip(self._named, flags, strict=True) if flag)[:MOST_NAMES]
+        elif values["found"] and not names:
+            names = tuple(self._names.get(id(p), f"a parameter of shape {tuple(p.shape)}")
+                          for params, made in sums for p, number in zip(params, made.tolist(), strict=True)
+                          if not math.isfinite(number))[:MOST_NAMES]
         return self._count(arrived.step, bool(values["found"]), values["loss"], values["norm"], batch, values["scale"],
                            names)
 

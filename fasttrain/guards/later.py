@@ -90,9 +90,8 @@ class Later:
         way = None
         if sent:
             tensors = [value.reshape(-1) for _, value in sent]
-            if any(one.dtype in WIDE for one in tensors):
-                tensors = [one.double() for one in tensors]
-            way = send(torch.cat(tensors))  # which promotes flags and numbers of 16 bits to float32
+            kind = torch.float64 if any(one.dtype in WIDE for one in tensors) else torch.float32
+            way = send(torch.cat([one.to(kind) for one in tensors]))
         self._pending.append((step, known, note, way, [(name, value.numel()) for name, value in sent]))
         return self._take() if len(self._pending) > self.delay else None
 

@@ -21,6 +21,55 @@ def square_norm(tensors: Iterable[Tensor | None]) -> Tensor:
     return torch.stack(torch._foreach_norm(found)).double().square().sum()
 
 
+class GradientSquares:
+    """The sum of squares of what a backward pass adds to the gradients, before anything is added or averaged.
+
+    That of a micro-batch, or in data parallel of this rank alone: the small batch of a `NoiseScale`. It costs one more
+    read of each gradient inside `measure`, and nothing outside of it.
+
+    Arguments:
+        params: the module, or its parameters.
+
+    Example:
+        >>> weight = nn.Parameter(torch.tensor([3.0, 4.0]))
+        >>> squares = GradientSquares([weight])
+        >>> for _ in range(2):                             # two micro-batches, whose gradients add up
+        ...     with squares.measure():
+        ...         weight.square().sum().div(2).backward()
+        >>> squares.take().item(), square_norm([weight.grad]).item()
+        (25.0, 100.0)
+    """
+
+    def __init__(self, params: nn.Module | Iterable[Tensor]):
+        given = params.parameters() if isinstance(params, nn.Module) else params
+        self._params = [p for p in given if p.requires_grad]
+        self._squares: list[Tensor] = []
+        self._passes = 0
+
+    @contextmanager
+    def measure(self) -> Iterator[None]:
+        """Around a backward pass, or one for each of several."""
+        hooks = [p.register_hook(lambda grad: self._squares.append(_norm(grad))) for p in self._params]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self._passes += 1
+
+    def take(self) -> Tensor:
+        """The mean over the passes measured since the last call: float64 of shape (), on the device.
+
+        Raises:
+            RuntimeError: none was.
+        """
+        if not self._passes:
+            raise RuntimeError("no backward pass was measured: call it inside `with squares.measure():`")
+        total = square_norm([]) if not self._squares else torch.stack(self._squares).double().square().sum()
+        passes, self._squares, self._passes = self._passes, [], 0
+        return total / passes
+
+
 class NoiseDecision(NamedTuple):
     """Attributes:
         noise_scale: the batch size, in the unit of `small` and `big`, at which noise and signal are alike: well below

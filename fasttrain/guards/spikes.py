@@ -17,7 +17,8 @@ class SpikeDecision(NamedTuple):
         spike: it is far above the others.
         score: by how many deviations; 0.0 while there are too few to compare with.
         middle: the median (or mean) that it was compared with; None while there is none.
-        rollback: load the newest checkpoint from before `step`, and leave out the batches in `skip`.
+        first: the first step of the spikes in a row; None where there is none.
+        rollback: load the newest checkpoint from before step `first`, and leave out the batches in `skip`.
         skip: the batches of the spike, as they were given.
         stop: there were as many rollbacks as are allowed: something else is wrong.
     """
@@ -25,6 +26,7 @@ class SpikeDecision(NamedTuple):
     spike: bool
     score: float
     middle: float | None
+    first: int | None
     rollback: bool
     skip: tuple[Any, ...]
     stop: bool
@@ -58,7 +60,7 @@ class LossSpikes:
         >>> decision.spike
         False
         >>> spikes.update(20, 9.0, batch=20)
-        SpikeDecision(spike=True, score=46.5..., middle=2.1, rollback=True, skip=(20,), stop=False)
+        SpikeDecision(spike=True, score=46.5..., middle=2.1, first=20, rollback=True, skip=(20,), stop=False)
     """
 
     def __init__(self, window: int = 128, threshold: float = 8.0, method: Literal["mad", "z"] = "mad", warmup: int = 32,
@@ -78,7 +80,7 @@ class LossSpikes:
         self.rollbacks = 0
         self._losses: deque[float] = deque(maxlen=window)
         self._sorted: list[float] = []
-        self._row: list[Any] = []  # batches of the spikes in a row
+        self._row: list[list[Any]] = []  # step and batch of the spikes in a row
 
     def update(self, step: int, loss: float, batch: Any = None) -> SpikeDecision:
         """Take the loss of a step, a number of the host: that of the step before, as `Later` gives it."""
@@ -88,12 +90,13 @@ class LossSpikes:
         if finite and score <= self.threshold:
             self._remember(loss)
             self._row = []
-            return SpikeDecision(False, score, middle, False, (), False)
-        self._row.append(batch)
+            return SpikeDecision(False, score, middle, None, False, (), False)
+        self._row.append([step, batch])
+        first = self._row[0][0]
         if self.patience is None or len(self._row) < self.patience:
-            return SpikeDecision(True, score, middle, False, (), False)
+            return SpikeDecision(True, score, middle, first, False, (), False)
         stop = self.rollbacks >= self.most
-        return SpikeDecision(True, score, middle, not stop, tuple(self._row), stop)
+        return SpikeDecision(True, score, middle, first, not stop, tuple(one for _, one in self._row), stop)
 
     def rolled_back(self) -> None:
         """The loop went back: count it. Call it after the states of the checkpoint were loaded."""

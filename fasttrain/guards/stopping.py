@@ -45,6 +45,7 @@ class Best:
 
     def update(self, metric: float, step: int) -> BestDecision:
         """Take a metric; one that is not finite is no better."""
+        metric = float(metric)
         better = math.isfinite(metric) and (
             self.best is None or (self.best - metric if self.mode == "min" else metric - self.best) > self.min_delta)
         if better:

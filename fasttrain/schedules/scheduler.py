@@ -82,9 +82,9 @@ class Scheduler(LRScheduler):
         for index in range(len(optimizer.param_groups)):
             self._base(index)
         self._check()
-        self.last_epoch, self._step_count = last_epoch + 1, 1
+        self._step_count = 1
         self._last_lr: list[float | Tensor] = []
-        self._apply()
+        self._apply(last_epoch + 1)
         self._listen()
 
     def _listen(self) -> None:
@@ -106,9 +106,8 @@ class Scheduler(LRScheduler):
         Arguments:
             epoch: go to this step instead.
         """
-        self.last_epoch = self.last_epoch + 1 if epoch is None else int(epoch)
+        self._apply(self.last_epoch + 1 if epoch is None else int(epoch))
         self._step_count += 1
-        self._apply()
 
     def get_lr(self) -> list[float | Tensor]:
         """The learning rate of each group at this step."""
@@ -185,9 +184,10 @@ class Scheduler(LRScheduler):
                     raise ValueError(f"{name}: parameter group {index} of {type(self.optimizer).__name__} has "
                                      f"{'no such option' if name not in group else f'{name}={value!r}, no number'}")
 
-    def _apply(self) -> None:
-        """Write the values of this step."""
-        for group, values in zip(self.optimizer.param_groups, self.values_at(self.last_epoch), strict=True):
+    def _apply(self, step: int) -> None:
+        """Go to a step, and write its values."""
+        made, self.last_epoch = self.values_at(step), step
+        for group, values in zip(self.optimizer.param_groups, made, strict=True):
             for name, value in values.items():
                 if name == "momentum" and "momentum" not in group:
                     group["betas"] = (value, *group["betas"][1:])
@@ -232,8 +232,7 @@ class Scheduler(LRScheduler):
         for index, base in enumerate(bases):
             if index < len(self.bases):
                 self.bases[index] = base
-        self.last_epoch = step
-        self._apply()
+        self._apply(step)
 
     def _texts(self) -> dict[str, Any]:
         return {name: repr(one) if isinstance(one, Schedule) else [one if one is None else repr(one) for one in one]
@@ -271,4 +270,4 @@ def _again(reference: weakref.ref[Scheduler]) -> None:
     """The optimizer has loaded a state: its values are those of the schedule's step."""
     scheduler = reference()
     if scheduler is not None:
-        scheduler._apply()
+        scheduler._apply(scheduler.last_epoch)
