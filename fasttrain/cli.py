@@ -1,4 +1,4 @@
-"""The ``fasttrain`` command: ``train``, ``compare``, ``doctor``.
+"""The ``fasttrain`` command: ``train``, and what is in `fasttrain.commands`.
 
 Exit codes: 0 done; 1 a run failed; 2 the input cannot work; 130 interrupted by Ctrl-C, 143 by SIGTERM.
 """
@@ -6,36 +6,24 @@ Exit codes: 0 done; 1 a run failed; 2 the input cannot work; 130 interrupted by 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 import signal
 import sys
 import time
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
-from tyro.conf import Positional, arg, subcommand
+from tyro.conf import subcommand
 
+from fasttrain.commands import Compare, Demo, Doctor, DrawSchedule, Inspect, Report, Tokenize, Verify, say
 from fasttrain.train.config import BadInput, TrainConfig
+from fasttrain.train.options import config_argument, from_file
 from fasttrain.train.place import Place, place
 
-
-@dataclasses.dataclass(frozen=True)
-class Compare:
-    """Lay two runs side by side: options that differ, losses, speed, and where the time of a step goes."""
-
-    first: Annotated[Positional[Path], arg(metavar="FIRST")]
-    """The directory of a run."""
-    second: Annotated[Positional[Path], arg(metavar="SECOND")]
-    """The directory of another."""
-    png: Path | None = None
-    """Also draw both loss curves here."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Doctor:
-    """Say what is installed, which backend each kernel would use, and why not the others."""
+COMMANDS = (("tokenize", Tokenize), ("compare", Compare), ("report", Report), ("schedule", DrawSchedule),
+            ("verify", Verify), ("inspect", Inspect), ("demo", Demo),
+            ("doctor", Doctor))
+Command = Tokenize | Compare | Report | DrawSchedule | Verify | Inspect | Demo | Doctor
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,29 +35,26 @@ def main(arguments: list[str] | None = None) -> int:
         command = parse(arguments, here)
         if isinstance(command, TrainConfig):
             return train(command, here)
-        if isinstance(command, Compare):
-            return compare(command)
-        from fasttrain import doctor
-
-        return doctor.main()
+        return command.run()
     except BadInput as error:
-        return _say(str(error), 2)
+        return say(str(error), 2)
     except KeyboardInterrupt as error:
-        return _say("interrupted", error.args[0] if error.args else 130)
+        return say("interrupted", error.args[0] if error.args else 130)
 
 
-def parse(arguments: list[str], here: Place | None = None) -> TrainConfig | Compare | Doctor:
+def parse(arguments: list[str], here: Place | None = None) -> TrainConfig | Command:
     """The command that `arguments` name. By default it trains in two processes, or in those that torchrun has started.
 
     Raises:
         BadInput: they name none. tyro explains that in a box of several lines; this is the first of them.
     """
-    defaults = TrainConfig() if here is None else TrainConfig(processes=here.world)
-    commands = (
-        Annotated[TrainConfig, subcommand("train", default=defaults)]
-        | Annotated[Compare, subcommand("compare")]
-        | Annotated[Doctor, subcommand("doctor")]
-    )
+    file = config_argument(arguments) if arguments[:1] == ["train"] else None
+    defaults = TrainConfig() if file is None else from_file(file)
+    if here is not None and file is None:
+        defaults = TrainConfig(processes=here.world)
+    commands: Any = Annotated[TrainConfig, subcommand("train", default=defaults)]
+    for name, command in COMMANDS:
+        commands |= Annotated[command, subcommand(name)]
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -121,28 +106,11 @@ def train(config: TrainConfig, here: Place | None) -> int:
     try:
         launch(out, config.processes, config.threads, config.max_restarts)
     except RunFailed as error:
-        return _say(str(error), 1)
+        return say(str(error), 1)
+    if (said := report.stopped(out)) is not None:
+        return say(said, 143)
     print(report.conclude(out, read.held_out, time.perf_counter() - begun))
     return 0
-
-
-def compare(command: Compare) -> int:
-    """Print the comparison, and draw it if asked."""
-    from fasttrain.train import compare as comparison
-    from fasttrain.train import report
-
-    print(comparison.compare(command.first, command.second))
-    if command.png:
-        try:
-            report.draw([report.read(command.first), report.read(command.second)], command.png)
-        except OSError as error:
-            raise BadInput(f"--png {command.png}: cannot be written: {error.strerror}") from error
-    return 0
-
-
-def _say(text: str, code: int) -> int:
-    print(f"fasttrain: {text}", file=sys.stderr)
-    return code
 
 
 def _terminated(number: int, frame: object) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ("", "Expected one of {train, compare, doctor}"),
+    ("", "Expected one of {train, tokenize, compare, report, schedule, verify, inspect, demo, doctor}"),
     ("trian", "trian"),
     ("train --stpes 4", "--stpes, 4"),
     ("train --step 4", "perhaps you meant --steps"),
@@ -56,6 +57,26 @@ def elsewhere(tmp_path, monkeypatch):
     ("train --text words --out words", "--out words is not empty"),
     ("train --text words --out file", "--out file: cannot be written"),
     ("train --text words --out file/below", "--out file/below: cannot be written: Not a directory"),
+    ("train --steps 20 --warmup 50", "--steps 20 is shorter than --warmup 50"),
+    ("report nowhere", "nowhere is not a run"),
+    ("report", "no run: name the directories"),
+    ("schedule cosinus(10)", "there is no schedule cosinus; there are constant, warmup"),
+    ("schedule __import__('os')", "there is no schedule __import__"),
+    ("schedule 0.5*cosine(10) --steps 0", "--steps 0: must be at least 1"),
+    ("schedule cosine(10) --png nowhere/a.png", "--png nowhere/a.png: cannot be written"),
+    ("schedule exponential(9.0) --steps 9999", "exponential(9.0) becomes too large"),
+    ("tokenize --out new", "no input: name files or directories"),
+    ("tokenize words", "--out"),
+    ("tokenize words --out words", "words is both input and output"),
+    ("tokenize nowhere --out new", "nowhere: No such file"),
+    ("tokenize empty --out new", "no text in empty"),
+    ("tokenize words --out new --held-out 1", "held_out=1.0"),
+    ("tokenize words --out new --tokenizer nowhere.json", "the tokenizer nowhere.json cannot be read"),
+    ("tokenize words --out new --tokenizer file", "file is not a file of Hugging Face's tokenizers"),
+    ("tokenize words --out new --end-token x", "goes with a tokenizer from a file"),
+    ("tokenize words --out new --shard-mb 0", "shard_mb=0"),
+    ("tokenize words --out file", "file cannot be written"),
+    ("tokenize file --out new", "has one byte"),
     ("compare nowhere words", "nowhere is not a run"),
     ("compare empty", "SECOND"),
 ])
@@ -118,9 +139,10 @@ def test_the_line_does_not_depend_on_the_terminal(encoding):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    ("--help", ["train", "compare", "doctor"]),
+    ("--help", ["train", "tokenize", "compare", "doctor"]),
     ("train --help", ["--optimizer", "--text", "torch.AdamW", "(default: 2)", "--processes"]),
     ("compare --help", ["FIRST", "SECOND"]),
+    ("schedule --help", ["SCHEDULE", "--steps", "--png"]),
 ])
 def test_help(capsys, arguments, words):
     with pytest.raises(SystemExit) as end:
@@ -131,13 +153,23 @@ def test_help(capsys, arguments, words):
         assert word in said
 
 
+def test_a_schedule_is_drawn(elsewhere, capsys):
+    assert cli.main(["schedule", "warmup(100) + cosine(1000, floor=0.1)", "--png", "drawn.png"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "warmup(100) + cosine(1000, floor=0.1)"
+    assert said[-2].split() == ["0", "1100"]
+    assert said[-1] == "step 0: 0.01; step 275: 0.933688; step 550: 0.620396; step 1100: 0.1"
+    assert sum(line.count("*") for line in said[1:-2]) == 72
+    assert (elsewhere / "drawn.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_every_option_is_explained(capsys):
     with pytest.raises(SystemExit):
         cli.main(["train", "--help"])
     said = capsys.readouterr().out
     assert "(required)" not in said
     for name in cli.TrainConfig.__dataclass_fields__:
-        assert f"--{name.replace('_', '-')} " in said
+        assert re.search(f"--{name.replace('_', '-')}[ ,]", said)
 
 
 def test_the_command_starts_without_torch():

@@ -79,7 +79,8 @@ def again(wire: Any, folder: Path) -> Any:
 def test_a_rank_that_is_started_again_goes_on(tmp_path: Path) -> None:
     """Of one rank: what the others hear is in the next test."""
     (refused, other), = ranks.run(again, 1, tmp_path)
-    assert refused.endswith("out0 is not empty; give a new directory, or remove what is there")
+    assert refused.endswith("out0 is not empty; give a new directory, remove what is there, or go on with the run in "
+                            "it by --resume auto")
     assert "holds a run with --lr None, not 0.5" in other
 
 

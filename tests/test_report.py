@@ -71,24 +71,6 @@ def test_an_unfinished_run_is_readable_and_says_so(tmp_path):
     assert len(run.train) == 2
 
 
-def test_a_log_is_taken_up_where_the_run_goes_on(tmp_path):
-    directory = make_run(tmp_path / "run", losses=(3.0, 2.0, 1.0), steps=30)
-    log = directory / "log.jsonl"
-    with open(log, "a") as half:
-        half.write('{"event": "train", "st')
-    before = log.read_text().splitlines()
-    with report.open_log(directory, 20) as taken:
-        taken.write('{"event": "restart", "step": 20, "number": 1}\n')
-    assert log.read_text().splitlines() == [*before[:3], '{"event": "restart", "step": 20, "number": 1}']
-    with report.open_log(directory, 0):
-        assert log.read_text() == '{"event": "restart", "step": 20, "number": 1}\n', "what happened is kept"
-    with pytest.raises(FileExistsError):
-        report.open_log(directory)
-    (fresh := tmp_path / "fresh").mkdir()
-    report.open_log(fresh, 0).close()
-    assert (fresh / "log.jsonl").read_text() == "", "it failed before its first line"
-
-
 def test_a_run_goes_on_with_its_own_options(tmp_path):
     directory = make_run(tmp_path / "run")
     header = json.loads((directory / "config.json").read_text())

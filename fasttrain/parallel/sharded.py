@@ -23,7 +23,9 @@ from fasttrain.optim.arrival import Arrival
 from fasttrain.parallel import replaced, shardable
 from fasttrain.parallel.accumulate import Accumulation
 from fasttrain.parallel.scattered import Gathered, Scattered
+from fasttrain.parallel.unfinished import Watched
 from fasttrain.parallel.watching import wire_over
+from fasttrain.precision.loss_scale import LossScaler, step_divided
 
 
 def shard(model: nn.Module, mesh: DeviceMesh | None = None, *, blocks: str | Sequence[nn.Module] | None = None,
@@ -92,6 +94,7 @@ def shard(model: nn.Module, mesh: DeviceMesh | None = None, *, blocks: str | Seq
             part.set_custom_reduce_scatter(Scattered(shards))
             part.set_custom_all_gather(Gathered(shards))
     replaced.watch(model, [p for _, p in named])
+    model.register_forward_hook(Watched(everyone).after_forward)
     return Sharded(model, shards, everyone)
 
 
@@ -132,12 +135,13 @@ class Sharded:
         """
         self._items += items
 
-    def step(self, optimizer: Any, max_norm: float | None = None) -> Tensor:
+    def step(self, optimizer: Any, max_norm: float | None = None, scaler: LossScaler | None = None) -> Tensor:
         """Step with the mean over all items that were counted on all ranks; every rank calls it.
 
         Arguments:
             optimizer: of this package, of the model's parameters.
             max_norm: clip the mean's norm to this.
+            scaler: by which the losses were scaled, if they were; it is updated.
 
         Returns:
             The norm of the mean gradient before clipping, float32 of shape (). Where something is not finite every
@@ -155,11 +159,7 @@ class Sharded:
         if not items:
             raise RuntimeError("no items were counted on any rank: call count() before each backward pass, or "
                                "optimizer.step()")
-        squares, found = optimizer.grad_statistics()
-        scale = items / self.everyone.size
-        norm = (squares.sqrt() / scale).float()
-        optimizer.step_scaled(scale.float(), found, norm, max_norm)
-        return norm
+        return step_divided(items / self.everyone.size, optimizer.grad_statistics(), optimizer, max_norm, scaler)
 
     def bytes_per_step(self, gradient: float, parameter: float, micro_batches: int = 1) -> float:
         """Bytes that this rank sends in a step, by the formula: see `fasttrain.dist.accounting.bytes_per_step`.

@@ -3,26 +3,55 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
-SHORT = {"data": "data", "forward_backward": "fwd+bwd", "communication": "comm", "optimizer": "opt"}
+SHORT = {"data": "data", "forward_backward": "fwd+bwd", "communication": "comm", "optimizer": "opt",
+         "checkpoint": "save"}
 
 
 def line(record: dict[str, Any], steps: int) -> str:
     """One record of the loop as one line of a log."""
     head = f"step {record['step']:>{len(str(steps))}}/{steps}"
-    if record["event"] == "validation":
-        return f"{head}  validation {record['bits_per_byte']:.4f} bits/byte over {record['bytes']:,} bytes"
-    if record["event"] == "restart":
-        times = "once" if record["number"] == 1 else f"{record['number']} times"
-        where = f"from step {record['step']}" if record["step"] else "from the beginning: there is no checkpoint"
-        return f"{head}  started again ({times} by now), {where}"
-    if record["event"] == "wire":
-        return f"{head}  communication: {sent(record)}"
-    shares = "  ".join(f"{SHORT[phase]} {share:.1%}" for phase, share in record["share"].items())
-    return (f"{head}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  {record['tokens_per_s']:,.0f} tokens/s"
-            f"  {shares}")
+    match record["event"]:
+        case "train":
+            return f"{head}  {'  '.join(status(record))}"
+        case "validation":
+            return f"{head}  {'  '.join(validation(record))}"
+        case "wire":
+            return f"{head}  communication: {sent(record)}"
+        case "dry-run":
+            return f"{head}  made"
+        case _:
+            return f"{head}  {record['text']}"
+
+
+def status(record: dict[str, Any]) -> Iterator[str]:
+    """The parts of a line of training. What is zero, or not known, is left out."""
+    yield f"loss {record['loss']:.4f}"
+    yield f"lr {record['lr']:.2e}"
+    yield f"{record['tokens_per_s']:,.0f} tokens/s"
+    if "mfu" in record:
+        yield f"mfu {record['mfu']:.1%}"
+    for phase, share in record["share"].items():
+        yield f"{SHORT[phase]} {share:.1%}"
+    if "memory_gb" in record:
+        yield f"{record['memory_gb']:.2f} GiB"
+    if record.get("skipped"):
+        yield f"skipped {record['skipped']}"
+
+
+def validation(record: dict[str, Any]) -> Iterator[str]:
+    """The parts of a line of validation: what was measured, over how much, and what a guard makes of it."""
+    if "bits_per_byte" in record:
+        yield f"validation {record['bits_per_byte']:.4f} bits/byte over {record['bytes']:,} bytes"
+    else:
+        yield "validation " + "  ".join(f"{name} {value:.4f}" for name, value in record["metrics"].items())
+    if "gap" in record:
+        yield f"gap {record['gap']:+.4f}"
+    if "patience_left" in record:
+        yield f"patience {record['patience_left']}"
 
 
 def sent(wire: dict[str, Any]) -> str:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
 from fasttrain.dist.watcher import Watcher
 from fasttrain.dist.wire import Wire
-from fasttrain.optim import Optimizer
-from fasttrain.parallel import DataParallel, Zero, shard
+from fasttrain.parallel import DataParallel, shard
 from fasttrain.parallel.sharded import Sharded
 from fasttrain.train.config import TrainConfig
 
@@ -46,22 +44,3 @@ def bytes_by_formula(config: TrainConfig, model: DataParallel | Sharded) -> floa
 def all_counted(model: DataParallel | Sharded) -> bool:
     """Whether the wire counts all that is sent: a sharded model on NCCL sends by torch."""
     return not isinstance(model, Sharded) or model.wire.backend == "gloo" or model.wire.size == 1
-
-
-def clip(optimizer: torch.optim.Optimizer, model: DataParallel | Sharded, largest: float) -> None:
-    """Clip the norm of the gradients of all processes; only optimizers of torch have them rewritten. 0: do not.
-
-    A reducer knows the norm already. Of shards it is the optimizer, or torch, that measures it.
-    """
-    if not largest:
-        return
-    if isinstance(optimizer, Zero):
-        optimizer.clip_grad_norm_(largest)
-    elif isinstance(optimizer, Optimizer):
-        optimizer.clip_grad_norm_(largest, norm=None if isinstance(model, Sharded) else model.grad_norm())
-    else:
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        if isinstance(model, Sharded):
-            nn.utils.clip_grad_norm_(params, largest)
-        else:
-            nn.utils.clip_grads_with_norm_(params, largest, model.grad_norm())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import signal
 import sys
 import threading
@@ -12,28 +13,32 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
+from fasttrain.checkpoint.stopping import Stopping
 from fasttrain.dist import attempt
 from fasttrain.dist.failures import FAILED, INTERRUPTED, PEER_FAILED, PeerFailed, end_process
 from fasttrain.dist.watcher import Watcher
 from fasttrain.dist.wire import Wire, WireError
 from fasttrain.train import recipe, report, text
-from fasttrain.train.config import BadInput, TrainConfig
-from fasttrain.train.console import Console
+from fasttrain.train.config import ASKED, PROFILED, BadInput, TrainConfig
 from fasttrain.train.division import callable_of, divide, wire_of
-from fasttrain.train.loop import Record, train
+from fasttrain.train.loop import train
+from fasttrain.train.making import make
 from fasttrain.train.meeting import meet
-from fasttrain.train.model import GPT
 from fasttrain.train.place import Place, place
+from fasttrain.train.profiling import Profile
+from fasttrain.train.telling import telling
 from fasttrain.train.text import Text
 
 BAD_INPUT = 2
 
 
-def work(config: TrainConfig, here: Place, begin: Callable[[Wire], tuple[Text, Path]]) -> tuple[Text, Path]:
+def work(config: TrainConfig, here: Place, begin: Callable[[Wire], tuple[Text, Path]]) -> Ended:
     """Everything that a rank does, from meeting the others to the last record of the loop.
 
     Args:
@@ -41,7 +46,7 @@ def work(config: TrainConfig, here: Place, begin: Callable[[Wire], tuple[Text, P
             the first rank's host.
 
     Returns:
-        What `begin` did.
+        How it ended.
     """
     device = settle(config, here)
     wire = Wire(device)
@@ -49,28 +54,36 @@ def work(config: TrainConfig, here: Place, begin: Callable[[Wire], tuple[Text, P
     watcher.catch_sigterm(on_stop=lambda: end_process(128 + signal.SIGTERM))
     with watcher.guard(), contextlib.ExitStack() as stack:
         read, directory = begin(wire)
-        model = GPT(config.layers, config.width, config.heads, config.sequence, config.ngrams, config.rows).to(device)
-        parallel = divide(config, model, wire)
+        parallel = divide(config, make(config, device), wire)
         optimizer = recipe.build(config, callable_of(parallel))
-        emit = _nothing
-        if wire.rank == 0:
-            first = 0  # the step from which a process that was started again goes on
-            restarts = attempt.current() - 1
-            log = stack.enter_context(report.open_log(directory, first if restarts else None))
-            console = stack.enter_context(Console(config.steps))
-
-            def emit(record: Record) -> None:
-                log.write(json.dumps(record) + "\n")
-                console.show(record)
-
-            if restarts:
-                emit({"event": "restart", "step": first, "number": restarts})
-        train(config, parallel, optimizer, read, emit)
+        restarts = attempt.current() - 1
+        tell = stack.enter_context(telling(config, directory, wire.rank == 0, restarts))
+        profile = None
+        if config.profile and wire.rank == 0:
+            (directory / "profile").mkdir(exist_ok=True)
+            profile = stack.enter_context(Profile(directory / "profile", device=device))
+        stopping = stack.enter_context(Stopping(wire))
+        ended = train(config, parallel, optimizer, read, tell, directory, restarts > 0, stopping, profile)
+        if profile is not None and profile.text is not None:
+            tell({"event": "profile", "step": PROFILED, "text": profile.text})
     watcher.close()
     if wire_of(parallel) is not wire:
         wire_of(parallel).close()
     wire.close()
-    return read, directory
+    return Ended(read, directory, ended, stopping.exit_code if ended == ASKED else 0)
+
+
+class Ended(NamedTuple):
+    """Attributes:
+        text, directory: what `begin` gave.
+        reason: why the loop ended.
+        exit_code: with which the process should.
+    """
+
+    text: Text
+    directory: Path
+    reason: str
+    exit_code: int
 
 
 def settle(config: TrainConfig, here: Place) -> torch.device:
@@ -78,6 +91,8 @@ def settle(config: TrainConfig, here: Place) -> torch.device:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS gives the same bits twice only with this
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
+    random.seed(config.seed)
+    np.random.seed(config.seed % 2**32)
     torch.use_deterministic_algorithms(True)
     # With it, deterministic mode writes every new tensor twice.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -86,10 +101,6 @@ def settle(config: TrainConfig, here: Place) -> torch.device:
     device = torch.device("cuda", here.local_rank)
     torch.cuda.set_device(device)
     return device
-
-
-def _nothing(record: Record) -> None:
-    """What the other ranks do with a record."""
 
 
 # --- Started by our own command: `fasttrain.train.launch` -------------------------------------------------------------
@@ -134,10 +145,14 @@ def join(config: TrainConfig, here: Place) -> None:
         return meet(config, wire)
 
     with told(here.rank):
-        read, directory = work(config, here, begin)
+        ended = work(config, here, begin)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if here.rank == 0:
-            print(report.conclude(directory, read.held_out, time.perf_counter() - begun))
+        if here.rank == 0 and ended.reason == ASKED:
+            print(f"fasttrain: {report.stopped(ended.directory)}", file=sys.stderr)
+        elif here.rank == 0:
+            print(report.conclude(ended.directory, ended.text.held_out, time.perf_counter() - begun))
+        if ended.exit_code:
+            sys.exit(ended.exit_code)
 
 
 def end_with_torchrun(parent: int, watcher: Watcher) -> None:

@@ -75,11 +75,12 @@ def build(config: TrainConfig, model: Any, **options: Any) -> Any:
         options: further arguments of the optimizer, as those of `fasttrain.precision.storage`.
     """
     chosen = settings(config)
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [(n, p) for n, p in named if p.ndim >= 2]},
-        {"params": [(n, p) for n, p in named if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    from fasttrain.guards.decay import decay_groups  # torch, which `check` need not load
+    from fasttrain.train.making import precision_of
+
+    if config.ema is not None:
+        options = {"ema_decay": config.ema, **options}
+    groups = precision_of(config).groups(decay_groups(model))
     kind = optimizer_class(config.optimizer)
     if config.zero in (1, 2):
         from fasttrain.parallel import Zero

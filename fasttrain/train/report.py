@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import json
 import lzma
+import shutil
 import sys
+import tempfile
 import zlib
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TextIO
 
 import numpy as np
 
 from fasttrain import __version__
-from fasttrain.train.config import BadInput, TrainConfig
+from fasttrain.train.config import ASKED, BadInput, TrainConfig
 from fasttrain.train.console import sent
+from fasttrain.train.journal import Record, records
 from fasttrain.train.text import Text
-
-Record = dict[str, Any]
 
 
 def make_directory(out: Path | None, optimizer: str) -> Path:
@@ -31,7 +31,8 @@ def make_directory(out: Path | None, optimizer: str) -> Path:
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
             if any(out.iterdir()):
-                raise BadInput(f"--out {out} is not empty; give a new directory, or remove what is there")
+                raise BadInput(f"--out {out} is not empty; give a new directory, remove what is there, or go on with "
+                               "the run in it by --resume auto")
         else:
             number = 1
             while True:
@@ -61,15 +62,50 @@ def header(config: TrainConfig, read: Text) -> Record:
     }
 
 
+FREE = ("processes", "text", "out", "resume", "max_restarts", "threads", "log_every", "save_every", "keep")
+
+
 def begin(config: TrainConfig, header: Record) -> Path:
-    """Make the directory of a run, with its ``config.json``, and return it.
+    """Make the directory of a run, with its ``config.json``; or, by `--resume auto`, find that of a run to go on with.
 
     Raises:
-        BadInput: as `make_directory`.
+        BadInput: as `make_directory`, or as `check_same`.
     """
-    out = make_directory(config.out, config.optimizer)
-    (out / "config.json").write_text(json.dumps(header, indent=1) + "\n")
+    found = resumable(config, header) if config.resume == "auto" and not config.dry_run else None
+    if config.dry_run:
+        out = Path(tempfile.mkdtemp(prefix="fasttrain-dry-run-"))
+    else:
+        out = found or make_directory(config.out, config.optimizer)
+    fresh = out / ".config.json"  # of a run that goes on: options that do not change its numbers may be others now
+    fresh.write_text(json.dumps(header, indent=1) + "\n")
+    fresh.replace(out / "config.json")
     return out
+
+
+def resumable(config: TrainConfig, header: Record) -> Path | None:
+    """The directory of a run that `--resume auto` goes on with: `out`, or the newest in ``runs`` that is not finished.
+
+    Raises:
+        BadInput: as `check_same`, where `out` was given.
+    """
+    if config.out is not None:
+        if not (config.out / "config.json").exists():
+            return None
+        check_same(config.out, header)
+        return config.out
+    for directory in sorted(Path("runs").glob(f"{config.optimizer}-*"), key=lambda run: _number(run), reverse=True):
+        if (directory / "config.json").exists() and not (directory / "summary.json").exists():
+            try:
+                check_same(directory, header)
+            except BadInput:
+                continue  # of other options: not the one that is meant
+            return directory
+    return None
+
+
+def _number(run: Path) -> int:
+    last = run.name.rpartition("-")[2]
+    return int(last) if last.isdecimal() else 0
 
 
 def check_same(directory: Path, header: Record) -> None:
@@ -79,35 +115,31 @@ def check_same(directory: Path, header: Record) -> None:
         BadInput: it has other options or another text.
     """
     found = json.loads((directory / "config.json").read_text())
-    free = ("processes", "text", "out")
     for name, value in header["config"].items():
-        if name not in free and (there := found["config"].get(name)) != value:
+        if name not in FREE and (there := found["config"].get(name)) != value:
             raise BadInput(f"--out {directory} holds a run with --{name.replace('_', '-')} {there}, not {value}; a run "
                            "that is started again needs its own options, a new one a new directory")
     if found["text"]["sha256"] != header["text"]["sha256"]:
         raise BadInput(f"--out {directory} holds a run on another text; give a new directory")
 
 
-def open_log(directory: Path, step: int | None = None) -> TextIO:
-    """Open the log of a run, for one record a line.
-
-    Args:
-        step: the run goes on from here: what was logged later, or only by half, is dropped. None: it begins.
-    """
-    path = directory / "log.jsonl"
-    if step is None:
-        return open(path, "x", buffering=1)
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    records = [(line, json.loads(line)) for line in lines if line.endswith("}\n")]
-    kept = [line for line, record in records if record["event"] == "restart" or (step and record["step"] <= step)]
-    fresh = path.with_suffix(".new")
-    fresh.write_text("".join(kept))
-    fresh.replace(path)
-    return open(path, "a", buffering=1)
+def stopped(directory: Path) -> str | None:
+    """What to say of a run that was asked to stop, and did; None of one that came to its end."""
+    last = records(directory / "log.jsonl")[-1]
+    if last["event"] != "end" or last["text"] != ASKED:
+        return None
+    return (f"asked to stop, after step {last['step']}, which is saved; the same command with --resume auto and "
+            f"--out {directory} goes on")
 
 
 def conclude(directory: Path, held_out: np.ndarray, wall_s: float) -> str:
-    """Draw and sum up a complete run, and return what to say of it."""
+    """Draw and sum up a complete run, and return what to say of it; of a dry run, which is removed, what it found."""
+    if (config := TrainConfig.from_json(json.loads((directory / "config.json").read_text())["config"])).dry_run:
+        found = records(directory / "log.jsonl")[-1]
+        shutil.rmtree(directory)
+        from fasttrain.train.dry import describe as describe_dry_run  # torch, which a summary does not need
+
+        return describe_dry_run(found, config)
     run = read(directory)
     draw([run], directory / "run.png")
     summary = summarise(run, held_out, wall_s)
@@ -133,7 +165,7 @@ class Run:
     def final(self) -> Record | None:
         """The validation over the whole held-out text that ends a complete run."""
         last = self.validation[-1] if self.validation else None
-        return last if last and last["step"] == self.config["steps"] else None
+        return last if last and (last.get("whole") or last["step"] == self.config["steps"]) else None
 
 
 def read(directory: Path) -> Run:
@@ -144,14 +176,13 @@ def read(directory: Path) -> Run:
     """
     try:
         header = json.loads((directory / "config.json").read_text())
-        lines = (directory / "log.jsonl").read_text().splitlines()
-        records = [json.loads(line) for line in lines]
+        found = records(directory / "log.jsonl")
         header["config"], header["text"]
     except OSError as error:
         raise BadInput(f"{directory} is not a run: {error.filename}: {error.strerror}") from error
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise BadInput(f"{directory} is not a run of fasttrain train: {error!r}") from error
-    run = Run(directory, header, *([r for r in records if r["event"] == e] for e in ("train", "validation", "wire")))
+    run = Run(directory, header, *([r for r in found if r["event"] == e] for e in ("train", "validation", "wire")))
     if not run.train:
         raise BadInput(f"{directory} is a run that ended before its first line of log")
     return run
