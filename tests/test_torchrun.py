@@ -105,7 +105,8 @@ def test_two_hosts_start_again(tmp_path: Path) -> None:
         killed.result()
     assert [code for code, *_ in ended] == [0, 0], ended
     said = "".join(out for _, out, _ in ended)
-    assert "step   0/300  started again (once by now), from the beginning: there is no checkpoint" in said
+    assert "started again (once by now)" in said
+    assert "from the beginning: there is no checkpoint" in said
     assert (tmp_path / "run" / "summary.json").exists()
 
 
