@@ -11,6 +11,14 @@ _NAMES = {  # module: what it gives
     "files": "Piece write_rank publish complete newest leftovers Found Reader Stored Lock Keep prune clean preflight "
              "verify Damage inspect Writer Job Files DISK CheckpointError NotACheckpoint Incomplete Damaged Malformed "
              "Locked NoSpace WriterDied",
+    "checkpointer": "Checkpointer Saving",
+    "loading": "load Loaded",
+    "state": "Mismatch",
+    "rng": "Rng",
+    "of_object": "PerRank",
+    "stopping": "Stopping",
+    "exports": "export_safetensors export_torch export_dcp",
+    "imports": "load_torch import_dcp",
 }
 _WHERE = {name: f"fasttrain.checkpoint.{module}" for module, names in _NAMES.items() for name in names.split()}
 
