@@ -4,6 +4,7 @@
 
 #include "cpu/bandwidth.h"
 #include "cpu/convert.h"
+#include "cpu/cross_entropy_bind.h"
 #include "cpu/on_demand.h"
 #include "cpu/pack_bind.h"
 #include "cpu/plan.h"
@@ -70,6 +71,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("step_once", &step_once, "Step tensors that are given one by one.");
   bind_reductions(m);
   bind_pack(m);
+  bind_cross_entropy(m);
   m.def("encode", &encode, "Write fp32 values into the arrays of one codec.");
   m.def("decode", &decode, "Read the arrays of one codec into fp32 values.");
   m.def("count_broken_splits", &count_broken_splits, "Sweep the fp32 numbers that are split and put together again.");
