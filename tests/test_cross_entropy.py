@@ -8,11 +8,12 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
-from allocated import peak
 from entropy import Numbers, check_grads, check_losses, draw, exact
 from helpers import assert_same_bits
 from torch import Tensor
 
+from benchmarks import bench_cross_entropy
+from benchmarks.allocated import peak
 from fasttrain.losses import cross_entropy, cross_entropy_parts
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -235,3 +236,13 @@ def test_bad_input(logits: Tensor, targets: Tensor, options: dict[str, object], 
                    words: str) -> None:
     with pytest.raises(error, match=words):
         cross_entropy(logits, targets, **options)
+
+
+def test_benchmark() -> None:
+    """At a tiny size: every row is there, and the chunks take less memory."""
+    figures = bench_cross_entropy.run(rows=64, rounds=2)
+    assert [(row["classes"], row["dtype"]) for row in figures["rows"]] == [(256, "fp32"), (256, "bf16"),
+                                                                           (50257, "fp32"), (50257, "bf16")]
+    said = bench_cross_entropy.report(figures)
+    assert "64 x 50257" in said
+    assert said.count(" MB") == 4

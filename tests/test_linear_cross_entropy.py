@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from allocated import peak
 from entropy import draw
 from helpers import assert_same_bits
 from torch import Tensor
 
+from benchmarks.allocated import peak
 from fasttrain.losses import cross_entropy, linear_cross_entropy
 
 pytestmark = pytest.mark.usefixtures("one_thread")

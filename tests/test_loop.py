@@ -219,7 +219,8 @@ def test_precisions_averages_and_recomputing_learn_the_same(two, options):
     (records, _), (others, _) = ranks.run(run, 2, dataclasses.replace(TINY, optimizer="AdamW", **options))
     assert losses(records) == losses(others)
     assert losses(records) == pytest.approx(losses(two[0][0]), rel=3e-2 if "precision" in options else 1e-6)
-    bits, plain = ([r["bits_per_byte"] for r in rows if r["event"] == "validation"][-1] for rows in (records, two[0][0]))
+    bits, plain = ([r["bits_per_byte"] for r in rows if r["event"] == "validation"][-1]
+                   for rows in (records, two[0][0]))
     assert bits == pytest.approx(plain, rel=0.1 if "ema" in options else 3e-2)
     if "recompute" not in options:
         assert bits != plain

@@ -56,8 +56,8 @@ from global to shared memory, 16 bytes each. *Tensor cores*: their instructions;
 |---|---|---|---|---|---|---|---|---|
 {products}
 
-Cross-entropy (`fasttrain.kernels.triton_cross_entropy`): a program goes over a row in rounds of 2,048 logits. *Accesses*
-are those of a whole row's code, *instructions* those of a round, for an element.
+Cross-entropy (`fasttrain.kernels.triton_cross_entropy`): a program goes over a row in rounds of 2,048 logits.
+*Accesses* are those of a whole row's code, *instructions* those of a round, for an element.
 
 | pass | logits | sm | bytes | registers | shared | occupancy | accesses of 16 bytes | instructions | code |
 |---|---|---|---|---|---|---|---|---|---|

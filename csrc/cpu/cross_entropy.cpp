@@ -4,7 +4,6 @@
 #include "codecs.h"
 #include "cpu/exponential.h"
 #include "cpu/fetch.h"
-#include "cpu/lanes.h"
 
 namespace fasttrain {
 inline namespace FT_ISA {
@@ -37,13 +36,21 @@ float largest(const float* x, i64 n) {
     for (int v = 0; v < kVectors; ++v) found[v] = larger(load_reals(x + i + v * kWidth), found[v]);
   for (int v = 0; v < kVectors; ++v) store_reals(lanes + v * kWidth, found[v]);
   for (i64 i = whole; i < n; ++i) lanes[i - whole] = x[i] > lanes[i - whole] ? x[i] : lanes[i - whole];
-  float most = lanes[0];
-  for (int j = 1; j < kTogether; ++j) most = lanes[j] > most ? lanes[j] : most;
-  return most;
+  for (int half = kTogether / 2; half > 0; half /= 2)
+    for (int j = 0; j < half; ++j) lanes[j] = lanes[j + half] > lanes[j] ? lanes[j + half] : lanes[j];
+  return lanes[0];
 }
 
 // What is subtracted for a maximum: exp(-inf - 0) is 0, and of NaN it is NaN.
 HOST_DEVICE float finite(float max) { return max == -kInfinity ? 0.0f : max; }
+
+HOST_DEVICE double added(const float* lanes) {
+  double exact[kTogether];
+  for (int j = 0; j < kTogether; ++j) exact[j] = lanes[j];
+  for (int half = kTogether / 2; half > 0; half /= 2)
+    for (int j = 0; j < half; ++j) exact[j] += exact[j + half];
+  return exact[0];
+}
 
 template <bool kSmooth>
 void add_block(const float* x, i64 n, RowSums* to) {
@@ -70,11 +77,8 @@ void add_block(const float* x, i64 n, RowSums* to) {
       lanes[1][i] += tail[1][i];
     }
   }
-  double exact[kTogether];
-  for (int j = 0; j < kTogether; ++j) exact[j] = lanes[0][j];
-  to->sum = tree(exact, kTogether);
-  for (int j = 0; j < kTogether; ++j) exact[j] = lanes[1][j];
-  to->shifted = tree(exact, kTogether);
+  to->sum = added(lanes[0]);
+  to->shifted = kSmooth ? added(lanes[1]) : 0.0;
 }
 
 RowSums measure(const char* row, u8 storage, i64 columns, bool smooth, RowSums* blocks) {
@@ -91,6 +95,11 @@ RowSums measure(const char* row, u8 storage, i64 columns, bool smooth, RowSums* 
     else
       add_block<false>(x, n, blocks + b);
     total.max = blocks[b].max > total.max ? blocks[b].max : total.max;
+  }
+  if (count == 1) {
+    total.sum = blocks[0].sum;
+    total.shifted = blocks[0].shifted;
+    return total;
   }
   const float max = finite(total.max);
   float factors[kWidth] = {};

@@ -2,7 +2,7 @@
 //
 // A row is measured in blocks of 1,024 elements from its start: each block's maximum, then the sum of exp(x - maximum),
 // both while the block is in the L1 cache. In a block, element i is added in fp32 to lane i % 32, in order, and the lanes
-// by the tree of lanes.h, in double; blocks are then brought to the row's maximum and added in order, in double. So the
+// in double, one half to the other until one is left; blocks are then brought to the row's maximum and added in order, in double. So the
 // bits do not depend on the instruction set, nor on threads, which share out whole rows.
 #pragma once
 #include "step.h"

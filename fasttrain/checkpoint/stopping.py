@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from fasttrain.dist.control import Control
+from fasttrain.dist.control import Control, Pending
 from fasttrain.dist.failures import INTERRUPTED, end_process
 from fasttrain.dist.watcher import Watcher
 from fasttrain.dist.wire import Wire

@@ -234,7 +234,8 @@ def compile_ahead(name: str, storage: int, arch: int, smooth: bool = False, ones
     numbers = {"smoothing": "fp32", "z_loss": "fp32", "first": "i32", "vocabulary": "i32", "ignore": "i32"}
     pointers = {"logits": POINTERS[storage], "out": POINTERS[storage], "targets": "*i64", "parts": "*fp32",
                 "losses": "*fp32", "zs": "*fp32", "scales": "*fp32"}
-    constants = {"storage": storage, "smooth": smooth, "finish": True, "one": True, "block": BLOCK, "interpreted": False}
+    constants = {"storage": storage, "smooth": smooth, "finish": True, "one": True, "block": BLOCK,
+                 "interpreted": False}
     constants |= dict.fromkeys(ones, 1)
     types = {argument: (pointers | numbers).get(argument, "i32") for argument in function.arg_names
              if argument not in constants}

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+from torch.nn import Parameter
 
+from fasttrain.kernels.cross_entropy import Terms
 from fasttrain.losses import ops
 from fasttrain.losses.checks import check_logits, check_numbers, check_targets
+from fasttrain.losses.function import CrossEntropyFunction
 
 
 class CrossEntropyParts(NamedTuple):
@@ -85,18 +90,23 @@ def cross_entropy_parts(logits: Tensor, targets: Tensor, *, label_smoothing: flo
         >>> int(found.counted), int(found.correct)
         (2, 1)
     """
-    loss, *others, _ = _outputs(logits, targets, label_smoothing, z_loss, ignore_index, reduction, inplace_backward)
+    loss, *others = _outputs(logits, targets, label_smoothing, z_loss, ignore_index, reduction, inplace_backward)
     return CrossEntropyParts(loss, *(other.detach() for other in others))
 
 
 def _outputs(logits: Tensor, targets: Tensor, label_smoothing: float, z_loss: float, ignore_index: int, reduction: str,
-             inplace_backward: bool) -> ops.Outputs:
+             inplace_backward: bool) -> Sequence[Tensor]:
     check_numbers(label_smoothing, z_loss, reduction)
     check_logits(logits)
     check_targets(logits, targets)
     if inplace_backward and logits.requires_grad:
         check_can_be_written(logits)
-    return ops.cross_entropy(logits, targets, label_smoothing, z_loss, ignore_index, reduction, inplace_backward)
+    if type(logits) not in (Tensor, Parameter) or torch.compiler.is_compiling():
+        *found, _ = ops.cross_entropy(logits, targets, label_smoothing, z_loss, ignore_index, reduction,
+                                      inplace_backward)
+        return found
+    terms = Terms(0, logits.shape[-1], ignore_index, label_smoothing, z_loss)
+    return CrossEntropyFunction.apply(logits, targets, terms, reduction, inplace_backward, None)
 
 
 def check_can_be_written(logits: Tensor) -> None:

@@ -13,6 +13,7 @@ from fasttrain.kernels.cross_entropy import Terms
 from fasttrain.losses.ops import no_second
 
 Grads = tuple[Tensor, Tensor, Tensor]
+CLASSES = 8192
 
 
 class Sums:
@@ -32,8 +33,10 @@ class Sums:
             torch.mm(by_logits, weight, out=self.hidden[at])
         if self.needed[1] and self.plain:
             self.weight.addmm_(by_logits.t(), hidden[at])
-        elif self.needed[1]:
-            self.weight.add_(torch.mm(by_logits.t(), hidden[at]))
+        elif self.needed[1]:  # some classes at a time: a product as large as the weight would stand beside the sum
+            for first in range(0, len(weight), CLASSES):
+                some = slice(first, first + CLASSES)
+                self.weight[some].add_(torch.mm(by_logits[:, some].t(), hidden[at]))
         if self.needed[2]:
             self.bias.add_(by_logits.sum(0, dtype=self.bias.dtype))
 

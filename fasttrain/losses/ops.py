@@ -31,6 +31,11 @@ def reduced(found: kernel.Measured, reduction: str) -> Tensor:
     return (found.total / found.counted if reduction == "mean" else found.total).to(found.losses.dtype)
 
 
+def scales_of(grad: Tensor, counted: Tensor, parts: Tensor, reduction: str) -> Tensor:
+    """What the losses of rows are multiplied with, given the derivative by the loss: of each row, or one for all."""
+    return (grad / counted if reduction == "mean" else grad).to(parts.dtype).reshape(-1)
+
+
 @cross_entropy.register_fake
 def _(logits: Tensor, targets: Tensor, label_smoothing: float, z_loss: float, ignore_index: int, reduction: str,
       inplace_backward: bool) -> Outputs:
@@ -80,7 +85,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor 
     if grad is None:
         return None, *nothing
     logits, targets, parts, count = ctx.saved_tensors
-    scales = (grad / count if ctx.reduction == "mean" else grad).to(parts.dtype).reshape(-1)
+    scales = scales_of(grad, count, parts, ctx.reduction)
     if ctx.inplace:
         if torch.is_grad_enabled():
             no_second()

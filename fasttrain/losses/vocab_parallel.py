@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-import torch
 from torch import Tensor
 
 from fasttrain.dist.wire import Wire
-from fasttrain.kernels import cross_entropy as kernel
 from fasttrain.kernels.cross_entropy import Terms
-from fasttrain.losses import ops
 from fasttrain.losses.checks import check_logits, check_numbers, check_targets
 from fasttrain.losses.cross_entropy import check_can_be_written
-
-Gather = Callable[[Tensor], Tensor]
+from fasttrain.losses.function import CrossEntropyFunction, Gather
 
 
 def vocab_parallel_cross_entropy(local_logits: Tensor, targets: Tensor, first: int, vocabulary: int,
@@ -46,6 +39,7 @@ def vocab_parallel_cross_entropy(local_logits: Tensor, targets: Tensor, first: i
         IndexError: as `cross_entropy`, on every rank, and before anything is sent.
 
     Example:
+        >>> import torch
         >>> logits = torch.randn(4, 10, requires_grad=True)
         >>> targets = torch.tensor([0, 9, -100, 4])
         >>> alone = vocab_parallel_cross_entropy(logits, targets, 0, 10, lambda parts: parts[None])
@@ -65,32 +59,10 @@ def vocab_parallel_cross_entropy(local_logits: Tensor, targets: Tensor, first: i
     if inplace_backward and local_logits.requires_grad:
         check_can_be_written(local_logits)
     terms = Terms(first, vocabulary, ignore_index, label_smoothing, z_loss)
-    return _VocabParallel.apply(local_logits, targets, terms, _gather_of(wire), reduction, inplace_backward)
+    return CrossEntropyFunction.apply(local_logits, targets, terms, reduction, inplace_backward, _gather_of(wire))[0]
 
 
 def _gather_of(wire: Wire | Gather) -> Gather:
     if isinstance(wire, Wire):
         return lambda tensor: wire.all_gather_async(tensor).wait()
     return wire
-
-
-class _VocabParallel(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, terms: Terms, gather: Gather, reduction: str,
-                inplace: bool) -> Tensor:
-        parts = kernel.combine(gather(kernel.measure_part(logits, targets, terms)))
-        found = kernel.finish(parts, targets, terms)
-        ctx.save_for_backward(logits, targets, found.parts, found.counted)
-        ctx.terms, ctx.reduction, ctx.inplace = terms, reduction, inplace
-        return ops.reduced(found, reduction).reshape(targets.shape if reduction == "none" else ())
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        logits, targets, parts, count = ctx.saved_tensors
-        scales = (grad / count if ctx.reduction == "mean" else grad).to(parts.dtype).reshape(-1)
-        out = logits.detach() if ctx.inplace else None
-        found = kernel.differentiate(logits.detach(), targets, ctx.terms, parts, scales, out)
-        if ctx.inplace:
-            torch.autograd.graph.increment_version(logits)
-        return found, None, None, None, None, None
