@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload([
     "torch", "torch.distributed", "fasttrain.parallel", "fasttrain.dist.watcher", "fasttrain.train.loop",
-    "fasttrain.train.recipe", "pytest", "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp",
+    "fasttrain.train.recipe", "fasttrain.checkpoint.checkpointer", "fasttrain.checkpoint.stopping", "pytest",
+    "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp",
     "torch.distributed.tensor.parallel",
     # Each rank that makes a DTensor would import these, for half a second of its own.
     "torch._dynamo", "torch.distributed.tensor.debug", "torch.profiler._cupti_monitor", "numpy.random", "fsspec"])

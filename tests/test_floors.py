@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "fasttrain"
 
 FLOORS = {
-    "cli": 6, "doctor": 6, "__main__": 6,
-    "train": 5,
+    "cli": 6, "commands": 6, "doctor": 6, "__main__": 6,
+    "train": 5, "schedules": 5, "data": 5, "checkpoint": 5, "guards": 5,
     "parallel": 4,
     "optim": 3, "losses": 3,
     "dist": 2, "kernels": 2,

@@ -1,0 +1,287 @@
+"""An optimizer as an entry of a state: every array of every parameter, under the parameter's name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasttrain.checkpoint import encoding, of_zero
+from fasttrain.checkpoint.homes import home, reference
+from fasttrain.checkpoint.of_model import listed
+from fasttrain.checkpoint.parts import BY_NAME, DTYPES, Among, Part, parts_of
+from fasttrain.checkpoint.regions import Region
+from fasttrain.checkpoint.saved import Plan, Saved, given, refuse, states_of, whole_reads
+from fasttrain.optim import Optimizer, statedict
+from fasttrain.optim.local import is_dtensor
+from fasttrain.parallel import Zero
+from fasttrain.precision.codecs import code_dtype, codec
+from fasttrain.precision.storage import DEFAULTS, describe, is_plain
+
+OWN = ("params", "param_names")  # of a group: not its options
+
+
+class OfOptimizer:
+    """Of this package or torch's, or a `Zero` of either; its states whole, in ranges or in DTensors.
+
+    Arguments:
+        key: of the entry.
+        names: of its parameters, by their ids.
+        everyone: the ranks that hold the same.
+    """
+
+    def __init__(self, key: str, optimizer: torch.optim.Optimizer, names: Mapping[int, str], everyone: Among):
+        self.key, self.optimizer, self.names, self.everyone = key, optimizer, names, everyone
+        self.inner: Any = optimizer.inner if isinstance(optimizer, Zero) else optimizer
+        self.class_name = type(self.inner).__name__
+
+    # --- Out ----------------------------------------------------------------------------------------------------------
+
+    def save(self) -> tuple[list[Part], Any]:
+        """Its parts here, and what this rank tells beside them.
+
+        Raises:
+            RuntimeError: its parameters are their averages (`ema_weights`) at the moment.
+        """
+        if getattr(self.optimizer, "_swapped", False):
+            raise RuntimeError(f"{self.key}: the parameters are their EMA (ema_weights): save after the `with` block")
+        parts: list[Part] = []
+        digits: dict[str, Any] = {}
+        if isinstance(self.optimizer, Zero):
+            groups, more = self.optimizer.param_groups, {}
+            params = [group["params"] for group in groups]
+            states, parts = of_zero.save(self.optimizer, self.key, self.names)
+        else:
+            state_dict = self.optimizer.state_dict()
+            groups, params = state_dict["param_groups"], [group["params"] for group in self.optimizer.param_groups]
+            more = {key: value for key, value in state_dict.items() if key not in ("state", "param_groups")}
+            by_number = {number: p for group, own in zip(groups, params, strict=True)
+                         for number, p in zip(group["params"], own, strict=True)}
+            states = {}
+            for number, state in state_dict["state"].items():
+                if number not in by_number:
+                    more.setdefault("state", {})[number] = state
+                    continue
+                p = by_number[number]
+                states[self.names[id(p)]] = self._encoded(p, state, parts)
+            digits = self._digits(parts)
+
+        def take(path: str, value: Any) -> Mapping[str, Any]:
+            name = f"{self.key}/{path}"
+            value = torch.as_tensor(value)
+            parts.extend(parts_of(name, value, self.everyone))
+            return {"name": name, **({"device": "cuda"} if value.is_cuda else {})}
+
+        told = {"kind": "optimizer", "class": self.class_name, "state": states, "digits": digits,
+                "more": encoding.encode(more, take, "more"),
+                "groups": [{"names": [self.names[id(p)] for p in own], "options": encoding.encode(
+                    {key: group[key] for key in sorted(group) if key not in OWN}, take, f"groups/{index}")}
+                    for index, (group, own) in enumerate(zip(groups, params, strict=True))]}
+        if self.everyone.index > 0:
+            told = {"kind": "optimizer", "state": states} if isinstance(self.optimizer, Zero) else None  # type: ignore
+        return parts, told
+
+    def _digits(self, parts: list[Part]) -> dict[str, Any]:
+        """What parameters lack that were given weights in full precision, and have made no step since."""
+        found = {}
+        for p in (p for group in self.optimizer.param_groups for p in group["params"]):
+            if (second := getattr(self.optimizer, "_remainders", {}).get(id(p))) is not None:
+                if is_dtensor(p):
+                    raise RuntimeError(f"{self.key}: {self.names[id(p)]} is sharded, has weights in full precision "
+                                       "(load_full_precision) and has made no step since: save after a step")
+                name = self._address(p, "digits")
+                parts.extend(parts_of(name, second, self.everyone))
+                found[self.names[id(p)]] = {encoding.MARK: "tensor", **reference(name, second, p)}
+        return found
+
+    def _address(self, p: Tensor, path: str) -> str:
+        return f"{self.key}/{self.names[id(p)]}/{path}"
+
+    def _encoded(self, p: Tensor, state: Mapping[str, Any], parts: list[Part]) -> Any:
+        """A parameter's state as JSON; its tensors go to `parts`."""
+        def take(path: str, value: Any) -> Mapping[str, Any]:
+            value = torch.as_tensor(value)
+            name = self._address(p, path)
+            parts.extend(parts_of(name, value, self.everyone))
+            return reference(name, value, p)
+
+        return encoding.encode(dict(state), take)
+
+    # --- In -----------------------------------------------------------------------------------------------------------
+
+    def plan(self, saved: Saved) -> Plan:
+        """How it would be loaded."""
+        told = saved.entry(self.key)
+        if not isinstance(told, Mapping) or told.get("kind") != "optimizer":
+            return refuse(f"{self.key}: the checkpoint has no optimizer of this name")
+        if told["class"] != self.class_name:
+            return refuse(f"{self.key}: the checkpoint's is {told['class']}, the one to load is {self.class_name}")
+        states = states_of(saved, self.key)
+        if problems := self._different_names(told, states):
+            return refuse(*problems)
+        groups = self._groups(told, saved)
+        if isinstance(groups, str):
+            return refuse(groups)
+        numbers, params = self._numbers()
+        metas = {numbers[id(p)]: encoding.decode(states[name], lambda one: self._meta(one, saved))
+                 for p in params if (name := self.names[id(p)]) in states}
+        try:
+            self._check(metas, groups, params, numbers)
+        except (ValueError, TypeError) as error:
+            return refuse(f"{self.key}: {error}")
+        if isinstance(self.optimizer, Zero):
+            reads, apply = of_zero.plan(self.optimizer, saved, states, groups, self.names)
+        else:
+            reads, apply = self._plain(saved, states, groups, told, params, numbers)
+        for group in told["groups"]:
+            reads += whole_reads(group["options"], saved)
+        return Plan([], reads + whole_reads(told.get("more", {}), saved), apply, order=1)
+
+    def _numbers(self) -> tuple[dict[int, int], list[Any]]:
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        return {id(p): number for number, p in enumerate(params)}, params
+
+    def _different_names(self, told: Mapping[str, Any], states: Mapping[str, Any]) -> list[str]:
+        """What one of both has and the other does not. Parameters that are never stepped may come and go."""
+        known = {name for group in told["groups"] for name in group["names"]}
+        params = {self.names[id(p)]: p for group in self.optimizer.param_groups for p in group["params"]}
+        missing = [f"{name} {tuple(p.shape)}" for name, p in params.items() if name not in known and p.requires_grad]
+        unexpected = [name for name in states if name not in params]
+        return [f"{self.key}: {what}: {listed(names)}" for what, names in (
+            ("missing in the checkpoint", missing), ("unexpected, the optimizer has no", unexpected)) if names]
+
+    def _groups(self, told: Mapping[str, Any], saved: Saved) -> list[dict[str, Any]] | str:
+        """The options of every group of ours, by the names of its parameters; or what is wrong."""
+        home = {name: index for index, group in enumerate(told["groups"]) for name in group["names"]}
+        made = []
+        for index, group in enumerate(self.optimizer.param_groups):
+            homes = sorted({home[name] for p in group["params"] if (name := self.names[id(p)]) in home})
+            options = [told["groups"][one]["options"] for one in homes]
+            if any(one != options[0] for one in options[1:]):
+                return (f"{self.key}: group {index} has parameters of the checkpoint's groups "
+                        f"{', '.join(map(str, homes))}, whose options differ: make the groups as they were saved")
+            own = {key: value for key, value in group.items() if key not in OWN}
+            loaded = encoding.decode(options[0], given(saved, self._device())) if options else {}
+            if not isinstance(self.inner, Optimizer):
+                kept = {key: value for key, value in loaded.items() if key in DEFAULTS}
+                if not is_plain(kept):
+                    return (f"{self.key}: the checkpoint's was kept with {describe(kept)}, which torch's "
+                            f"{self.class_name} does not know: load it into fasttrain.optim.{self.class_name} with "
+                            "these options, and convert that one's state dict (fasttrain.optim.convert)")
+                loaded = {key: value for key, value in loaded.items() if key not in kept}
+            made.append({**own, **loaded})
+        return made
+
+    def _device(self) -> torch.device | str:
+        _, params = self._numbers()
+        return next((p.device for p in params if p.device.type != "cpu"), "cpu")
+
+    @staticmethod
+    def _meta(one: Mapping[str, Any], saved: Saved) -> Tensor:
+        kind = saved.kinds[one["name"]]
+        return torch.empty(kind.shape, dtype=BY_NAME[kind.dtype], device="meta")
+
+    def _check(self, metas: Mapping[int, Any], groups: list[dict[str, Any]], params: list[Any],
+               numbers: Mapping[int, int]) -> None:
+        """Refuse shapes, dtypes and storages that are not this optimizer's.
+
+        Raises:
+            ValueError: which.
+        """
+        pattern: Any = self.optimizer._pattern if isinstance(self.optimizer, Zero) else self.optimizer
+        of = [(p, number, metas[number]) for p in params if (number := numbers[id(p)]) in metas]
+        if not isinstance(pattern, Optimizer):
+            for p, _, state in of:
+                for key, value in state.items():
+                    if isinstance(value, Tensor) and value.dim() and value.numel() > 1 and value.shape != p.shape and \
+                            value.shape.numel() == p.shape.numel():
+                        raise ValueError(f"{self.names[id(p)]}: its state {key!r} has shape {tuple(value.shape)} in "
+                                         f"the checkpoint, the parameter {tuple(p.shape)}")
+            return
+        start = 0
+        described = []
+        for group, options in zip(self.optimizer.param_groups, groups, strict=True):
+            described.append({**options, "params": list(range(start, start + len(group["params"])))})
+            start += len(group["params"])
+        try:
+            statedict.check(pattern, {"state": dict(metas), "param_groups": described})
+        except ValueError as error:
+            raise ValueError(f"{error} Nothing is converted on the way: load it into an optimizer of the options that "
+                             "it was saved with, and convert that one's state dict") from error
+        for where, number, p in ((where, numbers[id(p)], p) for where, p in self._places()):
+            if number not in metas:
+                continue
+            for key, wanted in self._dtypes(pattern, where, p).items():
+                value = metas[number].get(key)
+                if isinstance(value, Tensor) and value.dtype != wanted:
+                    raise ValueError(f"{self.names[id(p)]}: its state {key!r} is {DTYPES[value.dtype]} in the "
+                                     f"checkpoint and {DTYPES[wanted]} here: it was kept by other storage options")
+
+    def _places(self) -> list[tuple[tuple[int, int], Any]]:
+        return [((g, i), p) for g, group in enumerate(self.optimizer.param_groups)
+                for i, p in enumerate(group["params"])]
+
+    @staticmethod
+    def _dtypes(pattern: Any, where: tuple[int, int], p: Any) -> dict[str, torch.dtype]:
+        """What the storage options keep of a parameter, and in which dtypes."""
+        group = pattern.param_groups[where[0]]
+        if is_plain(group) or not pattern.takes_storage(group):
+            return {}
+        layout = pattern._layout("a parameter", pattern._param(where), p.dtype, group, pattern.rule_of(group))
+        found: dict[str, torch.dtype] = {}
+        for number, key, extra in zip(layout.codecs, layout.keys, layout.extras, strict=True):
+            if key is not None:
+                found[key] = code_dtype(number)
+            if extra is not None:
+                second = codec(number).extra
+                assert second is not None
+                found[extra] = second
+        return found
+
+    def _plain(self, saved: Saved, states: Mapping[str, Any], groups: list[dict[str, Any]], told: Mapping[str, Any],
+               params: list[Any], numbers: Mapping[int, int]) -> tuple[list[tuple[str, Region]], Any]:
+        """Reads, and what loads them: each process makes what it holds of every state."""
+        reads: list[tuple[str, Region]] = []
+        for p in params:
+            name = self.names[id(p)]
+            for one in encoding.references([states.get(name), told.get("digits", {}).get(name)]):
+                reads += [(one["name"], part.region) for part in
+                          parts_of(one["name"], home(one, p, saved, self.inner, "meta"), self.everyone)]
+
+        def give_for(p: Any) -> Any:
+            def give(one: Mapping[str, Any]) -> Any:
+                held = home(one, p, saved, self.inner, "cpu" if one.get("host") else p.device)
+                for part in parts_of(one["name"], held, self.everyone):
+                    saved.read_into(part.memory, one["name"], part.region)
+                return held
+            return give
+
+        def apply() -> None:
+            state = {numbers[id(p)]: encoding.decode(states[name], give_for(p))
+                     for p in params if (name := self.names[id(p)]) in states}
+            more = encoding.decode(told.get("more", {}), given(saved, self._device()))
+            start, described = 0, []
+            for group, options in zip(self.optimizer.param_groups, groups, strict=True):
+                described.append({**options, "params": list(range(start, start + len(group["params"])))})
+                start += len(group["params"])
+            self.optimizer.load_state_dict({**more, "state": {**state, **more.get("state", {})},
+                                            "param_groups": described})
+            for p in params:
+                if (one := told.get("digits", {}).get(self.names[id(p)])) is not None:
+                    self.inner._remainders[id(p)] = give_for(p)(one)
+            if not isinstance(self.optimizer, Optimizer):
+                self._restore_dtypes(state, params, numbers)
+
+        return reads, apply
+
+    def _restore_dtypes(self, state: Mapping[int, Any], params: list[Any], numbers: Mapping[int, int]) -> None:
+        """torch casts floating-point states to their parameter's dtype: put those back that it changed."""
+        for p in params:
+            for key, value in state.get(numbers[id(p)], {}).items():
+                loaded = self.optimizer.state[p].get(key)
+                if isinstance(value, Tensor) and isinstance(loaded, Tensor) and loaded.dtype != value.dtype \
+                        and key != "step":
+                    self.optimizer.state[p][key] = value.to(p.device)
+

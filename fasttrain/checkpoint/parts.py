@@ -1,0 +1,197 @@
+"""Where the elements of a state lie in this process, and which of them this process writes."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasttrain.checkpoint.regions import Box, Region
+from fasttrain.optim.local import is_dtensor, local, positions
+
+DTYPES = {
+    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2", torch.int16: "I16", torch.uint16: "U16", torch.float16: "F16",
+    torch.bfloat16: "BF16", torch.int32: "I32", torch.uint32: "U32", torch.float32: "F32", torch.int64: "I64",
+    torch.uint64: "U64", torch.float64: "F64", torch.complex64: "C64",
+}  # fmt: skip
+BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
+WHOLE = 1 << 16  # bytes: smaller tensors are not divided
+GRAIN = 4096  # bytes: where a tensor is divided
+
+
+@dataclass(frozen=True)
+class Among:
+    """The processes that hold the same: this one is number `index` of `count`. `who` tells them from others."""
+
+    index: int
+    count: int
+    who: Hashable = "all"
+
+
+ALONE = Among(0, 1, "here")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some elements of a tensor, and where they lie in this process.
+
+    Attributes:
+        name: the tensor's address.
+        memory: the elements, of the region's extent or flat; with any strides, on any device.
+        region: which they are.
+        among: who holds the same.
+        silent: whether another process writes them for sure.
+    """
+
+    name: str
+    memory: Tensor
+    region: Region
+    among: Among = ALONE
+    silent: bool = False
+
+    @property
+    def dtype(self) -> str:
+        """Safetensors' name of the dtype.
+
+        Raises:
+            TypeError: safetensors has none for it.
+        """
+        if self.memory.dtype not in DTYPES:
+            raise TypeError(f"{self.name} is {self.memory.dtype}, which safetensors files cannot hold; they hold "
+                            f"{', '.join(str(dtype).removeprefix('torch.') for dtype in DTYPES)}")
+        return DTYPES[self.memory.dtype]
+
+    @property
+    def nbytes(self) -> int:
+        return self.memory.numel() * self.memory.element_size()
+
+
+def parts_of(name: str, tensor: Any, everyone: Among) -> list[Part]:
+    """The parts of a tensor, or of a DTensor, that this process holds.
+
+    Arguments:
+        everyone: who holds the same, if it is no DTensor.
+
+    Raises:
+        ValueError: each process holds an addend of it.
+    """
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} is {tensor.layout}: a checkpoint holds strided tensors; save tensor.to_dense()")
+    shape = tuple(tensor.shape)
+    if not is_dtensor(tensor):
+        return [Part(name, tensor.detach(), Region(shape), everyone)]
+    if any(placement.is_partial() for placement in tensor.placements):
+        raise ValueError(f"{name} is placed {tensor.placements}: each process holds an addend of it; redistribute it "
+                         "to Replicate or Shard before it is saved")
+    if tensor.device_mesh.get_coordinate() is None:
+        return []
+    among = _copies(tensor)
+    held = local(tensor.detach())
+    if not tensor.numel():
+        return [Part(name, held.reshape(shape) if held.numel() == 0 else held, Region(shape), everyone)]
+    return [Part(name, view, Region(shape, box=box), among) for box, view in boxes(held, positions(tensor))]
+
+
+def first_writes(part: Part, everyone: Among) -> Part:
+    """A part that processes hold which may differ: the first one's is written."""
+    return replace(part, among=ALONE, silent=everyone.index > 0) if part.among is everyone else part
+
+
+def _copies(tensor: Any) -> Among:
+    """The processes that hold the same part of a DTensor."""
+    mesh = tensor.device_mesh
+    dims = [dim for dim, placement in enumerate(tensor.placements) if placement.is_replicate()]
+    index, count = 0, 1
+    for dim in dims:
+        index, count = index * mesh.size(dim) + mesh.get_local_rank(dim), count * mesh.size(dim)
+    return Among(index, count, ("mesh", tuple(mesh.mesh.flatten().tolist()), tuple(dims)))
+
+
+def boxes(held: Tensor, positions: Sequence[Tensor]) -> Iterator[tuple[Box, Tensor]]:
+    """The boxes of the whole that a local tensor is made of, each with its elements.
+
+    Arguments:
+        positions: for each dimension, the indices in the whole, ascending in runs.
+    """
+    runs = [list(_runs(index.tolist())) for index in positions]
+    for chosen in itertools.product(*runs):
+        view = held
+        for dim, (_, at, length) in enumerate(chosen):
+            view = view.narrow(dim, at, length)
+        if view.numel():
+            yield (tuple(first for first, _, _ in chosen), tuple(length for _, _, length in chosen)), view
+
+
+def _runs(index: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """First index, place and length of every run of indices that follow one another."""
+    start = 0
+    for place in range(1, len(index) + 1):
+        if place == len(index) or index[place] != index[place - 1] + 1:
+            yield index[start], start, place - start
+            start = place
+
+
+def in_memory_order(name: str, flat: Tensor, whole: Tensor, first: int) -> list[Part]:
+    """The parts that an interval is made of, whose elements are counted in the order of a tensor's memory.
+
+    Arguments:
+        flat: the interval's elements.
+        whole: the tensor that fills one stretch of memory, in whatever order of its dimensions.
+        first: the interval's first element.
+    """
+    shape = tuple(whole.shape)
+    strides = whole.stride()
+    outer = sorted(range(whole.dim()), key=lambda dim: (-strides[dim] if shape[dim] > 1 else 1, dim))
+    inverse = [outer.index(dim) for dim in range(whole.dim())]
+    found = []
+    for at, (lower, extent) in Region(tuple(shape[dim] for dim in outer), span=(first, flat.numel())).blocks():
+        view = flat[at : at + math.prod(extent)].view(extent).permute(inverse)
+        box = tuple(lower[place] for place in inverse), tuple(extent[place] for place in inverse)
+        found.append(Part(name, view, Region(shape, box=box)))
+    return found
+
+
+# --- Who writes what --------------------------------------------------------------------------------------------------
+
+def mine(parts: Sequence[Part]) -> list[Part]:
+    """What this process writes: what only it holds, and its share, by bytes, of what others hold too.
+
+    A pure function of what all that hold the same have given in the same order: nothing is asked, nothing is written
+    twice.
+    """
+    kept = [part for part in parts if not part.silent]
+    groups: dict[Hashable, list[Part]] = {}
+    for part in kept:
+        if part.among.count > 1:
+            groups.setdefault(part.among.who, []).append(part)
+    alone = [part for part in kept if part.among.count == 1]
+    return alone + [piece for group in groups.values() for piece in _share(group)]
+
+
+def _share(group: Sequence[Part]) -> Iterator[Part]:
+    among, total = group[0].among, sum(part.nbytes for part in group)
+    low, high = (total * rank // among.count for rank in (among.index, among.index + 1))
+    start = 0
+    for part in group:
+        if part.nbytes < WHOLE or part.region.suffix or not part.memory.is_contiguous():
+            place = min(start, max(total - 1, 0))
+            if low <= place < high or (total == 0 and among.index == 0):
+                yield part
+        else:
+            first, last = (_cut(bound - start, part.nbytes) for bound in (low, high))
+            if first < last:
+                size = part.memory.element_size()
+                span = first // size, (last - first) // size
+                yield replace(part, memory=part.memory.view(-1)[span[0] : sum(span)],
+                              region=Region(part.region.shape, span=span))
+        start += part.nbytes
+
+
+def _cut(place: int, nbytes: int) -> int:
+    return nbytes if place >= nbytes else max(0, place) // GRAIN * GRAIN

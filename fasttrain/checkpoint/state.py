@@ -1,0 +1,103 @@
+"""A whole state: its entries, what a rank writes of them, and how they are loaded."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from fasttrain import __version__
+from fasttrain.checkpoint import encoding
+from fasttrain.checkpoint.names import Named
+from fasttrain.checkpoint.of_model import OfModel
+from fasttrain.checkpoint.of_object import OfObject, OfValue, is_object
+from fasttrain.checkpoint.of_optimizer import OfOptimizer
+from fasttrain.checkpoint.parts import Among, Part, mine
+from fasttrain.checkpoint.saved import Plan, Saved, given
+
+Entry = OfModel | OfOptimizer | OfObject | OfValue
+
+
+class Mismatch(ValueError):
+    """A checkpoint is not of this state: of another model, optimizer or storage. Nothing was changed.
+
+    Attributes:
+        problems: one line each.
+    """
+
+    def __init__(self, where: str, problems: list[str]):
+        self.problems = problems
+        super().__init__(f"{where} cannot be loaded into this state:\n  " + "\n  ".join(problems))
+
+
+def entries(state: Mapping[str, Any], rank: int, everyone: Among) -> dict[str, Entry]:
+    """The entries of a state, by their keys.
+
+    Raises:
+        TypeError, ValueError: a key that is no plain name; parameters without names.
+    """
+    for key in state:
+        if not isinstance(key, str) or not key or "/" in key:
+            raise ValueError(f"{key!r} is no key of a state: give a text without '/'")
+    models = {key: value for key, value in state.items() if isinstance(value, nn.Module)}
+    named = Named(models)
+    found: dict[str, Entry] = {}
+    for key, value in state.items():
+        if isinstance(value, nn.Module):
+            found[key] = OfModel(key, value, everyone)
+        elif isinstance(value, torch.optim.Optimizer):
+            found[key] = OfOptimizer(key, value, named.of(value, key), everyone)
+        elif is_object(value):
+            found[key] = OfObject(key, value, rank, everyone)
+        else:
+            found[key] = OfValue(key, value, rank, everyone)
+    return found
+
+
+def gather(state: Mapping[str, Any]) -> None:
+    """Wait for parameters that are on their way to this rank (`Zero(..., overlap=True)`)."""
+    for value in state.values():
+        if isinstance(value, torch.optim.Optimizer) and hasattr(value, "gather"):
+            value.gather()
+
+
+def out(state: Mapping[str, Any], rank: int, everyone: Among) -> tuple[list[Part], dict[str, Any]]:
+    """What this rank writes of a state: its parts, and its tree of values.
+
+    Raises:
+        TypeError, ValueError: something cannot be kept; which, and why.
+    """
+    gather(state)
+    parts: list[Part] = []
+    told: dict[str, Any] = {}
+    with torch.no_grad():
+        for key, entry in entries(state, rank, everyone).items():
+            own, told[key] = entry.save()
+            parts += own
+    for part in parts:
+        _ = part.dtype  # raises where there is none for it
+    return mine(parts), {
+        "entries": told, "versions": {"fasttrain": __version__, "torch": str(torch.__version__),
+                                      "python": platform.python_version()}}
+
+
+def plans(state: Mapping[str, Any], saved: Saved, rank: int, everyone: Among) -> tuple[list[Plan], list[str]]:
+    """How a state would be loaded, in the order in which that has to be done; and why it cannot be."""
+    made = []
+    with torch.no_grad():
+        for key, entry in entries(state, rank, everyone).items():
+            if not isinstance(entry, OfValue):
+                made.append(entry.plan(saved))
+            elif (saved.entry(key) or {}).get("kind") != "value":
+                made.append(Plan([f"{key}: the checkpoint has no value of this name"], [], lambda: None))
+    return sorted(made, key=lambda plan: plan.order), [line for plan in made for line in plan.problems]
+
+
+def values(saved: Saved) -> dict[str, Any]:
+    """Every plain value of a checkpoint, as the first rank had it."""
+    return {key: encoding.decode(told["value"], given(saved)) for key, told in
+            saved.source.values(0).get("entries", {}).items()
+            if isinstance(told, Mapping) and told.get("kind") == "value"}
