@@ -10,8 +10,8 @@ import sys
 from importlib import import_module
 from types import ModuleType
 
-SUITES = ("step", "pass", "optimizers", "loop", "pack", "exchange", "failures", "parallel", "zero", "checkpoint",
-          "saving", "host", "threads", "import")
+SUITES = ("step", "pass", "optimizers", "loop", "loader", "pack", "exchange", "failures", "parallel", "zero",
+          "checkpoint", "saving", "cross_entropy", "guards", "host", "stubbed", "threads", "import")
 QUALITY = ("codes", "wire", "convergence")
 PLOTS = {"step": "steps", "convergence": "convergence"}
 

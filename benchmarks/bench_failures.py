@@ -20,6 +20,7 @@ import torch.distributed as dist
 from fasttrain.dist.failures import first_words
 from fasttrain.dist.watcher import Watcher
 from fasttrain.dist.wire import Wire
+from fasttrain.parallel import DataParallel
 
 TIMEOUT_S, ROUNDS = 5.0, 3
 CULPRIT, STEPS = 1, 3
@@ -35,6 +36,10 @@ def lives_on() -> None:
     time.sleep(60)
 
 
+def in_backward() -> None:
+    """Raised by autograd, once one gradient has come."""
+
+
 def is_killed() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -44,6 +49,7 @@ def is_stopped() -> None:
 
 
 FAULTS: dict[str, Callable[[], None]] = {"an exception that ends it": exits, "an exception, caught": lives_on,
+                                         "an exception in backward, caught": in_backward,
                                          "SIGKILL": is_killed, "SIGSTOP": is_stopped}
 
 
@@ -51,6 +57,8 @@ def ours(fault: Callable[[], None], rank: int, **place: Any) -> None:
     """Steps that are guarded, on a wire."""
     wire = Wire(torch.device("cpu"), TIMEOUT_S, rank=rank, **place)
     wire.watch = watcher = Watcher()
+    if fault is in_backward:
+        steps(DataParallel(two_layers(), mesh=wire), rank)
     with contextlib.suppress(ValueError):
         for step in range(STEPS):
             watcher.step = step
@@ -65,6 +73,8 @@ def ours(fault: Callable[[], None], rank: int, **place: Any) -> None:
 def torchs(fault: Callable[[], None], rank: int, timeout: Any, **place: Any) -> None:
     """The same steps with DDP."""
     dist.init_process_group("gloo", rank=rank, timeout=timeout, **place)
+    if fault is in_backward:
+        steps(torch.nn.parallel.DistributedDataParallel(two_layers()), rank)
     model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(30, 30))
     for step in range(STEPS):
         loss = model(torch.ones(1, 30)).sum()
@@ -72,6 +82,28 @@ def torchs(fault: Callable[[], None], rank: int, timeout: Any, **place: Any) -> 
             ready()
             fault()
         told(loss.backward)
+
+
+def two_layers() -> torch.nn.Module:
+    return torch.nn.Sequential(torch.nn.Linear(30, 30), torch.nn.Linear(30, 30))
+
+
+def steps(model: Any, rank: int) -> None:
+    """In the last of them one rank catches what a hook in its backward pass raises, and lives on."""
+    def fail(grad: torch.Tensor) -> None:
+        ready()
+        exits()
+
+    def between(layer: Any, inputs: Any, out: torch.Tensor) -> None:
+        out.register_hook(fail)
+
+    for step in range(STEPS):
+        if rank == CULPRIT and step == STEPS - 1:
+            model.module[0].register_forward_hook(between)
+        loss = model(torch.ones(1, 30)).sum()
+        with contextlib.suppress(ValueError):
+            told(loss.backward)
+    time.sleep(60)
 
 
 def ready() -> None:
@@ -138,5 +170,5 @@ def run(rounds: int = ROUNDS) -> list[dict[str, Any]]:
 
 def report(figures: list[dict[str, Any]]) -> str:
     """The table of the figures."""
-    return "\n".join(f"{row['fault']:26} {row['whose']:10} {row['seconds']:5.2f} s  {row['words'][:110]}"
+    return "\n".join(f"{row['fault']:31} {row['whose']:10} {row['seconds']:5.2f} s  {row['words'][:110]}"
                      for row in figures)

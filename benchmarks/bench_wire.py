@@ -10,11 +10,11 @@ import torch
 
 from benchmarks import main_job
 from benchmarks.bench_codes import SIGNED, Coder, in_blocks, ours
+from fasttrain.data import Windows
 from fasttrain.precision.codecs import NUMBER
 from fasttrain.train import text
 from fasttrain.train.config import TrainConfig
 from fasttrain.train.model import loss_of
-from fasttrain.train.text import Windows
 
 CODES: dict[str, Coder] = {
     **{name: partial(ours, NUMBER[name]) for name in ("bf16", "int8", "e4m3", "e5m2")},

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fasttrain.data import Windows
 from fasttrain.dist.wire import Wire
 from fasttrain.optim import Optimizer
+from fasttrain.schedules import warmup_cosine
 from fasttrain.train import recipe
 from fasttrain.train.config import TrainConfig
-from fasttrain.train.loop import validation
 from fasttrain.train.model import GPT, loss_of
-from fasttrain.train.schedules import warmup_cosine
-from fasttrain.train.text import Text, Windows
+from fasttrain.train.text import Text
+from fasttrain.train.validation import validation
 
 
 class Wide(nn.Module):
@@ -61,17 +62,18 @@ def make(config: TrainConfig, dtype: torch.dtype, options: Mapping[str, Any]) ->
 def train(config: TrainConfig, text: Text, model: Wide, optimizer: Optimizer, steps: int | None = None) -> None:
     """The first `steps` steps of the job, or all of them."""
     windows = Windows(text.train, config.sequence, config.seed)
+    schedule = warmup_cosine(config.steps, config.rise)
     peaks = [group["lr"] for group in optimizer.param_groups]
     for step in range(config.steps if steps is None else steps):
         batch = torch.from_numpy(windows.batch(step * config.batch, config.batch)).long()
         loss_of(model, batch).backward()
         optimizer.clip_grad_norm_(config.clip)
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * warmup_cosine(step, config.steps, config.warmup)
+            group["lr"] = peak * schedule(step)
         optimizer.step()
         optimizer.zero_grad()
 
 
 def bits_per_byte(config: TrainConfig, text: Text, model: Wide) -> float:
     """How well the model predicts the whole of the text that it has not seen."""
-    return validation(config.steps, model, text.held_out, config, Alone(), None)["bits_per_byte"]
+    return validation(model, text.held_out, config, Alone(), None)["bits_per_byte"]

@@ -4,10 +4,12 @@
 
 #include "cpu/bandwidth.h"
 #include "cpu/convert.h"
+#include "cpu/cross_entropy_bind.h"
 #include "cpu/on_demand.h"
 #include "cpu/pack_bind.h"
 #include "cpu/plan.h"
 #include "cpu/reduce_bind.h"
+#include "cpu/roster.h"
 #include "cpu/step_once.h"
 #include "cpu/threads.h"
 #include "cuda/bind.h"
@@ -48,10 +50,28 @@ PYBIND11_MODULE(_native, m) {
       .def("squares", &Plan::squares)
       .def("version", &Plan::version)
       .def_property_readonly("last", &Plan::last);
+  py::class_<Roster>(m, "Roster")
+      .def(py::init<Reader, const std::vector<py::list>&>())
+      .def("scan", &Roster::scan)
+      .def("again", &Roster::again)
+      .def("set", &Roster::set, py::arg("index"), py::arg("state"), py::arg("keys"), py::arg("counted") = false,
+           py::arg("fresh") = false, py::arg("zero") = false, py::arg("watched") = false)
+      .def("active", &Roster::active)
+      .def("addresses", &Roster::addresses)
+      .def("rows", &Roster::rows)
+      .def("stepped", &Roster::stepped)
+      .def("remember", &Roster::remember)
+      .def("version", &Roster::version)
+      .def("release", &Roster::release);
+  py::class_<Listed>(m, "Written")
+      .def(py::init<Reader, const std::vector<py::object>&>())
+      .def("increment", &Listed::increment);
+  m.def("versions", &versions, "What changes whenever a tensor is written through torch, of each.");
   m.def("update_streams", &update_streams, py::call_guard<py::gil_scoped_release>(), "The ceiling of a CPU step.");
   m.def("step_once", &step_once, "Step tensors that are given one by one.");
   bind_reductions(m);
   bind_pack(m);
+  bind_cross_entropy(m);
   m.def("encode", &encode, "Write fp32 values into the arrays of one codec.");
   m.def("decode", &decode, "Read the arrays of one codec into fp32 values.");
   m.def("count_broken_splits", &count_broken_splits, "Sweep the fp32 numbers that are split and put together again.");

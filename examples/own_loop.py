@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from fasttrain.data import Windows
 from fasttrain.optim import AdamW
+from fasttrain.schedules import Scheduler, warmup_cosine
 from fasttrain.train import text
 from fasttrain.train.clock import PhaseClock
-from fasttrain.train.schedules import warmup_cosine
-from fasttrain.train.text import Windows
 
 STEPS, BATCH, LENGTH, PEAK = 200, 16, 32, 1e-2
 
@@ -37,6 +37,7 @@ read = text.load(Path(sys.argv[1]) if len(sys.argv) > 1 else None, held_out=0.05
 windows = Windows(read.train, LENGTH, seed=0)  # sample i is a pure function of (seed, i): resume with one integer
 model = NextByte()
 optimizer = AdamW(model.parameters(), lr=PEAK)
+scheduler = Scheduler(optimizer, lr=warmup_cosine(STEPS, warmup=20))
 clock = PhaseClock(torch.device("cpu"))
 
 for step in range(STEPS):
@@ -46,9 +47,8 @@ for step in range(STEPS):
         loss = nn.functional.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
         loss.backward()
     with clock("optimizer"):
-        for group in optimizer.param_groups:
-            group["lr"] = PEAK * warmup_cosine(step, STEPS, warmup=20)
         optimizer.step()
+        scheduler.step()
         optimizer.zero_grad()
     if step % 40 == 39:
         spent = clock.take()

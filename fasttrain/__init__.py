@@ -11,6 +11,10 @@ def __getattr__(name: str):
         from fasttrain.precision.loss_scale import LossScaler
 
         return LossScaler
+    if name == "Precision":
+        from fasttrain.precision.mixed import Precision
+
+        return Precision
     if name == "StepGraph":
         from fasttrain.optim.graph import StepGraph
 

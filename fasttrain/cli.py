@@ -1,4 +1,4 @@
-"""The ``fasttrain`` command: ``train``, ``compare``, ``verify``, ``inspect``, ``doctor``.
+"""The ``fasttrain`` command: ``train``, and what is in `fasttrain.commands`.
 
 Exit codes: 0 done; 1 a run failed; 2 the input cannot work; 130 interrupted by Ctrl-C, 143 by SIGTERM.
 """
@@ -6,89 +6,55 @@ Exit codes: 0 done; 1 a run failed; 2 the input cannot work; 130 interrupted by 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
-import json
 import signal
 import sys
 import time
-from importlib import metadata
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
-from tyro.conf import Positional, arg, subcommand
+from tyro.conf import subcommand
 
-from fasttrain import __version__
+from fasttrain.commands import Compare, Demo, Doctor, DrawSchedule, Inspect, Report, Tokenize, Verify, say
 from fasttrain.train.config import BadInput, TrainConfig
+from fasttrain.train.options import config_argument, from_file
+from fasttrain.train.place import Place, place
 
-
-@dataclasses.dataclass(frozen=True)
-class Compare:
-    """Lay two runs side by side: options that differ, losses, speed, and where the time of a step goes."""
-
-    first: Annotated[Positional[Path], arg(metavar="FIRST")]
-    """The directory of a run."""
-    second: Annotated[Positional[Path], arg(metavar="SECOND")]
-    """The directory of another."""
-    png: Path | None = None
-    """Also draw both loss curves here."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Verify:
-    """Compare every byte of a checkpoint, or of all in a directory, with its checksums, and name what is damaged."""
-
-    directory: Annotated[Positional[Path], arg(metavar="DIR")]
-    """Of one checkpoint, or of several."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Inspect:
-    """List what a checkpoint holds, or which checkpoints a directory does."""
-
-    directory: Annotated[Positional[Path], arg(metavar="DIR")]
-    """Of one checkpoint, or of several."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Doctor:
-    """Say what is installed, which backend each kernel would use, and why not the others."""
+COMMANDS = (("tokenize", Tokenize), ("compare", Compare), ("report", Report), ("schedule", DrawSchedule),
+            ("verify", Verify), ("inspect", Inspect), ("demo", Demo),
+            ("doctor", Doctor))
+Command = Tokenize | Compare | Report | DrawSchedule | Verify | Inspect | Demo | Doctor
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command with `arguments` (default: those of the process) and return its exit code."""
     signal.signal(signal.SIGTERM, _terminated)
     try:
-        command = parse(sys.argv[1:] if arguments is None else arguments)
+        arguments = sys.argv[1:] if arguments is None else arguments
+        here = place() if arguments[:1] == ["train"] else None
+        command = parse(arguments, here)
         if isinstance(command, TrainConfig):
-            return train(command)
-        if isinstance(command, Compare):
-            return compare(command)
-        if isinstance(command, Verify | Inspect):
-            return checkpoints(command)
-        from fasttrain import doctor
-
-        return doctor.main()
+            return train(command, here)
+        return command.run()
     except BadInput as error:
-        return _say(str(error), 2)
+        return say(str(error), 2)
     except KeyboardInterrupt as error:
-        return _say("interrupted", error.args[0] if error.args else 130)
+        return say("interrupted", error.args[0] if error.args else 130)
 
 
-def parse(arguments: list[str]) -> TrainConfig | Compare | Verify | Inspect | Doctor:
-    """The command that `arguments` name.
+def parse(arguments: list[str], here: Place | None = None) -> TrainConfig | Command:
+    """The command that `arguments` name. By default it trains in two processes, or in those that torchrun has started.
 
     Raises:
         BadInput: they name none. tyro explains that in a box of several lines; this is the first of them.
     """
-    commands = (
-        Annotated[TrainConfig, subcommand("train")]
-        | Annotated[Compare, subcommand("compare")]
-        | Annotated[Verify, subcommand("verify")]
-        | Annotated[Inspect, subcommand("inspect")]
-        | Annotated[Doctor, subcommand("doctor")]
-    )
+    file = config_argument(arguments) if arguments[:1] == ["train"] else None
+    defaults = TrainConfig() if file is None else from_file(file)
+    if here is not None and file is None:
+        defaults = TrainConfig(processes=here.world)
+    commands: Any = Annotated[TrainConfig, subcommand("train", default=defaults)]
+    for name, command in COMMANDS:
+        commands |= Annotated[command, subcommand(name)]
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -118,76 +84,33 @@ def _first_section(box: str) -> str:
     return f"{said}; see --help"
 
 
-def train(config: TrainConfig) -> int:
-    """Check everything, run the processes, and report."""
+def train(config: TrainConfig, here: Place | None) -> int:
+    """Check everything, run the processes, and report; or, where torchrun has started this one, be one of them."""
     begun = time.perf_counter()
     from fasttrain.train import recipe, report, text
+
+    if here is not None:
+        config.check_started_by_torchrun(here.world, here.most_restarts)
+    config.check(None if here is None else here.here)
+    recipe.check(config)
+    if here is not None:
+        from fasttrain.train import rank
+
+        rank.join(config, here)
+        return 0
     from fasttrain.train.launch import RunFailed, launch
 
-    config.check()
-    recipe.check(config)
     read = text.load(config.text, config.held_out, config.sequence)
-    out = report.make_directory(config.out, config.optimizer)
-    header = {
-        "versions": {"fasttrain": __version__, "torch": metadata.version("torch"), "python": sys.version.split()[0]},
-        "config": config.as_json(),
-        "text": {
-            "train_bytes": len(read.train), "train_files": read.train_files,
-            "held_out_bytes": len(read.held_out), "held_out_files": read.held_out_files, "sha256": read.sha256,
-        },
-    }
-    (out / "config.json").write_text(json.dumps(header, indent=1) + "\n")
+    out = report.begin(config, report.header(config, read))
     print(f"{config.processes} processes on {config.device}, {config.optimizer}; writing to {out}", flush=True)
     try:
-        launch(out, config.processes, config.threads)
+        launch(out, config.processes, config.threads, config.max_restarts)
     except RunFailed as error:
-        return _say(str(error), 1)
-
-    run = report.read(out)
-    report.draw([run], out / "run.png")
-    summary = report.summarise(run, read.held_out, time.perf_counter() - begun)
-    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    print(report.describe(summary, header))
-    print(f"written: {', '.join(sorted(str(p) for p in out.iterdir()))}")
+        return say(str(error), 1)
+    if (said := report.stopped(out)) is not None:
+        return say(said, 143)
+    print(report.conclude(out, read.held_out, time.perf_counter() - begun))
     return 0
-
-
-def compare(command: Compare) -> int:
-    """Print the comparison, and draw it if asked."""
-    from fasttrain.train import compare as comparison
-    from fasttrain.train import report
-
-    print(comparison.compare(command.first, command.second))
-    if command.png:
-        try:
-            report.draw([report.read(command.first), report.read(command.second)], command.png)
-        except OSError as error:
-            raise BadInput(f"--png {command.png}: cannot be written: {error.strerror}") from error
-    return 0
-
-
-def checkpoints(command: Verify | Inspect) -> int:
-    """Print what is damaged, or what there is."""
-    from fasttrain.checkpoint import files
-
-    try:
-        if isinstance(command, Inspect):
-            print(files.inspect(command.directory))
-            return 0
-        damages = files.verify(command.directory, lambda path: print(f"verifying {path}", flush=True))
-    except files.NotACheckpoint as error:
-        raise BadInput(str(error)) from error
-    except files.CheckpointError as error:
-        return _say(str(error), 1)
-    for damage in damages:
-        print(f"damaged: {damage}")
-    print(f"{len(damages)} damaged" if damages else "all bytes are those that were written")
-    return 1 if damages else 0
-
-
-def _say(text: str, code: int) -> int:
-    print(f"fasttrain: {text}", file=sys.stderr)
-    return code
 
 
 def _terminated(number: int, frame: object) -> None:

@@ -72,7 +72,7 @@ def collectives() -> Iterator[str]:
     if dist.is_available() and dist.is_gloo_available():
         yield "gloo"
     if dist.is_available() and dist.is_nccl_available():
-        yield "NCCL (we have never run it between two GPUs)"
+        yield "NCCL (beyond one rank: never run)"
 
 
 def more_device_code() -> str:

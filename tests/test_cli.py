@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import fasttrain
 from fasttrain import cli
 from fasttrain.train import report
+from fasttrain.train.place import Place
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +29,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ("", "Expected one of {train, compare, verify, inspect, doctor}"),
+    ("", "Expected one of {train, tokenize, compare, report, schedule, verify, inspect, demo, doctor}"),
     ("trian", "trian"),
     ("train --stpes 4", "--stpes, 4"),
     ("train --step 4", "perhaps you meant --steps"),
@@ -36,6 +38,7 @@ def elsewhere(tmp_path, monkeypatch):
     ("train --lr nan", "--lr nan: must be finite"),
     ("train --lr -1", "--lr -1.0: must be finite and not negative"),
     ("train --seed -1", "--seed -1"),
+    ("train --max-restarts -1", "--max-restarts -1: must be finite and not negative"),
     ("train --held-out 1", "--held-out 1.0"),
     ("train --sequence 1", "--sequence 1"),
     ("train --device tpu", "invalid choice 'tpu'"),
@@ -43,6 +46,9 @@ def elsewhere(tmp_path, monkeypatch):
     ("train --processes 3 --batch 8", "use a batch that is a multiple of 3"),
     ("train --processes 4096 --batch 4096", "use at most"),
     ("train --threads 4096", "--threads 4096 on"),
+    ("train --zero 3 --wire ordered", "--zero 3 with --wire ordered"),
+    ("train --zero 3 --wire int8", "--zero with --wire int8"),
+    ("train --zero 4", "invalid choice '4' for argument '--zero'"),
     ("train --optimizer Nonesuch", "--optimizer Nonesuch: unknown"),
     ("train --optimizer torch.ASGD", "give one with --lr"),
     ("train --text nowhere", "nowhere: No such file"),
@@ -51,6 +57,26 @@ def elsewhere(tmp_path, monkeypatch):
     ("train --text words --out words", "--out words is not empty"),
     ("train --text words --out file", "--out file: cannot be written"),
     ("train --text words --out file/below", "--out file/below: cannot be written: Not a directory"),
+    ("train --steps 20 --warmup 50", "--steps 20 is shorter than --warmup 50"),
+    ("report nowhere", "nowhere is not a run"),
+    ("report", "no run: name the directories"),
+    ("schedule cosinus(10)", "there is no schedule cosinus; there are constant, warmup"),
+    ("schedule __import__('os')", "there is no schedule __import__"),
+    ("schedule 0.5*cosine(10) --steps 0", "--steps 0: must be at least 1"),
+    ("schedule cosine(10) --png nowhere/a.png", "--png nowhere/a.png: cannot be written"),
+    ("schedule exponential(9.0) --steps 9999", "exponential(9.0) becomes too large"),
+    ("tokenize --out new", "no input: name files or directories"),
+    ("tokenize words", "--out"),
+    ("tokenize words --out words", "words is both input and output"),
+    ("tokenize nowhere --out new", "nowhere: No such file"),
+    ("tokenize empty --out new", "no text in empty"),
+    ("tokenize words --out new --held-out 1", "held_out=1.0"),
+    ("tokenize words --out new --tokenizer nowhere.json", "the tokenizer nowhere.json cannot be read"),
+    ("tokenize words --out new --tokenizer file", "file is not a file of Hugging Face's tokenizers"),
+    ("tokenize words --out new --end-token x", "goes with a tokenizer from a file"),
+    ("tokenize words --out new --shard-mb 0", "shard_mb=0"),
+    ("tokenize words --out file", "file cannot be written"),
+    ("tokenize file --out new", "has one byte"),
     ("compare nowhere words", "nowhere is not a run"),
     ("compare empty", "SECOND"),
 ])
@@ -65,6 +91,43 @@ def test_bad_input(elsewhere, capsys, arguments, message):
     assert sorted(elsewhere.rglob("*")) == before, "bad input must leave nothing behind"
 
 
+UNDER_TORCHRUN = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
+                  "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+
+
+@pytest.mark.parametrize("arguments, environment, message", [
+    ("--processes 3", {}, "--processes 3 under torchrun, which has started 4: leave it out"),
+    ("--max-restarts 1", {}, "--max-restarts 1 under torchrun: give it to torchrun, before -m"),
+    ("", {"TORCHELASTIC_MAX_RESTARTS": "2"}, "torchrun with --max-restarts needs --out DIRECTORY"),
+    ("--batch 6", {}, "--processes 4 with --batch 6"),
+    ("", {"LOCAL_WORLD_SIZE": "4096", "WORLD_SIZE": "4096"}, "--processes 4096"),
+    ("", {"LOCAL_RANK": None}, "WORLD_SIZE and LOCAL_WORLD_SIZE and MASTER_ADDR and MASTER_PORT but not LOCAL_RANK"),
+    ("", {"RANK": "first"}, "is no number"),
+])
+def test_bad_input_under_torchrun(elsewhere, capsys, monkeypatch, arguments, environment, message):
+    for name, value in {**UNDER_TORCHRUN, **environment}.items():
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    assert cli.main(["train", *arguments.split()]) == 2
+    said = capsys.readouterr()
+    assert (said.out, said.err.count("\n")) == ("", 1)
+    assert message in said.err
+    assert not (elsewhere / "runs").exists()
+
+
+def test_torchrun_gives_the_number_of_processes(monkeypatch):
+    joined = []
+    monkeypatch.setattr("fasttrain.train.rank.join", lambda *given: joined.append(given))
+    for name, value in {**UNDER_TORCHRUN, "TORCHELASTIC_MAX_RESTARTS": "3"}.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(["train", "--steps", "7", "--processes", "4", "--out", "run"]) == 0
+    (config, here), = joined
+    assert (config.steps, config.processes) == (7, 4)
+    assert here == Place(rank=1, world=4, local_rank=1, here=2, most_restarts=3)
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 def test_the_line_does_not_depend_on_the_terminal(encoding):
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONIOENCODING": encoding}
@@ -76,9 +139,10 @@ def test_the_line_does_not_depend_on_the_terminal(encoding):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    ("--help", ["train", "compare", "doctor"]),
+    ("--help", ["train", "tokenize", "compare", "doctor"]),
     ("train --help", ["--optimizer", "--text", "torch.AdamW", "(default: 2)", "--processes"]),
     ("compare --help", ["FIRST", "SECOND"]),
+    ("schedule --help", ["SCHEDULE", "--steps", "--png"]),
 ])
 def test_help(capsys, arguments, words):
     with pytest.raises(SystemExit) as end:
@@ -89,13 +153,23 @@ def test_help(capsys, arguments, words):
         assert word in said
 
 
+def test_a_schedule_is_drawn(elsewhere, capsys):
+    assert cli.main(["schedule", "warmup(100) + cosine(1000, floor=0.1)", "--png", "drawn.png"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "warmup(100) + cosine(1000, floor=0.1)"
+    assert said[-2].split() == ["0", "1100"]
+    assert said[-1] == "step 0: 0.01; step 275: 0.933688; step 550: 0.620396; step 1100: 0.1"
+    assert sum(line.count("*") for line in said[1:-2]) == 72
+    assert (elsewhere / "drawn.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_every_option_is_explained(capsys):
     with pytest.raises(SystemExit):
         cli.main(["train", "--help"])
     said = capsys.readouterr().out
     assert "(required)" not in said
     for name in cli.TrainConfig.__dataclass_fields__:
-        assert f"--{name.replace('_', '-')} " in said
+        assert re.search(f"--{name.replace('_', '-')}[ ,]", said)
 
 
 def test_the_command_starts_without_torch():
@@ -110,6 +184,14 @@ def test_doctor_is_called(monkeypatch):
     monkeypatch.setitem(sys.modules, "fasttrain.doctor", fake)
     monkeypatch.setattr(fasttrain, "doctor", fake, raising=False)
     assert cli.main(["doctor"]) == 7
+
+
+@pytest.mark.parametrize("nccl, said", [(True, ["gloo", "NCCL (beyond one rank: never run)"]), (False, ["gloo"])])
+def test_doctor_says_what_has_never_run(monkeypatch, nccl, said):
+    from fasttrain import doctor
+
+    monkeypatch.setattr(doctor.dist, "is_nccl_available", lambda: nccl)
+    assert list(doctor.collectives()) == said
 
 
 def test_sigterm_ends_like_control_c_with_its_own_code(monkeypatch, capsys):

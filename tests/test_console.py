@@ -21,6 +21,25 @@ def test_lines():
     assert line(VALIDATION, 100) == "step   7/100  validation 2.5000 bits/byte over 1,234 bytes"
 
 
+def test_a_line_shows_what_is_known():
+    more = TRAIN | {"mfu": 0.412, "memory_gb": 1.5, "peak_gb": 2.0, "skipped": 3}
+    assert line(more, 100) == ("step   7/100  loss 2.3457  lr 1.23e-03  12,346 tokens/s  mfu 41.2%"
+                               "  data 1.0%  fwd+bwd 90.0%  comm 5.0%  opt 4.0%  1.50 GiB  skipped 3")
+    guarded = VALIDATION | {"gap": 0.1, "patience_left": 4}
+    assert line(guarded, 100).endswith("over 1,234 bytes  gap +0.1000  patience 4")
+    metrics = {"event": "validation", "step": 7, "metrics": {"loss": 1.5, "accuracy": 0.25}}
+    assert line(metrics, 100) == "step   7/100  validation loss 1.5000  accuracy 0.2500"
+    assert line({"event": "save", "step": 7, "text": "saved"}, 100) == "step   7/100  saved"
+
+
+def test_what_was_sent():
+    wire = {"event": "wire", "step": 7, "bytes": 123456.5, "formula": 123000.0, "exposed_s": 0.0024}
+    assert line(wire, 100) == ("step   7/100  communication: 123,456 bytes a step, 123,000 by the formula; "
+                               "exposed: 2.4 ms")
+    unknown = line({**wire, "bytes": None, "exposed_s": None}, 100)
+    assert unknown.endswith("123,000 bytes a step by the formula, not counted; exposed: not measured")
+
+
 def test_a_log_gets_plain_lines(capsys):
     with Console(steps=100) as console:
         console.show(TRAIN)

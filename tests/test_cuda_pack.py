@@ -157,6 +157,17 @@ def test_tables_of_all_slots_stay(device):
     slots.pack_all(tensors)
     assert slots.bucket.float().sum() == 5021
     assert len(device.uploads) == 1
+    moved = [torch.full((5000,), 2.0), tensors[1]]
+    slots.pack_all(moved)
+    assert slots.bucket.float().sum() == 10_021
+    assert device.uploads[1:] == [8 * (5 + 1)], "of two chunks of five words, from the first address to the last"
+    device.graph = True
+    slots.pack_all(tensors)  # in a table of its own
+    device.graph = False
+    moved[1] = torch.zeros(7)
+    slots.pack_all(moved)
+    assert slots.bucket.float().sum() == 10_000
+    assert len(cuda_pack.kept.known) == 1
 
 
 # --- Codes ------------------------------------------------------------------------------------------------------------

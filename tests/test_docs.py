@@ -17,7 +17,7 @@ import fasttrain.optim
 MODULES = sorted(module.name for module in pkgutil.walk_packages(fasttrain.__path__, "fasttrain.")
                  if module.name not in ("fasttrain._native", "fasttrain.__main__"))
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-CLIENTS = ("transformers", "accelerate", "lightning")  # extras: a bare machine lacks them
+CLIENTS = ("transformers", "accelerate", "lightning", "torchdata")  # extras: a bare machine lacks them
 EXAMPLES = [pytest.param(code, id=f"{path.name}-{number}") for path in PAGES
             for number, code in enumerate(re.findall(r"^```python\n(.*?)^```", path.read_text(), re.M | re.S))]
 

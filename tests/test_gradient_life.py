@@ -107,6 +107,38 @@ def checkpointed(wire):
         backward(DataParallel(Twice(), mesh=wire), wire)
 
 
+def recomputed(wire):
+    """Non-re-entrant checkpoints: of a parameter that is used in two of them, nested ones, and under no_sync."""
+    torch.manual_seed(5)
+    layer, first = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    class Twice(nn.Module):
+        def __init__(self, checkpointed):
+            super().__init__()
+            self.layer, self.first, self.checkpointed = copy.deepcopy(layer), copy.deepcopy(first), checkpointed
+
+        def inner(self, x):
+            return self.again(lambda y: self.layer(y).tanh(), x)
+
+        def again(self, part, x):
+            return checkpoint(part, x, use_reentrant=False) if self.checkpointed else part(x)
+
+        def forward(self, x):
+            for _ in range(2):
+                x = self.again(lambda y: self.inner(self.first(y)), x)
+            return x
+
+    found = []
+    for checkpointed in (True, False):
+        model = DataParallel(Twice(checkpointed), mesh=wire, bucket_cap_mb=0.0001)
+        with model.no_sync():
+            backward(model, wire)
+        backward(model, wire, 0.5)
+        found.append(grads(model))
+        assert model.reducer.sequence == 1
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def hooks(wire):
     """Comm hooks with torch's signature."""
     from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
@@ -214,6 +246,10 @@ def test_parameters_at_rest():
 
 def test_checkpoints():
     ranks.run(checkpointed, 2)
+
+
+def test_checkpoints_that_are_not_re_entrant():
+    ranks.run(recomputed, 2)
 
 
 def test_comm_hooks():

@@ -93,9 +93,15 @@ def test_to_the_end(place):
     assert "\x1b" not in out, "a log takes no escape codes"
 
 
-def test_a_killed_rank_ends_the_run_with_its_reason(place):
-    command = start(place, "--steps", "1000000")
+def test_a_killed_rank_is_started_again_and_at_last_ends_the_run_with_its_reason(place):
+    command = start(place, "--steps", "1000000", "--max-restarts", "1")
     os.kill(under_way(place)[1], signal.SIGKILL)
+    log = place / "run" / "log.jsonl"
+    wait_for(lambda: '"restart"' in log.read_text(), "the second attempt")
+    os.kill(under_way(place)[1], signal.SIGKILL)
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    assert records[0] == {"event": "restart", "step": 0, "number": 1}
+    assert [r["step"] for r in records[1:3]] == [0, 2], "what the first attempt wrote is gone"
     begun = time.monotonic()
     code, _, err = finish(command)
     assert time.monotonic() - begun < 10

@@ -1,5 +1,7 @@
 """Communication begins while backward runs, and what a step costs beside it is counted."""
 
+import copy
+import shutil
 import warnings
 
 import pytest
@@ -20,15 +22,20 @@ class Counted(Same):
         return super().send(index, bucket)
 
 
-def first_sent(wire, compiled):
+def net():
+    torch.manual_seed(1)
+    return nn.Sequential(*(nn.Sequential(nn.Linear(32, 32), nn.GELU()) for _ in range(8)))
+
+
+def first_sent(wire, backend):
     method = Counted()
     method.arrived = []
-    blocks = nn.Sequential(*(nn.Sequential(nn.Linear(32, 32), nn.GELU()) for _ in range(8)))
+    blocks = net()
     model = DataParallel(blocks, mesh=wire, wire=method, bucket_cap_mb=0.01)
     method.reducer = model.reducer
-    if compiled:
+    if backend is not None:
         for block in blocks:
-            block.compile(backend="aot_eager")
+            block.compile(backend=backend)
     model.reducer.record_timeline()
     for _ in range(2):
         method.arrived.clear()
@@ -43,17 +50,18 @@ def first_sent(wire, compiled):
     return method.arrived, len(model.reducer.params)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_the_first_bucket_leaves_before_half_of_backward(compiled):
-    for arrived, gradients in ranks.run(first_sent, 2, compiled):
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+def test_the_first_bucket_leaves_before_half_of_backward(backend):
+    for arrived, gradients in ranks.run(first_sent, 2, backend):
         assert arrived[0] < gradients / 2
         assert arrived == sorted(arrived)
         assert len(arrived) >= 4
 
 
-def one_graph(wire):
+def one_graph(wire, backend="aot_eager"):
     model = DataParallel(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), mesh=wire)
-    model.module.compile(backend="aot_eager")
+    plain = copy.deepcopy(model.module)
+    model.module.compile(backend=backend)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         for _ in range(5):
@@ -62,10 +70,30 @@ def one_graph(wire):
     assert len(said) == 1
     assert "ms of communication were not hidden" in said[0]
     assert model.reducer.timeline is None
+    for _ in range(5):
+        plain(torch.ones(2, 4)).sum().backward()
+    for p, q in zip(model.module.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
 
 
 def test_a_whole_graph_is_told_once():
     ranks.run(one_graph, 2)
+
+
+def with_inductor(wire, cache):
+    """Block by block, and the whole model as one graph."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", cache)
+        patch.setattr("torch._inductor.config.compile_threads", 1)  # no pool of processes
+        found = first_sent(wire, "inductor")
+        one_graph(wire, "inductor")
+    return found
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="inductor needs a C++ compiler")
+def test_inductor(tmp_path):
+    for arrived, gradients in ranks.run(with_inductor, 2, str(tmp_path)):
+        assert arrived[0] < gradients / 2
 
 
 def equals_ddp(wire):

@@ -23,7 +23,7 @@ from helpers import (
 from torch import Tensor
 from torch.nn import Parameter
 
-from fasttrain.kernels import native
+from fasttrain.kernels import native, ring
 from fasttrain.kernels.pack import Slots, pack, unpack
 
 BACKENDS = [pytest.param(name, marks=pytest.mark.skipif(usable(name) is not None, reason=str(usable(name))))
@@ -295,6 +295,30 @@ def test_no_denormal_number_is_flushed() -> None:
         torch.set_flush_denormal(False)
     if slots.backend == "cpu":
         assert torch.equal(bucket, small.double() * 2)
+
+
+@pytest.mark.skipif(bool(usable("triton")), reason=str(usable("triton")))
+def test_what_triton_sends() -> None:
+    """A table is sent once, and then what is not as it was; none of another slot's."""
+    tensors = [torch.ones(50), torch.ones(7)]
+    slots = Slots(torch.zeros(64), tensors, [0, 50], backend="triton")
+    copies = []
+    for given, scale in ((tensors, 1.0), (tensors, 1.0), ([tensors[0], torch.ones(7)], 1.0), (tensors, 0.5)):
+        before = ring.sent.now()
+        slots.pack_all(given, scale)
+        copies.append(tuple(now - old for now, old in zip(ring.sent.now(), before, strict=True))[:2])
+        kept = given
+    assert kept is tensors
+    assert copies[:3] == [(1, 2 * 7 * 8), (0, 0), (1, 8)]
+    assert copies[3][0] == 1
+    assert slots.bucket.tolist() == [0.5] * 57 + [0.0] * 7
+    for index, tensor in enumerate(tensors):
+        slots.pack(index, tensor)
+    before = ring.sent.now()
+    slots.pack(0, torch.full((50,), 2.0))
+    slots.pack(1, tensors[1])
+    assert [now - old for now, old in zip(ring.sent.now(), before, strict=True)][:2] == [1, 8]
+    assert slots.bucket.tolist() == [2.0] * 50 + [1.0] * 7 + [0.0] * 7
 
 
 def test_no_memory_in_triton(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,6 +113,27 @@ def tokens(wire, micro_batches):
         mine.step()
     with pytest.raises(TypeError, match="SGD cannot divide by a number of items"):
         model.step(theirs)
+    if wire.size > 1:
+        model.zero_grad()
+        several_passes(model, mine, wire)
+
+
+def several_passes(model, optimizer, wire):
+    """Items of several synchronised passes add up, as their gradients do, and are forgotten with them."""
+    for items in (3, 5):
+        model.count(items)
+        model(torch.ones(1, 6)).sum().backward()
+    total = model.grad_norm()
+    torch.testing.assert_close(model.step(optimizer), total / 8)
+    optimizer.zero_grad()
+    for items in (3, 5):
+        optimizer.zero_grad()
+        model.count(items)
+        model(torch.ones(1, 6)).sum().backward()
+    torch.testing.assert_close(model.step(optimizer), model.grad_norm() / 5)
+    model.count(2)
+    with pytest.raises(RuntimeError, match="2 items were counted after the backward pass that synchronised"):
+        model.step(optimizer)
 
 
 @pytest.mark.parametrize("size", [1, 3])

@@ -49,6 +49,11 @@ def test_stock_and_ours_get_the_same_settings():
     (dict(optimizer="torch.Optimizer", lr=0.1), "unknown"),
     (dict(optimizer="torch.ASGD"), "give one with --lr"),
     (dict(optimizer="torch.Rprop", lr=0.1, weight_decay=0.1), "does not take --weight-decay"),
+    (dict(optimizer="torch.Muon"), "it takes matrices only.* Muon without torch. steps those"),
+    (dict(optimizer="torch.LBFGS", lr=0.1), "its step calls the model again"),
+    (dict(optimizer="torch.SparseAdam", lr=0.1), "sparse gradients only"),
+    (dict(optimizer="torch.Adafactor", lr=0.1, zero=3), "--zero 3 with --optimizer torch.Adafactor: .*use Adafactor"),
+    (dict(optimizer="torch.Rprop", lr=0.1, zero=3), "cannot step shards"),
 ])
 def test_bad_optimizers_are_refused(options, message):
     with pytest.raises(BadInput, match=message) as caught:

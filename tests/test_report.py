@@ -20,6 +20,7 @@ def make_run(directory, *, optimizer="AdamW", losses=(3.0, 2.0), steps=20, sha="
     records = [dict(event="validation", step=0, bits_per_byte=8.0, bytes=90)]
     records += [dict(event="train", step=10 * i, loss=loss, lr=0.1, tokens_per_s=1000.0 * i, seconds=8.0 * i,
                      share=shares) for i, loss in enumerate(losses, 1)]
+    records.append(dict(event="wire", step=steps, bytes=10_000.0, formula=9_000.0, exposed_s=0.005))
     if final is not None:
         records.append(dict(event="validation", step=steps, bits_per_byte=final, bytes=900))
     (directory / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
@@ -51,6 +52,8 @@ def test_summary(tmp_path):
     assert "this model, AdamW           2.500" in said
     assert "order-0 entropy             1.000" in said
     assert "forward-backward 60.0%" in said
+    assert summary["wire"] == dict(bytes=10_000, formula=9_000, exposed_s=0.005)
+    assert "communication of a process: 10,000 bytes a step, 9,000 by the formula; exposed: 5.0 ms" in said
 
 
 def test_picture(tmp_path):
@@ -66,6 +69,18 @@ def test_an_unfinished_run_is_readable_and_says_so(tmp_path):
     run = report.read(make_run(tmp_path / "run", final=None))
     assert run.final is None
     assert len(run.train) == 2
+
+
+def test_a_run_goes_on_with_its_own_options(tmp_path):
+    directory = make_run(tmp_path / "run")
+    header = json.loads((directory / "config.json").read_text())
+    report.check_same(directory, header)
+    header["config"]["processes"] = 7
+    report.check_same(directory, header)
+    with pytest.raises(BadInput, match=r"holds a run with --lr None, not 0\.1"):
+        report.check_same(directory, {**header, "config": {**header["config"], "lr": 0.1}})
+    with pytest.raises(BadInput, match="another text"):
+        report.check_same(directory, {**header, "text": {**header["text"], "sha256": "t"}})
 
 
 @pytest.mark.parametrize("spoil, message", [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -111,50 +112,37 @@ def test_trains_as_the_whole(name: str, dtype: torch.dtype, options: Any, argume
     ranks.run(trained, torch.Size(shape).numel(), name, dtype, options, arguments, shape)
 
 
-def on_the_full_batch(wire: Any) -> None:
-    """AdamW clipped, with two micro-batches, against one process with one batch of everything."""
-    model, whole = Net(), Net()
+def as_on_the_first_rank(wire: Any) -> None:
+    """Layers are found, the first rank's parameters count, and items must have been counted."""
+    model = Net()
     if wire.rank:
-        nn.init.zeros_(model.head.weight)  # the first rank's count
-    sharded = shard(model, watch=False)  # finds its layers
+        nn.init.zeros_(model.head.weight)
+    sharded = shard(model, watch=False)
     assert [type(one).__name__ for one in model.layers] == ["FSDPSequential"] * 3
-    ours, theirs = (AdamW(m.parameters(), lr=1e-2, eps=1e-3) for m in (model, whole))
-    for step in range(4):
-        accumulate = sharded.accumulate(2)
-        for micro in range(2):
-            with accumulate():
-                x = batch(step, wire.rank, micro, torch.float32)
-                (loss_of(model, x) * len(x)).backward()
-                sharded.count(len(x))
-        norm = sharded.step(ours, max_norm=0.05)
-        ours.zero_grad()
-        everything = torch.cat([batch(step, rank, micro, torch.float32) for rank in range(2) for micro in range(2)])
-        loss_of(whole, everything).backward()
-        torch.testing.assert_close(norm, nn.utils.clip_grad_norm_(whole.parameters(), 0.05), rtol=1e-5, atol=0)
-        theirs.step()
-        theirs.zero_grad()
-    for p, q in zip(model.parameters(), whole.parameters(), strict=True):
-        torch.testing.assert_close(p.detach().full_tensor(), q.detach(), rtol=1e-5, atol=1e-6)
+    assert_same_bits(model.head.weight.detach().full_tensor(), Net().head.weight.detach())
+    optimizer = AdamW(model.parameters(), lr=1e-2)
+    loss_of(model, batch(0, wire.rank, 0, torch.float32)).backward()
     with pytest.raises(RuntimeError, match="no items were counted"):
-        sharded.step(ours)
+        sharded.step(optimizer)
 
 
-def test_equals_one_process_on_the_full_batch() -> None:
-    ranks.run(on_the_full_batch, 2)
+def test_the_model_of_the_first_rank_is_sharded() -> None:
+    ranks.run(as_on_the_first_rank, 2)
 
 
 def sent(wire: Any) -> None:
-    """Each synchronised backward pass exchanges every group of gradients once; torch's reduce-scatter is not called."""
+    """Each synchronised backward pass exchanges every group of gradients once, and each pass gathers every group of
+    parameters once more; torch's own collectives are not called."""
     def refuse(*_: Any, **__: Any) -> None:
-        raise AssertionError("torch reduced")
+        raise AssertionError("torch sent")
 
-    for name in ("reduce_scatter_tensor", "reduce_scatter_single"):
+    for name in ("reduce_scatter_tensor", "reduce_scatter_single", "all_gather_into_tensor", "all_gather_single"):
         if hasattr(torch.distributed, name):
             setattr(torch.distributed, name, refuse)
     for wanted, width in (("same", 4), ("bf16", 2)):
         model = Net()
         sharded = shard(model, blocks="layers", wire=wanted, watch=False)
-        before = sharded.wire.bytes["reduce_scatter"]
+        before, gathered = sharded.wire.bytes["reduce_scatter"], sharded.wire.bytes["all_gather"]
         with sharded.no_sync():
             loss_of(model, batch(0, wire.rank, 0, torch.float32)).backward()
         assert not sharded.wire.calls["reduce_scatter"]
@@ -163,6 +151,7 @@ def sent(wire: Any) -> None:
         padded = sum(-(-p.shape[0] // 2) * 2 * p.numel() // p.shape[0] for p in model.parameters())
         got = sharded.wire.bytes["reduce_scatter"] - before
         assert got == padded * width // 2
+        assert sharded.wire.bytes["all_gather"] - gathered == 2 * 2 * padded * 4 // 2
         assert got < accounting.bytes_per_step(0, padded, 2, width, width)  # gloo's all-reduce, by the formula
         assert sharded.bytes_per_step(width, 4, 3) - sharded.bytes_per_step(0, 4, 3) == sharded.elements * width / 2
 
@@ -242,3 +231,44 @@ def test_a_failure_is_told_where_torch_waits() -> None:
     assert "rank 1" in first.text
     assert "the data is broken" in first.text
     assert first.at - second.at < 5
+
+
+class Sometimes(Net):
+    """With a layer that one rank uses only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.extra = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, extra: bool = False) -> Tensor:
+        h = self.first(x)
+        return self.head(self.extra(h) if extra else h)
+
+
+def unused_on_one(wire: Any, watcher: Any) -> None:
+    sharded = shard(Sometimes(), blocks="layers", watch=watcher)
+    sharded.module(batch(0, wire.rank, 0, torch.float32), wire.rank == 0).sum().backward()
+    ranks.mark("PASSED")
+
+
+def test_a_parameter_that_is_used_on_one_rank_only_ends_all() -> None:
+    """`fully_shard` sends the gradients that a rank has: never those of one layer as those of another."""
+    for one in ranks.faulty(unused_on_one, 2):
+        assert one.code
+        assert "PASSED" not in one.text
+        assert re.search(r"the ranks issue different collectives: collective \d+ is reduce_scatter of", one.text), one
+
+
+def parts(wire: Any, watcher: Any) -> None:
+    """One rank calls the model twice, as in a validation of its own, while the other goes on to backward."""
+    sharded = shard(Net(), blocks="layers", watch=watcher)
+    loss = loss_of(sharded.module, batch(0, wire.rank, 0, torch.float32))
+    if wire.rank:
+        loss = loss_of(sharded.module, batch(0, wire.rank, 0, torch.float32))
+    loss.backward()
+
+
+def test_ranks_that_call_the_model_differently_are_told() -> None:
+    for ended in ranks.faulty(parts, 2):
+        assert ended.code
+        assert "the ranks issue different collectives" in ended.text

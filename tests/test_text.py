@@ -1,16 +1,14 @@
-"""The text: found, divided and ordered by pure functions."""
+"""The text: found and divided by pure functions."""
 
 import os
 import socket
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
+from fasttrain.data.documents import share_of_path
 from fasttrain.train import text
 from fasttrain.train.config import BadInput
-from fasttrain.train.text import Windows, overlapping, permuted
 
 
 def write(root, **files):
@@ -56,7 +54,8 @@ def test_division_depends_only_on_relative_paths(tmp_path):
 
 
 def test_the_hash_of_a_path_is_fixed_for_ever():
-    assert [round(text._share(name), 6) for name in ("a.py", "json/decoder.py", "é")] == [0.940888, 0.231174, 0.291402]
+    shares = [round(share_of_path(name), 6) for name in ("a.py", "json/decoder.py", "é")]
+    assert shares == [0.940888, 0.231174, 0.291402]
 
 
 def test_sum_tells_texts_apart(tmp_path):
@@ -105,49 +104,3 @@ def test_unreadable_file_is_named(tmp_path):
     (root / "d1" / "gone").symlink_to(root / "nowhere")
     with pytest.raises(BadInput, match="gone: No such file"):
         text.load(root, 0.1, 8)
-
-
-@given(st.integers(1, 3000), st.integers(0, 2**64 - 1))
-def test_permuted_is_a_bijection(n, key):
-    assert sorted(permuted(i, n, key) for i in range(n)) == list(range(n))
-
-
-def test_permuted_depends_on_the_key():
-    orders = {tuple(permuted(i, 100, key) for i in range(100)) for key in range(50)}
-    assert len(orders) == 50
-    assert tuple(range(100)) not in orders
-
-
-def test_each_pass_takes_each_window_once():
-    windows = Windows(np.arange(200, dtype=np.uint8), length=8, seed=3)
-    passes = [[windows.start(turn * len(windows) + i) for i in range(len(windows))] for turn in range(6)]
-    for starts in passes:
-        assert len({s % 8 for s in starts}) == 1
-        assert np.diff(sorted(starts)).tolist() == [8] * (len(windows) - 1)
-        assert max(starts) + 9 <= 200
-    assert len({tuple(p) for p in passes}) == 6
-    assert len({p[0] % 8 for p in passes}) > 1, "the offset must differ from pass to pass"
-
-
-@given(st.integers(2, 20), st.integers(0, 60), st.integers(0, 2**63 - 1), st.integers(0, 10**12))
-def test_windows_stay_inside_the_shortest_streams(length, extra, seed, i):
-    stream = np.zeros(2 * length + 1 + extra, dtype=np.uint8)
-    start = Windows(stream, length, seed).start(i)
-    assert 0 <= start <= len(stream) - length - 1
-
-
-def test_sample_is_a_pure_function_of_seed_and_index():
-    stream = np.random.default_rng(0).integers(0, 256, 5000).astype(np.uint8)
-    whole = Windows(stream, 16, seed=1).batch(0, 12)
-    shared = np.concatenate([Windows(stream, 16, seed=1).batch(first, 4) for first in (0, 4, 8)])
-    assert np.array_equal(whole, shared)
-    assert not np.array_equal(whole, Windows(stream, 16, seed=2).batch(0, 12))
-
-
-@given(st.integers(2, 40), st.integers(1, 200))
-def test_overlapping_windows_predict_each_byte_once(length, extra):
-    n = length + extra
-    starts, fresh_from = overlapping(n, length)
-    predicted = [s + 1 + j for s, f in zip(starts, fresh_from, strict=True) for j in range(f, length)]
-    assert predicted == list(range(1, n))
-    assert all(f >= length // 2 for f in fresh_from[1:]), "each counted byte must have half a window before it"

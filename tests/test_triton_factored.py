@@ -119,3 +119,23 @@ def test_the_launches_that_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer.step()
     assert optimizer.last_step.launches == len(started) == 14
     assert started.count("add_up") == 2
+
+
+def test_what_is_sent() -> None:
+    """The tables once; then coefficients, and addresses of gradients that moved."""
+    params = [Parameter(torch.randn(64, 256)), Parameter(torch.randn(70))]
+    optimizer = Adafactor(params, lr=0.1, backend="triton")
+    for p in params:
+        p.grad = torch.ones_like(p)
+    reports = []
+    for step in range(4):
+        if step == 3:
+            old, params[0].grad = params[0].grad, torch.ones_like(params[0])
+        optimizer.step()
+        reports.append((optimizer.last_step.copies, optimizer.last_step.bytes_sent))
+    del old
+    assert reports[0][0] >= 6
+    assert reports[1][0] == reports[2][0] == 1, "coefficients"
+    assert reports[2][1] < 200
+    assert 1 < reports[3][0] <= 3, "and the tables that have a gradient's address"
+    assert reports[3][1] < reports[0][1]

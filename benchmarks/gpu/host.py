@@ -1,4 +1,5 @@
-"""What a step costs the host: parameters of few elements, plain and as DTensors, with the same and with new gradients.
+"""What a step costs the host: parameters of few elements, plain and as DTensors, with the same and with new gradients;
+and with gradients in buckets, where the reducer vouches for them.
 
 The device is idle at the start, and what it does is not counted. DTensors are sharded over one process, which is what
 the host sees of them on any number.
@@ -63,6 +64,56 @@ def renew(bench: Bench, params: list[Parameter], mesh: Any, turn: int) -> None:
     """Give every parameter a gradient at another address."""
     for p in params:
         p.grad = made(bench, mesh)
+
+
+def bucketed(bench: Bench) -> Iterator[dict[str, Any]]:
+    """Microseconds of a step of parameters whose gradients are views of buckets."""
+    one_process(bench.device)
+    try:
+        for count in (3, 5) if bench.dry else COUNTS:
+            yield bucket_row(bench, count)
+    finally:
+        dist.destroy_process_group()
+
+
+def bucket_row(bench: Bench, count: int) -> dict[str, Any]:
+    """One count of parameters. Every turn has a backward pass, which is not timed."""
+    from fasttrain.parallel import Reducer
+
+    theirs, _ = peers.found({name: peers.FP32[name] for name in ("torch fused", "torch foreach")})
+    rivals, reducers = {}, []
+    for name, make in {OURS: None, **theirs}.items():
+        params = [Parameter(made(bench, None)) for _ in range(count)]
+        reducer = Reducer(params, wire="ordered", watch=False)  # of one rank, it leaves "same" out
+        backward = partial(reduce, bench, params)
+        backward(0)
+        step = make(params) if make is not None else ours(AdamW(params, **OPTIONS), reducer)
+        for turn in range(3):
+            step()
+            backward(turn)
+        rivals[name] = Rival(name, [step], backward)
+        reducers.append(reducer)
+    seconds = bench.interleave(rivals, ahead=False, budget=5.0, least=2,
+                               timed=lambda call, ahead: bench.host_seconds(call))
+    for reducer in reducers:
+        reducer.remove()
+    return summary(f"host time, gradients in buckets: {count:,}", seconds, section="host", unit="us",
+                   note="aim 100 us", limit_us=100)
+
+
+def reduce(bench: Bench, params: list[Parameter], turn: int) -> None:
+    """A backward pass that gives every parameter a gradient, which the reducer packs into its bucket."""
+    for p in params:
+        p.grad = None
+    torch.autograd.backward(params, [torch.ones_like(p) for p in params])
+
+
+def ours(optimizer: AdamW, reducer: Any) -> Any:
+    """The step that is vouched for."""
+    def step() -> None:
+        reducer.vouch(optimizer)
+        optimizer.step()
+    return step
 
 
 def row(bench: Bench, count: int, fresh: bool, mesh: Any) -> dict[str, Any]:

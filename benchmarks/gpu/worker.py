@@ -42,6 +42,7 @@ WORKS: dict[str, Work] = {
     "small": Work(small.run, 10, 60),
     "host": Work(host.plain, 10, 40),
     "host of DTensors": Work(host.sharded, 20, 70),
+    "host in buckets": Work(host.bucketed, 15, 60),
     **{name: Work(recipes.model(name), 10, 40) for name in recipes.MODELS},
     "ema": Work(ema.run, 10, 30),
     "muon": Work(muon.run, 10, 40),

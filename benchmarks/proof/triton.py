@@ -1,7 +1,7 @@
 """What Triton made of the kernels, compiled ahead for GPUs that are not here: the rows of `benchmarks.proof.table`.
 
 Steps are those of the covering list (`benchmarks.proof.cases`). Each kernel with sums occurs in three storages or more
-and on every architecture, each kind of bucket once; of the rest see `benchmarks.proof.products`.
+and on every architecture, each kind of bucket once; of the rest see `benchmarks.proof.products` and `losses`.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ class Ahead:
         elements: that a thread steps on its way through; None where the way is not by elements, or has a loop.
         bytes: that are moved for an element, if there is such a number.
         multiplies: matrices, by way of shared memory: what is read and multiplied is asked of the disassembler.
+        looped: the way is one round of the loop that makes most accesses, and `elements` are those of a round.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Ahead:
     elements: float | None = None
     bytes: float | None = None
     multiplies: bool = False
+    looped: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,8 @@ class Made:
         """What is kept of it."""
         kernel, code = self.kernel, self.kernel.code
         loads, stores = (code.accesses(operation, code.way) for operation in (machine_code.LOAD, machine_code.STORE))
-        each = self.of.elements and round(len(code.way) / self.of.elements, 2)
+        way = code.round if self.of.looped else code.way
+        each = self.of.elements and round(len(way) / self.of.elements, 2)
         read = {"copies": named(self.copies), "cores": self.cores} if self.of.multiplies else {}
         return {"registers": kernel.registers, "stack": kernel.stack, "local": kernel.local, "shared": self.shared,
                 "loads": named(loads), "stores": named(stores), **read, "instructions": kernel.instructions,
@@ -138,10 +141,10 @@ def compiler() -> str:
 @cache
 def listed() -> dict[str, Ahead]:
     """Every kernel of the table, by name."""
-    from benchmarks.proof import products
+    from benchmarks.proof import losses, products
 
     found = [*map(step, cases.listed()), *(sums(*case) for case in SUMS_CASES), *(move(*case) for case in MOVES),
-             *(bucket_sum(*case) for case in BUCKET_SUMS), *products.listed()]
+             *(bucket_sum(*case) for case in BUCKET_SUMS), *products.listed(), *losses.listed()]
     return {one.name: one for one in found}
 
 

@@ -55,12 +55,19 @@ from global to shared memory, 16 bytes each. *Tensor cores*: their instructions;
 | product | tiles | sm | registers | shared | occupancy | copies | tensor cores | code |
 |---|---|---|---|---|---|---|---|---|
 {products}
+
+Cross-entropy (`fasttrain.kernels.triton_cross_entropy`): a program goes over a row in rounds of 2,048 logits.
+*Accesses* are those of a whole row's code, *instructions* those of a round, for an element.
+
+| pass | logits | sm | bytes | registers | shared | occupancy | accesses of 16 bytes | instructions | code |
+|---|---|---|---|---|---|---|---|---|---|
+{losses}
 """
 
 
 def page(compiler: str, rows: Mapping[str, Any]) -> str:
     """The document."""
-    parts: dict[str, list[str]] = {name: [] for name in ("plain", "kept", "sums", "buckets", "products")}
+    parts: dict[str, list[str]] = {name: [] for name in ("plain", "kept", "sums", "buckets", "products", "losses")}
     for name, row in rows.items():
         kind, _, text = name.partition(" ")
         *said, arch = text.split(": ")
@@ -82,6 +89,9 @@ def page(compiler: str, rows: Mapping[str, Any]) -> str:
             parts["products"].append(line([*said, arch, common[0], str(row["shared"]), common[1],
                                            str(sum(row["copies"].values())), str(row["cores"]),
                                            str(row["instructions"])]))
+        elif kind == "loss":
+            parts["losses"].append(line([*said, arch, moved, common[0], str(row["shared"]), common[1],
+                                         accesses(row, "16"), *each]))
         else:
             parts["buckets"].append(line([f"{kind} {', '.join(said)}", arch, moved, *common,
                                           accesses(row, "16", "8"), *each]))

@@ -10,11 +10,6 @@
 #include "draws.h"
 
 namespace fasttrain {
-namespace {
-
-constexpr size_t kBlock = 16;  // parameters whose versions are incremented together
-
-}  // namespace
 
 Plan::Plan(Reader reader, const std::vector<py::list>& groups) : reader_(std::move(reader)), ahead_(reader_.ahead()) {
   for (size_t group = 0; group < groups.size(); ++group) {
@@ -67,17 +62,16 @@ void Plan::arrange() {
   written_.clear();
   widest_ = 0;
   any_random_ = any_running_ = false;
-  i64 listed = 0;
   for (const Entry& entry : entries_) {
     if (!entry.active) continue;
     division_.add(entry.work);
     widest_ = std::max(widest_, 1 + entry.work.rule->coefficients + (entry.arrays != nullptr ? kTail : 0));
     any_running_ |= entry.running != 0;
-    if (listed++ % kBlock == 0) written_.emplace_back();
-    list_written(entry.param);
-    for (int i = 0; i < entry.kept; ++i) list_written(entry.tensors[i]);
+    written_.next();
+    written_.add(entry.param, reader_);
+    for (int i = 0; i < entry.kept; ++i) written_.add(entry.tensors[i], reader_);
     if (entry.arrays == nullptr) continue;
-    for (const Arrays::Array& array : entry.arrays->all) list_written(array.tensor);
+    for (const Arrays::Array& array : entry.arrays->all) written_.add(array.tensor, reader_);
     any_random_ |= entry.arrays->random;
   }
   division_.close();
@@ -158,25 +152,8 @@ py::tuple Plan::squares(int threads) const {
   return squares_as_python(gradients, threads);
 }
 
-// Autograd may have saved the whole DTensor, or its local part.
-void Plan::list_written(py::handle tensor) {
-  written_.back().append(tensor);
-  const py::object part = reader_.local(tensor);
-  if (!part.is_none()) written_.back().append(part);
-}
-
 void Plan::increment_versions(const py::function& increment) const {
-  for (size_t block = 0; block < written_.size(); ++block) {
-    // The block after the next is fetched in three steps, each of which touches what the one before it fetched.
-    const auto each = [&](size_t ahead, const auto& fetch) {
-      if (block + ahead < written_.size())
-        for (py::handle tensor : written_[block + ahead]) fetch(tensor);
-    };
-    each(3, [&](py::handle tensor) { ahead_.object(tensor); });
-    each(2, [&](py::handle tensor) { ahead_.tensor(tensor); });
-    each(1, [&](py::handle tensor) { ahead_.inside(tensor); });
-    increment(written_[block]);
-  }
+  written_.increment(ahead_, increment);
   if (!zeroed_.empty()) increment(zeroed_);
   if (any_arrays_)
     for (const Entry& entry : entries_)

@@ -11,6 +11,7 @@
 
 #include "cpu/reader.h"
 #include "cpu/walk.h"
+#include "cpu/written.h"
 
 namespace fasttrain {
 
@@ -117,7 +118,6 @@ class Plan {
   RowKey row_key(const Entry& entry, double step) const;
   void arrange();
   std::vector<Replaced> take_replaced(const std::vector<py::tuple>& replaced) const;
-  void list_written(py::handle tensor);
   void increment_versions(const py::function& increment) const;
 
   Reader reader_;
@@ -128,7 +128,7 @@ class Plan {
   std::vector<size_t> group_sizes_;
   std::vector<std::tuple<int, double, size_t>> rows_;
   Division division_;
-  std::vector<py::list> written_;  // the tensors that the active entries write, in blocks
+  Written written_;                // by the active entries
   int widest_ = 0;                 // doubles in a row of the active entries at most
   bool any_running_ = false;       // whether an active entry has running numbers
   bool divided_ = false, any_fresh_ = false, any_arrays_ = false, any_random_ = false;

@@ -1,4 +1,5 @@
 // What a plan does before every step: it compares what it was told with the Python objects.
+#include "cpu/look.h"
 #include "cpu/plan.h"
 #include "cpu/take.h"
 
@@ -6,24 +7,6 @@ namespace fasttrain {
 namespace {
 
 constexpr size_t kDistance = 4;  // entries between two stages of fetching ahead
-
-PyObject* look_up(py::handle dict, py::handle key) {
-  PyObject* value = PyDict_GetItemWithError(dict.ptr(), key.ptr());
-  if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
-  return value;  // borrowed, or nullptr
-}
-
-// Whether g or a state, read just after its parameter, has the parameter's sizes and strides.
-bool alike(const dlpack::Tensor& a, const dlpack::Tensor& b) {
-  if (a.ndim != b.ndim) return false;
-  bool empty = false, same = true;  // where there is no element, any strides will do
-  for (int i = 0; i < a.ndim; ++i) {
-    if (a.shape[i] != b.shape[i]) return false;
-    empty |= a.shape[i] == 0;
-    same &= a.strides[i] == b.strides[i] || a.shape[i] <= 1;
-  }
-  return same || empty;
-}
 
 }  // namespace
 
@@ -130,10 +113,7 @@ py::object Plan::scan(py::dict state, const std::vector<py::list>& groups) {
     if (groups[group].size() != group_sizes_[group]) return py::none();
   static PyObject* const name = PyUnicode_InternFromString("grad");
   py::list attention;
-  // States are made in the order of the parameters, most often: walking the dict beside them saves a hash each.
-  Py_ssize_t position = 0;
-  PyObject *next = nullptr, *next_state = nullptr;
-  bool more = PyDict_Next(state.ptr(), &position, &next, &next_state) != 0;
+  Beside beside(state);
   size_t i = 0;
   for (const py::list& params : groups) {
     for (py::handle param : params) {
@@ -142,14 +122,7 @@ py::object Plan::scan(py::dict state, const std::vector<py::list>& groups) {
       if (param.ptr() != e.param.ptr()) return py::none();
       auto grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(param.ptr(), name));
       if (!grad) throw py::error_already_set();
-      PyObject* found = nullptr;
-      const bool stateful = e.kept != 0 || e.arrays != nullptr;
-      if (stateful && more && next == param.ptr()) {
-        found = next_state;
-        more = PyDict_Next(state.ptr(), &position, &next, &next_state) != 0;
-      } else if (stateful) {
-        found = look_up(state, param);
-      }
+      PyObject* found = e.kept != 0 || e.arrays != nullptr ? beside.find(param) : nullptr;
       const bool active = !grad.is_none() && patch(e, grad, found);
       if (!grad.is_none() && !active) attention.append(i);
       if (e.active != active) divided_ = false;

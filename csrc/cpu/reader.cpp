@@ -43,10 +43,10 @@ Reader::Reader(const py::capsule& exchange, py::tuple types, py::object sharded)
                              std::to_string(api_->minor) + "; this build of fasttrain reads major version 1");
 }
 
-bool Reader::read(py::handle tensor, dlpack::Tensor* out) const {
+bool Reader::read_part(py::handle part, dlpack::Tensor* out) const {
   for (py::handle type : types_) {
-    if (reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr())) != type.ptr()) continue;
-    if (api_->tensor_from_object(tensor.ptr(), out) != 0) {
+    if (reinterpret_cast<PyObject*>(Py_TYPE(part.ptr())) != type.ptr()) continue;
+    if (api_->tensor_from_object(part.ptr(), out) != 0) {
       PyErr_Clear();  // sparse, or on a device that DLPack does not know: the caller says what is wrong with it
       return false;
     }
@@ -55,28 +55,52 @@ bool Reader::read(py::handle tensor, dlpack::Tensor* out) const {
       if (out->shape[i] == 0) return true;
     return false;
   }
-  const py::object part = local(tensor);
-  return !part.is_none() && !sharded(part) && read(part, out);
+  return false;
 }
 
-py::object Reader::local(py::handle tensor) const {
+bool Reader::read(py::handle tensor, dlpack::Tensor* out) const { return read_part(part(tensor), out); }
+
+py::object Reader::part(py::handle tensor) const {
   static PyObject* const name = PyUnicode_InternFromString("_local_tensor");
-  return sharded(tensor) ? attribute(tensor, name) : py::none();
+  return sharded(tensor) ? attribute(tensor, name) : py::reinterpret_borrow<py::object>(tensor);
 }
+
+py::object Reader::local(py::handle tensor) const { return sharded(tensor) ? part(tensor) : py::none(); }
 
 i64 Reader::version(py::handle tensor) const {
   const py::object part = local(tensor);
   return version_of(tensor) + (part.is_none() ? 0 : version_of(part));
 }
 
-bool Reader::read_gradient(py::handle tensor, py::handle param, dlpack::Tensor* out) const {
-  if (sharded(tensor) != sharded(param) || (sharded(param) && !placed_alike(tensor, param)) || !read(tensor, out))
-    return false;
-  const py::object part = local(tensor);
-  PyObject* arguments[] = {part.is_none() ? tensor.ptr() : part.ptr()};
+std::vector<i64> versions(const Reader& reader, const std::vector<py::object>& tensors) {
+  std::vector<i64> found;
+  for (const py::object& tensor : tensors) found.push_back(reader.version(tensor));
+  return found;
+}
+
+bool Reader::placed(py::handle grad, py::handle param, py::object* known) const {
+  if (sharded(grad) != sharded(param)) return false;
+  if (!sharded(param)) return true;
+  static PyObject* const name = PyUnicode_InternFromString("_spec");
+  py::object spec = attribute(grad, name);
+  if (spec.is(*known)) return true;
+  if (!placed_alike(grad, param)) return false;
+  *known = std::move(spec);
+  return true;
+}
+
+bool Reader::negated(py::handle part) const {
+  PyObject* arguments[] = {part.ptr()};
   const auto negated = py::reinterpret_steal<py::object>(PyObject_Vectorcall(is_neg_.ptr(), arguments, 1, nullptr));
   if (!negated) throw py::error_already_set();
-  return negated.ptr() == Py_False;
+  return negated.ptr() != Py_False;
+}
+
+bool Reader::read_gradient(py::handle tensor, py::handle param, dlpack::Tensor* out) const {
+  py::object unknown;
+  if (!placed(tensor, param, &unknown)) return false;
+  const py::object own = part(tensor);
+  return read_part(own, out) && !negated(own);
 }
 
 bool Kind::matches(const dlpack::Tensor& tensor) const {

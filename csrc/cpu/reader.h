@@ -23,6 +23,13 @@ class Reader {
   // The same for a gradient. Autograd may leave one that is to be negated when it is read (of an imaginary part, say).
   // A local part is the gradient only if it is placed as its parameter is.
   bool read_gradient(py::handle tensor, py::handle param, dlpack::Tensor* out) const;
+  // The same in steps, for who keeps what it finds: the tensor whose memory it is, the local part of a DTensor; whether
+  // it can be read; whether it is to be negated; and whether a gradient is placed as its parameter is, for which `known`
+  // is the placement (`_spec`) that was found to be so before.
+  py::object part(py::handle tensor) const;
+  bool read_part(py::handle part, dlpack::Tensor* out) const;
+  bool negated(py::handle part) const;
+  bool placed(py::handle grad, py::handle param, py::object* known) const;
   // The local part of a DTensor, or None.
   py::object local(py::handle tensor) const;
   // What changes whenever the elements of a tensor are written through torch, through the whole or the local part.
@@ -38,6 +45,8 @@ class Reader {
   py::object is_neg_;
   Ahead ahead_;
 };
+
+std::vector<i64> versions(const Reader& reader, const std::vector<py::object>& tensors);
 
 // Type and place of a tensor's elements.
 struct Kind {

@@ -97,6 +97,13 @@ class Stopping:
         if self.reducer is not None:
             self.reducer.stop = True
 
+    @property
+    def asked(self) -> bool:
+        """Whether this process was asked to stop; the others do not know of it yet."""
+        if self._watcher is not None and self._watcher.stop_requested:
+            self.ask("SIGTERM")
+        return self.reason is not None
+
     def requested(self, step: int) -> str | None:
         """Whether to stop after this step, and why; the same step on every rank. Call it after each, on every rank.
 
@@ -110,10 +117,9 @@ class Stopping:
             WireError: another rank has failed: nothing may be saved.
         """
         self._check_peers()
-        if self._watcher is not None and self._watcher.stop_requested:
-            self.ask("SIGTERM")
+        asked = self.asked
         if self._alone:
-            return self.reason
+            return self.reason if asked else None
         outcome = self.reducer.known if self.reducer is not None else self._exchange(step)
         return (self.reason or "another rank") if outcome is not None and outcome.stop else None
 

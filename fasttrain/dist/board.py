@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from fasttrain.dist.peers import Heard, Identity, Operation, Said, disagreement
 
+TROUBLE_S = 1.5  # that a rank may be in trouble before it says so: time to try again, or to end by the exception
 KEPT = 16  # collectives that a rank tells of: enough to find where two ranks parted
 Failure = dict[str, Any]  # rank (None: of all), cause and step, as `PeerFailed` takes them
 
@@ -30,6 +31,7 @@ class Board:
         self.store = dist.PrefixStore(f"fasttrain/watcher {number}", store)
         self.rank, self.others = rank, [other for other in range(size) if other != rank]
         self.step: int | None = None
+        self.trouble: tuple[object, float] | None = None  # what it is, as text, and since when
         self.heard = Heard()
         self.operations: deque[Operation] = deque(maxlen=KEPT)
         self.identities: dict[int, Identity] = {}
@@ -48,7 +50,10 @@ class Board:
     def say(self, left: bool = False) -> None:
         """Write a heartbeat; the last one if this rank leaves."""
         self._beats += 1
-        said = Said(self._beats, self.step, tuple(self.operations.copy()), left)
+        trouble = self.trouble
+        late = trouble is not None and time.monotonic() > trouble[1] + TROUBLE_S
+        said = Said(self._beats, self.step, tuple(self.operations.copy()), left,
+                    str(trouble[0]) if trouble is not None and late else "")
         self.store.set(f"beat {self.rank}", said.to_json())
 
     def tell(self, failure: Failure) -> None:
@@ -60,7 +65,8 @@ class Board:
         return json.loads(self.store.get("failure")) if self.store.check(["failure"]) else None
 
     def look(self) -> Failure | None:
-        """Look at every peer: its process, its last words, and whether it issues the same collectives.
+        """Look at every peer, for which somebody waits: its process, its last words, whether it is in trouble, and
+        whether it issues the same collectives.
 
         Returns:
             What is wrong, if anything is.
@@ -78,6 +84,9 @@ class Board:
             if not said[rank].left:
                 return self.blame(rank, f"process {self.identities[rank].pid} ended without a word: killed, perhaps for "
                                         f"want of memory")
+        for rank, one in said.items():
+            if one.trouble:
+                return self.blame(rank, one.trouble)
         words = disagreement({**{rank: said[rank].operations for rank in said}, self.rank: self.operations.copy()})
         if words is None:
             return None

@@ -2,7 +2,7 @@
 
 Every rank issues it in every such step, whatever has become of its gradients. It carries numbers on which the ranks have
 to agree (which step, how many buckets), and numbers that are added: squares of the gradient, whether it is finite,
-tokens, wishes to stop, and which parameters took part. Where they disagree, every rank raises the same error. Without it
+tokens, the loss, wishes to stop, and which parameters took part. Where they disagree, every rank raises the same error. Without it
 torch would not notice: two ranks that issue two all-reduces of one size in swapped order get wrong sums.
 """
 
@@ -20,7 +20,7 @@ from fasttrain.dist.wire import Wire
 from fasttrain.dist.work import Work, WireError
 
 EXACT = 2**53  # whole numbers up to here are float64
-SUMMED = ("squares", "nonfinite", "culprit", "tokens", "stop")
+SUMMED = ("squares", "nonfinite", "culprit", "tokens", "stop", "loss")
 
 
 class Disagreement(WireError):
@@ -66,6 +66,7 @@ class Outcome(NamedTuple):
         tokens: the sum.
         stop: how many ranks wish to stop.
         used: for each parameter, on how many ranks it took part.
+        loss: the sum.
     """
 
     squares: float
@@ -74,6 +75,7 @@ class Outcome(NamedTuple):
     tokens: int
     stop: int
     used: list[int]
+    loss: float = 0.0
 
 
 class Control:
@@ -97,12 +99,13 @@ class Control:
         self.powers = torch.tensor([self.base**i for i in range(self.digits)], dtype=torch.float64)
 
     def send(self, agreed: Sequence[int], squares: float | Tensor = 0.0, nonfinite: bool | Tensor = False,
-             tokens: int = 0, stop: bool = False, used: Sequence[bool] | Tensor | None = None) -> Pending:
+             tokens: int = 0, stop: bool = False, used: Sequence[bool] | Tensor | None = None,
+             loss: float | Tensor = 0.0) -> Pending:
         """Send this rank's part of a step. Every rank has to.
 
         Arguments:
             agreed: a whole number for each name, of 53 bits at most.
-            squares, nonfinite: numbers, or tensors of shape () on the wire's device, which the host does not read.
+            squares, nonfinite, loss: numbers, or tensors of shape () on the wire's device, which the host does not read.
             used: which parameters took part here; None: none.
 
         Raises:
@@ -113,13 +116,14 @@ class Control:
         flags = torch.zeros(-(-self.parameters // self.digits) * self.digits, dtype=torch.float64)
         if used is not None:
             flags[:self.parameters] = torch.as_tensor(used, dtype=torch.float64)
-        on_host = torch.tensor([*agreed, 0.0, 0.0, 0.0, tokens, stop], dtype=torch.float64)
+        on_host = torch.tensor([*agreed, 0.0, 0.0, 0.0, tokens, stop, 0.0], dtype=torch.float64)
         packed = (flags.view(-1, self.digits) * self.powers).sum(1)
         vector = torch.cat([on_host, packed]).to(self.wire.device)
         first = len(self.agreed)
         vector[first] = squares
         vector[first + 1] = nonfinite
         vector[first + 2] = vector[first + 1] * (self.wire.rank + 1)
+        vector[first + 5] = loss
         return Pending(self, list(agreed), control(self.wire, vector))
 
 
@@ -127,13 +131,14 @@ class Pending:
     """A step's control under way.
 
     Attributes:
-        squares, nonfinite: of all ranks, on the wire's device, for what the step itself needs there.
+        squares, nonfinite, tokens, stop, loss: of all ranks, on the wire's device, for what the step needs there.
     """
 
     def __init__(self, owner: Control, mine: list[int], extremes: Extremes):
         self.owner, self.mine = owner, mine
         first = len(owner.agreed)
         self.squares, self.nonfinite = extremes.sum[first], extremes.sum[first + 1] != 0
+        self.tokens, self.stop, self.loss = extremes.sum[first + 3 : first + 6]
         self._numbers = torch.cat([extremes.min[:first], extremes.max[:first], extremes.sum[first:]])
         self._arrived = None
         if self._numbers.is_cuda:
@@ -152,10 +157,10 @@ class Pending:
         lowest, highest, rest = self._numbers.split([first, first, len(self._numbers) - 2 * first])
         if not torch.equal(lowest, highest):
             raise Disagreement(different(self.owner.agreed, self._everyones()))
-        squares, nonfinite, culprit, tokens, stop = rest[:len(SUMMED)].tolist()
+        squares, nonfinite, culprit, tokens, stop, loss = rest[:len(SUMMED)].tolist()
         used = [count for number in rest[len(SUMMED):].tolist() for count in self._counts(int(number))]
         return Outcome(squares, int(nonfinite), int(culprit) - 1 if nonfinite == 1 else None, int(tokens), int(stop),
-                       used[:self.owner.parameters])
+                       used[:self.owner.parameters], loss)
 
     def _counts(self, number: int) -> list[int]:
         return [number // self.owner.base**i % self.owner.base for i in range(self.owner.digits)]

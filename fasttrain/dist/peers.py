@@ -66,7 +66,8 @@ class Operation(NamedTuple):
 
 
 class Said(NamedTuple):
-    """A heartbeat: its number, the training step, the last collectives, and whether it is the last one.
+    """A heartbeat: its number, the training step, the last collectives, whether it is the last one, and what keeps the
+    rank from going on, if it knows.
 
     Example:
         >>> said = Said(3, None, (Operation("all", 1, "broadcast", 64),))
@@ -78,14 +79,15 @@ class Said(NamedTuple):
     step: int | None
     operations: tuple[Operation, ...]
     left: bool = False
+    trouble: str = ""
 
     def to_json(self) -> str:
         return json.dumps(self)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Said:
-        beat, step, operations, left = json.loads(text)
-        return cls(beat, step, tuple(Operation(*o) for o in operations), left)
+        beat, step, operations, left, trouble = json.loads(text)
+        return cls(beat, step, tuple(Operation(*o) for o in operations), left, trouble)
 
     def __str__(self) -> str:
         last = self.operations[-1] if self.operations else None

@@ -32,7 +32,7 @@ from fasttrain.dist.failures import (
     is_about_a_connection,
 )
 from fasttrain.dist.peers import Operation
-from fasttrain.dist.work import WireError
+from fasttrain.dist.work import SLICE_S, WireError
 
 END_S = 1.0  # from a rank's own failure to its end: time for a traceback
 TICK_S, HURRIED_TICK_S = 0.25, 0.05
@@ -115,6 +115,25 @@ class Watcher:
         code = PEER_FAILED if echo or other else INTERRUPTED if isinstance(cause, KeyboardInterrupt) else FAILED
         self._end_in(END_S, code)
         return code
+
+    def in_trouble(self, words: object) -> None:
+        """This rank may be unable to go on: the others are told if they wait for it, and it does not soon `go_on`.
+
+        Arguments:
+            words: the cause, as text when it is told.
+        """
+        self.board.trouble = words, time.monotonic()
+
+    def go_on(self) -> None:
+        """It is in trouble no longer."""
+        self.board.trouble = None
+
+    def ends_within(self, seconds: float) -> bool:
+        """Whether this process is about to end, or has taken leave, at the latest after so many seconds: waits for it."""
+        end = time.monotonic() + seconds
+        while not (self._ending or self._closing) and time.monotonic() < end:
+            time.sleep(SLICE_S)
+        return self._ending or self._closing
 
     @contextlib.contextmanager
     def guard(self) -> Iterator[None]:

@@ -17,10 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from fasttrain.dist import exchange
+from fasttrain.dist import attempt, exchange
 from fasttrain.dist.scratch import Scratch
 from fasttrain.dist.stages import Lines, OnDevice, Stage, Staged, Ticket
-from fasttrain.dist.work import Ended, Nobody, Post, Single, Watch, WireError, Work
+from fasttrain.dist.work import Ended, Nobody, Post, Single, Waits, Watch, WireError, Work
 from fasttrain.kernels import norm
 
 __all__ = ["Wire", "WireError", "Work"]
@@ -42,13 +42,14 @@ class Wire:
         watch: the `fasttrain.dist.watcher.Watcher` of this process: an error then says which rank failed, and why. It
             may be set later, as a watcher is made when torch.distributed has been initialized.
         options: handed to ``torch.distributed.init_process_group`` if that has not been called. Without any, rank, size
-            and address come from the environment, as torchrun sets it.
+            and address come from the environment, as torchrun sets it (`fasttrain.dist.attempt`).
 
     Attributes:
         rank, size: within the group.
         ranks: the members' numbers among all processes.
         calls, bytes: by kind of collective, how many, and the bytes that this rank has put on the wire by the
             formula of a ring, or of an exchange in pairs, which are the same.
+        waits: its `seconds` are those for which the host has waited for results. On a GPU it hardly ever does.
 
     Raises:
         WireError: the peers did not meet in time.
@@ -66,7 +67,8 @@ class Wire:
             if self.backend == "nccl":
                 options["device_id"] = device
             options["timeout"] = timedelta(seconds=timeout_s)
-            self._try("meeting the other processes", lambda: dist.init_process_group(self.backend, **options))
+            self._try("meeting the other processes", lambda: dist.init_process_group(
+                self.backend, **attempt.options(options, timeout_s)))
         elif options:
             raise ValueError(f"{', '.join(options)} came too late: torch.distributed is initialized; give no options")
         self.ranks = ranks_of(group)
@@ -77,6 +79,7 @@ class Wire:
         self._try("meeting the other processes", self._meet)
         self.calls: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
+        self.waits = Waits()
         self._lines = Lines()
         self._issued = 0
         self.scratch = Scratch(device)
@@ -248,7 +251,7 @@ class Wire:
         dist.destroy_process_group(None if self._everything else self.group)
 
     def _post(self) -> Post:
-        return Post(self.rank, self.size, self.timeout_s, self.watch)
+        return Post(self.rank, self.size, self.timeout_s, self.watch, self.waits)
 
     def _single(self, kind: str, nbytes: int, sent: int, issue: Callable[[], Any],
                 finish: Callable[[], Any] | None = None) -> Work:

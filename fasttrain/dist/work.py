@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NamedTuple, Protocol
 
@@ -69,6 +70,13 @@ class Nobody:
         return ""
 
 
+@dataclass
+class Waits:
+    """How long a program has waited for the works of a wire."""
+
+    seconds: float = 0.0
+
+
 class Post(NamedTuple):
     """What every work of a wire needs to wait."""
 
@@ -76,6 +84,7 @@ class Post(NamedTuple):
     size: int
     timeout_s: float
     watch: Watch
+    waits: Waits
 
 
 class Work:
@@ -95,7 +104,14 @@ class Work:
             PeerFailed: another rank has failed, or ended: which, and why, if there is a watcher.
             WireError: it failed, or took longer than the wire's timeout; names the operation, its bytes and this rank.
         """
-        begun, watch, limit = time.monotonic(), self.post.watch, self.post.timeout_s
+        begun = time.monotonic()
+        try:
+            return self._wait(begun)
+        finally:
+            self.post.waits.seconds += time.monotonic() - begun
+
+    def _wait(self, begun: float) -> Any:
+        watch, limit = self.post.watch, self.post.timeout_s
         while True:
             try:
                 if self._rest(min(SLICE_S, limit)):

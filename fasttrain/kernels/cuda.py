@@ -186,6 +186,35 @@ def start(place: Place, loaded: Any, stream: int, names: Sequence[str], made: La
                               chunks=chunks, rows=addresses.live[index], gradients=addresses.live[len(names) + index])
 
 
+class Standing:
+    """What `fasttrain.kernels.standing` takes of this backend."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.place, self.loaded, self.processors = opened(device)
+
+    @staticmethod
+    def takes(item: Item) -> bool:
+        """Whether it has a kernel here."""
+        dtypes = tuple(tensor.dtype for tensor in item.tensors)
+        return kernel_of(item.rule, dtypes, item.codecs, item.tensors[0].device)[0] is not None
+
+    def chunk_of(self, items: Sequence[Item]) -> int:
+        return chunk_size(sum(item.tensors[0].numel() for item in items), self.processors)
+
+    def name(self, kind: table.Kind) -> str:
+        return str(kernel_of(kind.rule, kind.dtypes, kind.codecs, kind.device)[0])
+
+    def use(self, kind: table.Kind) -> None:
+        self.loaded.usage(self.name(kind), THREADS)
+
+    def start(self, groups: Sequence[tuple[table.Kind, list[Item]]], made: Launches, clips: Sequence[bool]) -> None:
+        start(self.place, self.loaded, self.place_stream(), [self.name(kind) for kind, _ in groups], made)
+
+    def place_stream(self) -> int:
+        with self.place.guard():
+            return int(self.place.stream())
+
+
 def chunk_size(elements: int, processors: int) -> int:
     """Elements of a chunk: one tile at least, and not so few that the table of a large model weighs."""
     wanted = elements // (processors * CHUNKS_PER_PROCESSOR)

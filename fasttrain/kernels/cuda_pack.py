@@ -3,7 +3,8 @@ sum.cuh); `fasttrain.kernels.pack` and `chunks` define the bits, those of square
 
 On torch's current stream, and nothing waits for the device: one launch for each combination of storages, or one for a
 sum and one more that adds its squares. Tables stay on the device from one call to the next with the same addresses;
-that of a single move has the target's only, so that a slot is packed without a copy wherever the tensor lies.
+that of a single move has the target's only, so that a slot is packed without a copy wherever the tensor lies, and of
+that of several only the addresses of tensors that moved are sent.
 
 `FASTTRAIN_MOVES`, `FASTTRAIN_FEEDBACKS`, `FASTTRAIN_ENCODES` and `FASTTRAIN_SUMS` there are compiled ahead of time;
 docs/buckets.md lists them. The rest runs in Triton, to the same bits but for squares.
@@ -21,7 +22,8 @@ from torch import Tensor
 
 from fasttrain.kernels import chunks as sums
 from fasttrain.kernels import cuda, cuda_sums, dispatch, norm, pack
-from fasttrain.kernels.resident import making
+from fasttrain.kernels.resident import Resident, making
+from fasttrain.kernels.ring import ring_of
 
 SLOTS = 4096  # tables of single moves that are kept on a device
 WINDOW = 512  # elements that a warp of sum.cuh takes at once, at most, where nothing is measured
@@ -71,8 +73,11 @@ def launch_moves(name: str, group: Sequence[Move], scale: float) -> None:
         addresses, elements = cut(described, sizes, chunk)
         return np.column_stack([addresses, elements, np.full(len(elements), bits), np.full(len(elements), single)])
 
-    start(slots if single else kept, device, name, (bits, described.tobytes()), int(described[:, -1].sum()), rows,
-          group[0][0].data_ptr() if single else 0)
+    elements = int(described[:, -1].sum())
+    if single:
+        start(slots, device, name, (bits, described.tobytes()), elements, rows, group[0][0].data_ptr())
+    else:
+        start(kept, device, name, (described[:, 1:].tobytes(),), elements, rows, moving=True)
 
 
 def encode(bucket: Tensor, codes: Tensor, units: Tensor, scale: float, residual: Tensor | None) -> None:
@@ -107,17 +112,30 @@ def cut(described: np.ndarray, sizes: Sequence[int], chunk: int) -> tuple[np.nda
 
 
 def start(tables: cuda.Tables[cuda_sums.Prepared], device: torch.device, name: str, about: tuple[Any, ...],
-          elements: int, rows: Callable[[int], np.ndarray], base: int = 0) -> None:
-    """Launch a kernel over a table, which is made of chunks of so many elements if it is not kept."""
+          elements: int, rows: Callable[[int], np.ndarray], base: int = 0, moving: bool = False) -> None:
+    """Launch a kernel over a table, which is made of chunks of so many elements if it is not kept.
+
+    Arguments:
+        about: what the table is of. If it is `moving`, all but the addresses of sources and the scale: of a table that
+            is kept only what is not as before is sent. A capture has a table of its own.
+    """
     place, loaded, processors = cuda.opened(device)
     with place.guard():
-        stream = place.stream()
+        stream, captured = place.stream(), moving and place.capturing()
         key = (name, device, stream, *about)
         with making("the table of a bucket", device):
-            ready = tables.get(key)
-            if ready is None:
-                ready = cuda_sums.upload(place, [rows(cuda.chunk_size(elements, processors))], place.empty(0))
-        tables.keep(key, ready, ready.on_device.memory.nbytes)
+            ready = None if captured else tables.get(key)
+            if ready is None or moving:
+                table = rows(cuda.chunk_size(elements, processors)).astype(np.int64)
+                if ready is None:
+                    live, fixed = ([table], []) if moving else ([], [table])
+                    ready = cuda_sums.Prepared(Resident(place, live, fixed, moving), (len(table),), place.empty(0))
+                else:
+                    ready.on_device.update(place, [table])
+            if moving and not captured:
+                ring_of(place).spare(ready.on_device.memory.nbytes)
+        if not captured:
+            tables.keep(key, ready, ready.on_device.memory.nbytes)
         cuda_sums.start(loaded, name, stream, ready, 0, base)
 
 

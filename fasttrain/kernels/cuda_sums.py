@@ -181,7 +181,8 @@ def start(loaded: Any, kernel: str, stream: int, ready: Prepared, index: int, ro
     """Launch a kernel over one of the tables, of which a block takes `each` rows at a time."""
     if ready.rows[index]:
         loaded.launch(kernel=kernel, blocks=-(-ready.rows[index] // each), threads=cuda.THREADS, stream=stream,
-                      table=ready.on_device.fixed[index], chunks=ready.rows[index], rows=rows, gradients=gradients)
+                      table=(ready.on_device.fixed or ready.on_device.live)[index], chunks=ready.rows[index],
+                      rows=rows, gradients=gradients)
 
 
 # --- Stages -----------------------------------------------------------------------------------------------------------

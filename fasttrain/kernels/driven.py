@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fasttrain.kernels import dispatch
 from fasttrain.kernels.item import Item
+from fasttrain.kernels.moved import Gradients
 from fasttrain.kernels.prologue import Row
 
 # The modules, by backend; each has `driven(items, rows, row_of)` and `why_not(items, rows, row_of)`.
@@ -74,7 +75,7 @@ class Driven(Protocol):
             ValueError: an item is another than before; nothing was sent.
         """
 
-    def move(self, grads: Sequence[Tensor]) -> None:
+    def move(self, grads: Gradients) -> None:
         """As `update`, of the gradients of all items: the caller has compared dtypes, shapes, strides and device."""
 
 

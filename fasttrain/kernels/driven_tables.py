@@ -15,9 +15,10 @@ import numpy as np
 import torch
 
 from fasttrain.kernels import driven_plan as plan
-from fasttrain.kernels import launches
+from fasttrain.kernels import launches, native
 from fasttrain.kernels.driven_plan import Group
 from fasttrain.kernels.item import Item, flat
+from fasttrain.kernels.moved import Gradients
 from fasttrain.kernels.place import Place
 from fasttrain.kernels.prologue import Row
 from fasttrain.kernels.resident import Resident, making
@@ -50,6 +51,7 @@ class Tabled:
             self.base = self.work.data_ptr()
             self.keyed = plan.keyed(self.groups, self.made, self.base, rows)
             self.counts = plan.counts(self.groups, self.made, self.base, rows, counted)
+            self.drawn = _drawn(rows)
             self.numbers = Resident(place, [*words, self.keyed], [programs(group) for group in self.groups] if programs
                                     else [])
             described = [plan.described(group, group.items) for group in self.groups]
@@ -63,8 +65,10 @@ class Tabled:
             self.pinned = place.pinned(max(len(self.tables.seen), 1))
             self.sums = torch.zeros(len(items), 0, dtype=torch.float64, device=self.device)
         self.groups = [replace(group, items=[_without_gradient(item) for item in group.items]) for group in self.groups]
-        self.written = [tensor for group in self.groups for item in group.items for tensor in item.written
-                        if tensor is not item.counter and tensor is not item.tensors[1]]
+        self.places = [np.array(group.places, np.int64) for group in self.groups]
+        self.written = native.Written([
+            tensor for group in self.groups for item in group.items for tensor in item.written
+            if tensor is not item.counter and tensor is not item.tensors[1]])
         self.zeroed = [weakref.ref(item.tensors[1]) for item in items if item.zero]
 
     def more(self) -> list[np.ndarray]:
@@ -92,12 +96,14 @@ class Tabled:
         if len(rows) != self.row_count:
             raise ValueError(f"{len(rows)} rows are given for a step of {self.row_count}: make it again")
         words = plan.words(self.groups, rows, self.device)
-        keyed = plan.keyed(self.groups, self.made, self.base, rows)
-        counts = plan.counts(self.groups, self.made, self.base, rows, self.counted)
-        if counts.tobytes() != self.counts.tobytes():
-            raise ValueError("rows have other counts of draws than the step was made with: make it again")
+        if (drawn := _drawn(rows)) != self.drawn:  # these tables have a line for each item, and are seldom others
+            keyed = plan.keyed(self.groups, self.made, self.base, rows)
+            counts = plan.counts(self.groups, self.made, self.base, rows, self.counted)
+            if counts.tobytes() != self.counts.tobytes():
+                raise ValueError("rows have other counts of draws than the step was made with: make it again")
+            self.keyed, self.drawn = keyed, drawn
         with self.place.guard():
-            self.numbers.update(self.place, [*words, keyed])
+            self.numbers.update(self.place, [*words, self.keyed])
 
     def update(self, items: Sequence[Item]) -> None:
         """As `fasttrain.kernels.driven.Driven`."""
@@ -113,10 +119,9 @@ class Tabled:
         self._moved(moving)
         self.zeroed = [weakref.ref(item.tensors[1]) for item in items if item.zero]
 
-    def move(self, grads: Sequence[torch.Tensor]) -> None:
+    def move(self, grads: Gradients) -> None:
         """As `fasttrain.kernels.driven.Driven`; whoever compared them also tells autograd of those that are zeroed."""
-        addresses = np.array([grad.data_ptr() for grad in grads], np.int64)
-        self._moved([addresses[group.places] for group in self.groups])
+        self._moved([grads.addresses[places] for places in self.places])
         self.zeroed = []
 
     def _moved(self, moving: Sequence[np.ndarray]) -> None:
@@ -130,6 +135,11 @@ class Tabled:
 
     def _live(self, moving: Sequence[np.ndarray]) -> list[np.ndarray]:
         return [column.addresses(own) for column, own in zip(self.columns, moving, strict=True)]
+
+
+def _drawn(rows: Sequence[Row]) -> list[tuple[Any, ...]]:
+    """What the rows say of random draws: where they are counted, and the seed."""
+    return [(row.seed, *(() if row.draws is None else (row.draws.data_ptr(), row.draws.dtype))) for row in rows]
 
 
 def _without_gradient(item: Item) -> Item:
@@ -155,9 +165,11 @@ def launch(parts: Sequence[Tabled]) -> None:
         for part in parts:
             with part.place.guard():
                 getattr(part, phase.__name__)()
-    zeroed = (reference() for part in parts for reference in part.zeroed)
-    torch.autograd.graph.increment_version([*(tensor for part in parts for tensor in part.written),
-                                            *(gradient for gradient in zeroed if gradient is not None)])
+    for part in parts:
+        part.written.increment()
+    zeroed = [gradient for part in parts for reference in part.zeroed if (gradient := reference()) is not None]
+    if zeroed:
+        torch.autograd.graph.increment_version(zeroed)
 
 
 Make = Callable[[Sequence[Item], Sequence[Row], Sequence[int], frozenset[int]], Tabled]
@@ -204,6 +216,6 @@ class Several:
         for places, step in self.parts:
             step.update([items[place] for place in places])
 
-    def move(self, grads: Sequence[torch.Tensor]) -> None:
+    def move(self, grads: Gradients) -> None:
         for places, step in self.parts:
-            step.move([grads[place] for place in places])
+            step.move(grads.take(places))

@@ -66,19 +66,28 @@ def rows(items: Sequence[Item]) -> tuple[np.ndarray, list[int]]:
         ((2, 7), [0, 1, 0])
     """
     made, row_of = table.rows(items)
+    check_wide(items[0])
     if items[0].dtype == torch.float64:
-        if not all(number in PLAIN.values() for number in items[0].codecs):
-            raise ValueError(f"{items[0].name} is float64 and computed so, but an operand of it is kept with codec "
-                             f"{max(items[0].codecs)}, which holds no float64: keep its states and EMA unrounded")
         return made, row_of
     random = random_operands(items[0].codecs)
     if not random:
         return made, row_of
     keys, key_of = np.unique(np.array([item.key for item in items], np.uint64), return_inverse=True)
     pairs, pair_of = np.unique(np.stack([np.array(row_of), key_of.reshape(-1)], 1), axis=0, return_inverse=True)
+    return np.concatenate([made[pairs[:, 0]], words_of(keys, random)[pairs[:, 1]]], 1), pair_of.reshape(-1).tolist()
+
+
+def words_of(keys: np.ndarray, random: Sequence[int]) -> np.ndarray:
+    """What rows have for each operand that is rounded at random, by keys of parameters, uint64."""
     own = np.stack([operand_key(keys, operand) for operand in random], 1)
-    words = np.stack([own & WORD, own >> 32], 2).astype(np.uint32).reshape(len(keys), -1).view(np.float32)
-    return np.concatenate([made[pairs[:, 0]], words[pairs[:, 1]]], 1), pair_of.reshape(-1).tolist()
+    return np.stack([own & WORD, own >> 32], 2).astype(np.uint32).reshape(len(keys), -1).view(np.float32)
+
+
+def check_wide(item: Item) -> None:
+    """Raise if a float64 item is kept as something else than what torch has."""
+    if item.dtype == torch.float64 and not all(number in PLAIN.values() for number in item.codecs):
+        raise ValueError(f"{item.name} is float64 and computed so, but an operand of it is kept with codec "
+                         f"{max(item.codecs)}, which holds no float64: keep its states and EMA unrounded")
 
 
 def describe(items: Sequence[Item], row_of: Sequence[int]) -> np.ndarray:

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fasttrain.kernels import jit
 from fasttrain.kernels.emit_cpp import digest
@@ -59,6 +60,20 @@ def reader(sharded: type | None = None) -> Any:
     """Reads tensors through the C functions that torch publishes; and, if `sharded` is DTensor, the local part of such.
     """
     return module().Reader(torch.Tensor.__dlpack_c_exchange_api__, (torch.Tensor, torch.nn.Parameter), sharded)
+
+
+class Written:
+    """Tensors that a step writes at every time: autograd is told in one call."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.tensors = list(tensors)
+        self.compiled = None if load()[0] is None else module().Written(reader(), self.tensors)
+
+    def increment(self) -> None:
+        if self.compiled is not None:
+            self.compiled.increment(torch.autograd.graph.increment_version)
+        elif self.tensors:
+            torch.autograd.graph.increment_version(self.tensors)
 
 
 @cache

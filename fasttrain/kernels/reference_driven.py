@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fasttrain.kernels import reference, stages
 from fasttrain.kernels.item import Item
+from fasttrain.kernels.moved import Gradients
 from fasttrain.kernels.prologue import Number, Row
 from fasttrain.kernels.trace import trace
 from fasttrain.precision import draws
@@ -67,9 +68,9 @@ class Naive:
             raise ValueError(f"{len(items)} items are given for {len(self.items)}")
         self.items = list(items)
 
-    def move(self, grads: Sequence[Tensor]) -> None:
+    def move(self, grads: Gradients) -> None:
         self.items = [replace(item, tensors=(item.tensors[0], grad, *item.tensors[2:]))
-                      for item, grad in zip(self.items, grads, strict=True)]
+                      for item, grad in zip(self.items, grads.tensors(), strict=True)]
 
 
 def value(number: Number) -> float:

@@ -161,6 +161,30 @@ class Tables(Generic[Entry]):
                 self.bytes -= self.sizes.pop(oldest)
 
 
+def patched(tables: Tables[Resident], place: Place, key: tuple[Any, ...], table: np.ndarray) -> Tensor:
+    """A table of 64-bit words in device memory, of which only what is not as at the last call with this key is sent:
+    from the first word that changed to the last.
+
+    Arguments:
+        key: tells tables from others, beside their sizes and the current stream. No two that are in use at a time
+            may have one key.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured, whose replays would read what later calls send.
+    """
+    with place.guard():
+        if place.capturing():
+            ring_of(place).send(table.reshape(-1).view(np.uint8), place.empty(table.nbytes))  # says so
+        key = (place.device, place.stream(), table.shape, *key)
+        known = tables.get(key)
+        if known is None:
+            known = Resident(place, [table], [])
+        else:
+            known.update(place, [table])
+        tables.keep(key, known, known.memory.nbytes)
+    return known.view("live", 0, torch.int64).view(table.shape)
+
+
 @contextmanager
 def making(what: str, device: torch.device) -> Iterator[None]:
     """Around what takes memory before a step writes anything: where there is none, an error says what to do."""

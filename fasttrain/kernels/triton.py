@@ -132,10 +132,11 @@ def ready(device: torch.device, groups: Sequence[tuple[Kind, list[Item]]]) -> Ca
     here = place_of(device)
     with here.guard():
         made = launches.ready(tables, here, device, here.stream(), groups, partial(block_of, device), lambda kind: None)
-    return partial(start, groups, made)
+    clips = [any(item.tail.clip != math.inf for item in items if not item.plain) for _, items in groups]
+    return partial(start, groups, made, clips)
 
 
-def start(groups: Sequence[tuple[Kind, list[Item]]], made: Launches) -> None:
+def start(groups: Sequence[tuple[Kind, list[Item]]], made: Launches, clips: Sequence[bool]) -> None:
     """One program for each chunk."""
     for index, ((kind, items), chunks, width) in enumerate(zip(groups, made.chunks, made.widths, strict=True)):
         if chunks:
@@ -143,7 +144,28 @@ def start(groups: Sequence[tuple[Kind, list[Item]]], made: Launches) -> None:
             rows = made.on_device.view("live", index, dtype)
             begin(kind, items, chunks, made.on_device.view("fixed", index, torch.int64), rows, width,
                   made.on_device.view("live", len(groups) + index, torch.int64), None,
-                  clip=any(item.tail.clip != math.inf for item in items if not item.plain))
+                  clip=clips[index])
+
+
+class Standing:
+    """What `fasttrain.kernels.standing` takes of this backend."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.place = device, place_of(device)
+
+    @staticmethod
+    def takes(item: Item) -> bool:
+        """Everything that is flat."""
+        return True
+
+    def chunk_of(self, items: Sequence[Item]) -> int:
+        return block_of(self.device, items)
+
+    def use(self, kind: Kind) -> None:
+        """It is compiled when it is first started."""
+
+    def start(self, groups: Sequence[tuple[Kind, list[Item]]], made: Launches, clips: Sequence[bool]) -> None:
+        start(groups, made, clips)
 
 
 def begin(kind: Kind, items: Sequence[Item], chunks: int, table_of: Tensor, rows: Tensor, width: int,
@@ -176,6 +198,13 @@ def upload(array: np.ndarray, device: torch.device, what: str = "the tables of a
     tensor = torch.from_numpy(array)
     with resident.making(what, device):
         return ring.upload(place_of(device), array).view(tensor.dtype).view(tensor.shape)
+
+
+def patched(kept: Tables[resident.Resident], key: tuple[Any, ...], array: np.ndarray, device: torch.device,
+            what: str) -> torch.Tensor:
+    """The same of a table that stays there (`resident.patched`)."""
+    with resident.making(what, device):
+        return resident.patched(kept, place_of(device), key, array)
 
 
 def count_up(items: Sequence[Item]) -> None:

@@ -23,13 +23,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fasttrain.kernels import table, triton_codecs, triton_tiles
+from fasttrain.kernels import resident, table, triton_codecs, triton_tiles
 from fasttrain.kernels.item import STORAGES, Item, in_turns
-from fasttrain.kernels.triton import compile_for, count_up, guard, upload, wrapped
+from fasttrain.kernels.triton import compile_for, count_up, guard, patched, wrapped
 from fasttrain.kernels.triton_sums import add_up, checked
 
 ROWS, WIDTH = 64, 256  # of a tile; `move_lines` takes as many lines as a tile has rows
 COLUMNS = {"square_tile": 64, "measure_tile": 32, "apply_tile": 32}  # so many at once, as registers allow
+kept: resident.Tables[resident.Resident] = resident.Tables()
 TOGETHER = 16  # parts of a sum that are read at once
 BLOCK = 1024  # elements of a chunk of parameters whose second moment is whole
 BLOCK_INTERPRETED = 1 << 16  # the interpreter costs the same whatever the size
@@ -117,7 +118,7 @@ class Launches:
     def __init__(self, works: Sequence[Work]) -> None:
         self.device = works[0][0].tensors[0].device
         self.interpreted = self.device.type == "cpu"
-        self.parameters = len(works)
+        self.parameters, self.first = len(works), works[0][0].tensors[0].data_ptr()
         self.numbers = np.array([[*row, item.tensors[0].numel()] for item, row in works], np.float64)
         self.parts = self.lines = self.matrices = 0  # sizes of workspaces
         self.squares, self.moves, self.tiles, self.chunks = Tables(), Tables(), Tables(), Tables()
@@ -191,10 +192,10 @@ class Launches:
 
     def run(self) -> None:
         """All of them, in order, on the current stream."""
-        self.arrays = {id(tables): {kind: upload(np.concatenate(parts), self.device)
+        self.arrays = {id(tables): {kind: self._there((index, kind), np.concatenate(parts))
                                     for kind, parts in tables.kinds.items()}
-                       for tables in (self.squares, self.moves, self.tiles, self.chunks)}
-        numbers = upload(self.numbers, self.device)
+                       for index, tables in enumerate((self.squares, self.moves, self.tiles, self.chunks))}
+        numbers = self._there(("numbers",), self.numbers.view(np.int64)).view(torch.float64)
         parts, lines = self._space(self.parts), self._space(self.lines)
         partials = self._space(len(self.tiles) + len(self.chunks), 2)
         means = self._space(1)
@@ -202,21 +203,24 @@ class Launches:
             row_means, starts = self._space(len(self.moves), 1), self.moves.begins()
             self._launch("square_tile", self.squares, lambda kind: (parts,))
             self._launch("move_lines", self.moves, lambda kind: (numbers, parts, lines, row_means[starts[kind]:]))
-            segments = [np.stack([starts[kind] + begin + np.arange(matrices) * groups, np.full(matrices, groups)], 1)
+            of_means = [np.stack([starts[kind] + begin + np.arange(matrices) * groups, np.full(matrices, groups)], 1)
                         for kind, begin, matrices, groups in self.mean_of]
-            means = add_up(row_means, self._segments(np.concatenate(segments)), self.device)
+            means = add_up(row_means, self._segments("means", np.concatenate(of_means)), self.device)
         begins = {id(self.tiles): self.tiles.begins(), id(self.chunks): self.chunks.begins(len(self.tiles))}
         self._launch("measure_tile", self.tiles,
                      lambda kind: (numbers, lines, means, partials[begins[id(self.tiles)][kind]:]))
         self._launch("measure_whole", self.chunks, lambda kind: (numbers, partials[begins[id(self.chunks)][kind]:]))
-        sums = add_up(partials, self._segments(np.array([[begins[id(tables)][kind] + begin, programs]
-                                                         for tables, kind, begin, programs in self.sum_of], np.int64)),
-                      self.device)
+        segments = [[begins[id(tables)][kind] + begin, programs] for tables, kind, begin, programs in self.sum_of]
+        sums = add_up(partials, self._segments("sums", np.array(segments, np.int64)), self.device)
         self._launch("apply_tile", self.tiles, lambda kind: (numbers, lines, means, sums, self.parameters))
         self._launch("apply_whole", self.chunks, lambda kind: (numbers, sums, self.parameters))
 
-    def _segments(self, segments: np.ndarray) -> Tensor:
-        return upload(checked(segments), self.device)
+    def _segments(self, name: str, segments: np.ndarray) -> Tensor:
+        return self._there((name,), checked(segments))
+
+    def _there(self, key: tuple[Any, ...], array: np.ndarray) -> Tensor:
+        """A table on the device, to which only is sent what is not as in the step before of these parameters."""
+        return patched(kept, (self.first, *key), np.ascontiguousarray(array), self.device, "the tables of a step")
 
     def _space(self, *size: int) -> Tensor:
         return torch.empty(size, dtype=torch.float64, device=self.device)

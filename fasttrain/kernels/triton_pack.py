@@ -17,7 +17,7 @@ from torch import Tensor
 from fasttrain.kernels import resident, triton_bits, triton_blocks, triton_codecs, triton_kept
 from fasttrain.kernels.item import STORAGES
 from fasttrain.kernels.pack import scale_bits
-from fasttrain.kernels.triton import compile_for, guard, upload, wrapped
+from fasttrain.kernels.triton import compile_for, guard, patched, wrapped
 from fasttrain.precision.codecs import NUMBER
 
 if TYPE_CHECKING:  # bound when the functions are wrapped
@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # bound when the functions are wrapped
     from fasttrain.kernels.triton_kept import fetch, put, rounded
 
 BUCKET = "the table of a bucket"
+kept: resident.Tables[resident.Resident] = resident.Tables(4096)  # of slots that are packed one by one, too
 INT8 = NUMBER["int8"]
 BLOCK, BLOCK_INTERPRETED = 1024, 1 << 16  # elements of a program: whole blocks of codes
 OPTIONS = {"num_warps": 4, "maxnreg": 96, "enable_fp_fusion": False}  # without a limit Triton 3.7's ptxas spills
@@ -180,9 +181,10 @@ def _launch_moves(kind: tuple[int, int, int], group: Sequence[tuple[Tensor, Tens
     table[:, 4] = np.minimum(elements[of] - begin, block)
     table[:, 5] = scale_bits(scale, wide)
     table[:, 6] = (table[:, [0, 1, 3]] % 16 == 0).all(axis=1)
+    own = tuple(target.data_ptr() for _, target, *_ in group)  # of slots; what is packed into them lies anywhere
     if len(table):
-        _start("move_chunk", device, len(table), upload(table, device, BUCKET), source=kind[0], target=kind[1],
-               lost=kind[2], wide=wide, block=block)
+        _start("move_chunk", device, len(table), patched(kept, (kind, own), table, device, BUCKET), source=kind[0],
+               target=kind[1], lost=kind[2], wide=wide, block=block)
 
 
 def sum_chunks(chunks: Sequence[Tensor], units: Sequence[Tensor] | None, out: Tensor, scale: float,
@@ -199,7 +201,8 @@ def sum_chunks(chunks: Sequence[Tensor], units: Sequence[Tensor] | None, out: Te
         sums = torch.zeros(programs if squares else 0, dtype=torch.float64, device=device)
         flags = torch.zeros(programs if squares else 0, dtype=torch.int32, device=device)
     if programs:
-        _start("sum_chunk", device, programs, upload(np.array(table, np.int64), device, BUCKET), sums, flags,
+        there = patched(kept, ("sum", out.data_ptr()), np.array(table, np.int64), device, BUCKET)
+        _start("sum_chunk", device, programs, there, sums, flags,
                source=STORAGES[chunks[0].dtype] if units is None else INT8, target=STORAGES[out.dtype],
                ranks=len(chunks), wide=wide, squares=squares, block=block)
     return (sums.sum(), flags.any()) if squares else None

@@ -75,34 +75,46 @@ def placed(params: Iterable[Tensor]) -> list[Tensor]:
 
 
 @torch.no_grad()
-def statistics(optimizers: Iterable[Any]) -> tuple[Tensor, Tensor]:
+def statistics(optimizers: Iterable[Any], each: list[tuple[list[Tensor], Tensor]] | None = None,
+               ) -> tuple[Tensor, Tensor]:
     """The sum of squares of all gradients, float64, and whether any element is infinite or NaN; both of shape ().
 
     Gradients that are shards (DTensor) are added over the processes, copies are counted once.
+
+    Arguments:
+        each: gets the parameters and the sums of squares of each, float64, as they are made by the same pass; not of
+            optimizers that have gradients in shards.
     """
     optimizers = list(optimizers)
     params = parameters(optimizer for optimizer in optimizers if not in_shards(optimizer))
     cut = [p for p in placed(params) if shares(p)]  # with those that have no gradient here: others may have one
     apart = {id(p) for p in cut}
     by_device: dict[torch.device, list[Tensor]] = {}
+    owners: dict[torch.device, list[Tensor]] = {}
     for p in params:
         grad = p.grad
         if grad is not None and id(p) not in apart:
             grad = local(grad) if type(grad) not in PLAIN else grad
             by_device.setdefault(grad.device, []).append(grad.coalesce().values() if grad.is_sparse else grad)
+            owners.setdefault(grad.device, []).append(p)
     sums, found = [], []
     for optimizer in filter(in_shards, optimizers):
         squares, bad = optimizer.grad_statistics()
         sums.append(squares)
         found.append(bad)
-    for grads in by_device.values():
+    made = []
+    for device, grads in by_device.items():
         squares, bad = norm.squares(grads)
+        made.append((owners[device], squares))
         sums.append(norm.total(squares))
         found.append(bad)
     if cut:
         squares, bad = statistics_of_parts(cut)
+        made.append((cut, squares))
         sums.append(norm.total(squares))
         found.append(bad)
+    if each is not None:
+        each += made
     if not sums:
         return torch.zeros((), dtype=torch.float64), torch.tensor(False)
     home = sums[0].device

@@ -8,8 +8,9 @@ torch's capturable optimizers have them, and so are the counts of random draws i
 
 from __future__ import annotations
 
+import itertools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,17 +18,33 @@ from torch import Tensor
 from fasttrain.kernels import dispatch
 from fasttrain.optim.cohorts import Cohorts
 from fasttrain.optim.examine import counted
-from fasttrain.optim.local import shares
+from fasttrain.optim.groups import lists_of
+from fasttrain.optim.local import is_dtensor, settle, shares
 from fasttrain.optim.prepared import (
     Entry,
     NotDriven,
     Prepared,
 )
 from fasttrain.optim.report import StepReport
+from fasttrain.optim.roster import roster
 from fasttrain.rule import Rule
 
 Place = tuple[int, int]  # group, and index in it
 ANY = 0.5  # a number that is no special case of any equation
+
+
+class Found(NamedTuple):
+    """The parameters that have a gradient.
+
+    Attributes:
+        indices: among all parameters, in their order.
+        places: of the same.
+        others: indices of those that are not as they were when they were last examined.
+    """
+
+    indices: list[int]
+    places: list[Place]
+    others: list[int]
 
 
 class Drive:
@@ -45,6 +62,12 @@ class Drive:
         self.entries: dict[Place, Entry] = {}
         self.ready: list[Prepared] = []
         self.stepped: list[Place] = []  # by `ready`
+        self.kinds: list[Any] = []  # of groups: what entries were made for
+        self.roster: Any = None
+        self.found = Found([], [], [])
+        self.active = b""  # what was active when it was found
+        self.vouched: Any = None  # of the last step, where no master follows what others write
+        self.checked: Any = None  # for which options every known parameter was checked
         self.numbers: list[Any] = []  # of groups, which `ready` counts
         self.captured: list[Prepared] = []
         self.outdated: list[Prepared] = []
@@ -84,7 +107,7 @@ def reason(optimizer: Any) -> bool:
         far(value) for group in optimizer.param_groups for key, value in group.items() if key != "params")
 
 
-def places(optimizer: Any) -> list[Place] | None:
+def places(optimizer: Any) -> Found | None:
     """The parameters that have a gradient, if devices can drive all of them and should; else None.
 
     Raises:
@@ -93,17 +116,59 @@ def places(optimizer: Any) -> list[Place] | None:
     captured = capturing()
     if not captured and not reason(optimizer):
         return None
-    found = [(g, i) for g, group in enumerate(optimizer.param_groups) for i, p in enumerate(group["params"])
-             if p.grad is not None]
+    drive = optimizer._drive
     try:
-        _check(optimizer, found)
+        found = find(optimizer, drive, captured)
+        _check(optimizer, drive, found)
     except NotDriven as why:
+        if drive is not None and drive.roster is not None:
+            drive.roster.release()
         if captured:
             raise refused(why) from None
         return None
-    if captured and not found:
+    if captured and not found.places:
         raise refused(NotDriven("no parameter has a gradient"))
     return found
+
+
+def find(optimizer: Any, drive: Drive | None, captured: bool) -> Found:
+    """What has a gradient, compared with what is known."""
+    lists = lists_of(optimizer)
+    if drive is None or drive.roster is None:
+        has = bytearray(p.grad is not None for params in lists for p in params)
+        return _found(lists, has, [index for index, one in enumerate(has) if one])
+    if optimizer._vouched is not None and not captured and optimizer._vouched == drive.vouched and \
+            drive.active.count(1) == sum(map(len, lists)):
+        return drive.found
+    others = drive.roster.scan(optimizer.state, lists)
+    if others is None:
+        drive.roster = roster(lists)
+        others = drive.roster.scan(optimizer.state, lists)
+    if others and not captured:
+        others = [index for index in others if not _again(drive, optimizer, index, lists)]
+    active = drive.roster.active()
+    if others or active != drive.active:
+        has = bytearray(active)
+        for index in others:
+            has[index] = 1
+        drive.found, drive.active = _found(lists, has, others), b"" if others else active
+    return drive.found
+
+
+def _found(lists: list[list[Tensor]], has: bytes | bytearray, others: list[int]) -> Found:
+    all_places = [(g, i) for g, params in enumerate(lists) for i in range(len(params))]
+    indices = [index for index, one in enumerate(has) if one]
+    return Found(indices, [all_places[index] for index in indices], others)
+
+
+def _again(drive: Drive, optimizer: Any, index: int, lists: list[list[Tensor]]) -> bool:
+    """Whether a gradient is as it was, once it is placed as its parameter is."""
+    p = next(itertools.islice(itertools.chain.from_iterable(lists), index, None))
+    if not is_dtensor(p) or not is_dtensor(p.grad):
+        return False
+    before = p.grad
+    settle(p)
+    return p.grad is not before and bool(drive.roster.again(index, optimizer.state))
 
 
 def refused(why: NotDriven) -> RuntimeError:
@@ -111,7 +176,7 @@ def refused(why: NotDriven) -> RuntimeError:
                         "outside of the graph; nothing was changed")
 
 
-def _check(optimizer: Any, found: list[Place]) -> None:
+def _check(optimizer: Any, drive: Drive | None, found: Found) -> None:
     """Raise if the optimizer, or one of its parameters at a glance, cannot be driven by a device."""
     if why := optimizer.not_driven():
         raise NotDriven(why)
@@ -123,11 +188,16 @@ def _check(optimizer: Any, found: list[Place]) -> None:
         raise NotDriven("parameters are stepped as their gradients arrive (step_on_arrival)")
     if optimizer._limit is None and optimizer._coefficient != 1.0:
         raise NotDriven("the host scales the gradients")
-    for where in found[:1] if optimizer.running or optimizer.running_of_groups else ():
+    for where in found.places[:1] if optimizer.running or optimizer.running_of_groups else ():
         if why := dispatch.load("triton").why_not(optimizer._param(where).device):
             raise NotDriven(f"Triton advances the running numbers of {type(optimizer).__name__}, and cannot: {why}")
     standing_in = asked(optimizer) and (optimizer.backend or dispatch.forced()) not in (None, "cpu")
-    for where in found:
+    options = standing_in, [group.get("clip_each") is None for group in optimizer.param_groups]
+    known = drive is not None and drive.checked == options
+    others = set(found.others)
+    for index, where in zip(found.indices, found.places, strict=True) if others or not known else ():
+        if known and index not in others:
+            continue
         p = optimizer._param(where)
         if p.device.type == "cpu" and not standing_in:  # another backend is: for a GPU, in CPU memory
             raise NotDriven(f"{optimizer._name(where)} is on the CPU")
@@ -135,6 +205,8 @@ def _check(optimizer: Any, found: list[Place]) -> None:
             raise NotDriven(f"{optimizer._name(where)} has a sparse gradient")
         if shares(p) and optimizer.param_groups[where[0]].get("clip_each") is not None:
             raise NotDriven(f"{optimizer._name(where)} is cut into shards, whose norms clip_each adds on the host")
+    if drive is not None:
+        drive.checked = options
 
 
 # --- Between steps ----------------------------------------------------------------------------------------------------

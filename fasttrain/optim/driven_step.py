@@ -8,18 +8,18 @@ from dataclasses import replace
 from operator import is_
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from fasttrain.kernels import dispatch
 from fasttrain.optim import drive as driving
 from fasttrain.optim import ema
 from fasttrain.optim.checks import check_running
-from fasttrain.optim.drive import Drive, Place, refused, rules_of
-from fasttrain.optim.examine import Examined, counted, undone
-from fasttrain.optim.local import is_dtensor, local, version
-from fasttrain.optim.page import Group
+from fasttrain.optim.drive import Drive, Found, Place, refused, rules_of
+from fasttrain.optim.examine import Examined, counted, kind_of, undone
+from fasttrain.optim.groups import lists_of
+from fasttrain.optim.local import is_dtensor, local
 from fasttrain.optim.prepared import (
     Entry,
     NotDriven,
@@ -30,22 +30,25 @@ from fasttrain.optim.prepared import (
     prepare,
 )
 from fasttrain.optim.report import StepReport
-from fasttrain.precision.storage import is_plain
+from fasttrain.optim.roster import roster
 from fasttrain.rule import Rule
 
 
-def step(optimizer: Any, found: list[Place], rules: list[Rule], report: StepReport) -> bool:
+def step(optimizer: Any, found: Found, rules: list[Rule], report: StepReport) -> bool:
     """Take a step that devices drive; False if they cannot, after all, and nothing was done.
 
     Raises:
         RuntimeError, ValueError, TypeError: as `Optimizer.step`; or a step cannot be captured.
     """
     drive = optimizer._drive or Drive()
+    if drive.roster is None:
+        drive.roster = roster(lists_of(optimizer))
     remainders, groups = dict(optimizer._remainders), [dict(group) for group in optimizer.param_groups]
     try:
         with undone(optimizer) as examining:
             ready = _ready(optimizer, drive, found, rules, examining, report)
     except BaseException as error:
+        drive.roster = None  # it was told of entries that are not kept
         optimizer._remainders = remainders
         for group, before in zip(optimizer.param_groups, groups, strict=True):
             group.clear()
@@ -55,32 +58,39 @@ def step(optimizer: Any, found: list[Place], rules: list[Rule], report: StepRepo
         if driving.capturing():
             raise refused(error) from None
         return False
+    drive.roster.release()
+    if found.others:
+        drive.found, drive.active = found._replace(others=[]), drive.roster.active()
+    drive.vouched = None if driving.capturing() or any(one.watched for one in ready) else optimizer._vouched
     optimizer._drive = drive
     _launch(optimizer, drive, ready, report)
     return True
 
 
-def _ready(optimizer: Any, drive: Drive, found: list[Place], rules: list[Rule], examining: Callable[[Tensor], None],
+def _ready(optimizer: Any, drive: Drive, found: Found, rules: list[Rule], examining: Callable[[Tensor], None],
            report: StepReport) -> list[Prepared]:
     """What steps the parameters, with the gradients and the hyperparameters of now."""
-    known, same = {}, found == drive.stepped and all(map(is_, _numbers(optimizer), drive.numbers))
-    steps: dict[int, float] = {}
+    kinds = [kind_of(group, rule) for group, rule in zip(optimizer.param_groups, rules, strict=True)]
+    numbers, steps = _numbers(optimizer), dict[int, float]()
     fresh: list[tuple[Tensor, Hashable]] = []
-    kinds = [_kind(group, rule) for group, rule in zip(optimizer.param_groups, rules, strict=True)]
-    for where in found:
-        old = drive.entries.get(where)
-        if old is None or not _fits(optimizer, old, kinds[where[0]]):
-            same = False
-            if driving.capturing():
-                raise NotDriven(f"no step before was driven by the device in which {optimizer._name(where)} had such a "
-                                "gradient, such states and options: take one before the capture, of an optimizer made "
-                                "with capturable=True, or let fasttrain.StepGraph do it")
-            examining(optimizer._param(where))
-            old = _entry(optimizer, drive, where, rules[where[0]], steps, fresh, report)
-        known[where] = old
+    same = found.places == drive.stepped and all(map(is_, numbers, drive.numbers)) and kinds == drive.kinds
+    if not same or found.others:
+        others, known = set(found.others), {}
+        for index, where in zip(found.indices, found.places, strict=True):
+            old = drive.entries.get(where)
+            if old is None or index in others or old.kind != kinds[where[0]]:
+                same = False
+                if driving.capturing():
+                    raise NotDriven(f"no step before was driven by the device in which {optimizer._name(where)} had "
+                                    "such a gradient, such states and options: take one before the capture, of an "
+                                    "optimizer made with capturable=True, or let fasttrain.StepGraph do it")
+                examining(optimizer._param(where))
+                old = _entry(optimizer, drive, where, index, rules[where[0]], steps, fresh, report)
+            known[where] = old
     if same:
+        addresses = drive.roster.addresses()
         for one in drive.ready:
-            one.update()
+            one.update(addresses)
             if not driving.capturing():
                 one.refresh(optimizer)
         return drive.ready
@@ -89,8 +99,8 @@ def _ready(optimizer: Any, drive: Drive, found: list[Place], rules: list[Rule], 
                         if drive.ready else "the step before was captured too: take one without a graph first")
     drive.cohorts.add(fresh)
     made = _prepared(optimizer, drive, known, steps)
-    drive.entries, drive.ready, drive.stepped = {**drive.entries, **known}, made, found
-    drive.numbers = _numbers(optimizer)
+    drive.entries, drive.ready, drive.stepped = {**drive.entries, **known}, made, found.places
+    drive.numbers, drive.kinds = _numbers(optimizer), kinds
     return made
 
 
@@ -101,8 +111,10 @@ def _numbers(optimizer: Any) -> list[Any]:
 
 def _prepared(optimizer: Any, drive: Drive, known: dict[Place, Entry], steps: dict[int, float]) -> list[Prepared]:
     by_device: dict[torch.device, list[Entry]] = {}
-    for one in known.values():
+    at: dict[torch.device, list[int]] = {}
+    for place, one in enumerate(known.values()):
         by_device.setdefault(one.item.tensors[0].device, []).append(one)
+        at.setdefault(one.item.tensors[0].device, []).append(place)
     counters = [drive.once.get(id(one.p), one.item.counter) for one in known.values()]
     drive.cohorts.split([counter for counter in counters if counter is not None])
     backends = {device: dispatch.choose(device, optimizer.backend) for device in by_device}
@@ -113,38 +125,14 @@ def _prepared(optimizer: Any, drive: Drive, known: dict[Place, Entry], steps: di
                 group[name] = torch.full((), group[name], dtype=torch.float64, device=home)
     made = [prepare(optimizer, entries, {id(one.p): steps.get(id(one.p), 2.0) for one in entries}, drive.once,
                     drive.cohorts, _draws(optimizer, drive, device, entries),
-                    backends[device]) for device, entries in by_device.items()]
+                    backends[device], np.array(at[device]) if len(at) > 1 else None)
+            for device, entries in by_device.items()]
     if optimizer.running_of_groups:
         advancing_groups(optimizer, made[0], backends[home])
     return made
 
 
-def _kind(group: Group, rule: Rule) -> tuple[Any, ...]:
-    """What the entries of a group were made for."""
-    return (rule, bool(group.get("zero_gradients")), group.get("ema_decay") is None, group.get("clip_each") is None,
-            is_plain(group))
-
-
-def _signature(p: Tensor, kind: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What an entry was made for, beside its states."""
-    own, grad = (p, p.grad) if type(p) is Parameter and type(p.grad) is Tensor else (local(p), local(p.grad))
-    assert grad is not None
-    return (kind, own.dtype, own.data_ptr(), own.shape, own.stride(), own.device, type(p), type(p.grad), grad.dtype,
-            grad.shape, grad.stride(), grad.device, grad.is_neg(), grad.is_conj())
-
-
-def _fits(optimizer: Any, old: Entry, kind: tuple[Any, ...]) -> bool:
-    """Whether nothing but the values changed since an entry was made."""
-    p, state = optimizer._param(old.where), optimizer.state.get(old.p, {})
-    if p is not old.p:
-        return False
-    for key, tensor in old.kept:
-        if state.get(key) is not tensor and local(state.get(key)) is not tensor:
-            return False
-    return (not old.watched or optimizer._versions.get(id(p)) == version(p)) and _signature(p, kind) == old.signature
-
-
-def _entry(optimizer: Any, drive: Drive, where: Place, rule: Rule, steps: dict[int, float],
+def _entry(optimizer: Any, drive: Drive, where: Place, index: int, rule: Rule, steps: dict[int, float],
            fresh: list[tuple[Tensor, Hashable]], report: StepReport) -> Entry:
     """Examine a parameter, and put its counts where the device has them."""
     p, name = optimizer._param(where), optimizer._name(where)
@@ -175,10 +163,10 @@ def _entry(optimizer: Any, drive: Drive, where: Place, rule: Rule, steps: dict[i
             fresh.append((drive.once[id(p)], "first"))
     else:
         steps[id(p)] = 1.0
-    keys = [key for key in state if isinstance(state[key], Tensor)]
-    kind = _kind(optimizer.param_groups[where[0]], rule)
-    return entry(where, p, _signature(p, kind), tuple((key, local(state[key])) for key in keys), item,
-                 name, one.kept)
+    made = entry(where, p, kind_of(optimizer.param_groups[where[0]], rule), item, name, one.kept)
+    keys = tuple(key for key in state if isinstance(state[key], Tensor))
+    drive.roster.set(index, state, keys, zero=item.zero, watched=made.watched)
+    return made
 
 
 def _draws(optimizer: Any, drive: Drive, device: torch.device, entries: list[Entry]) -> dict[int, Tensor]:
@@ -216,6 +204,7 @@ def _launch(optimizer: Any, drive: Drive, ready: list[Prepared], report: StepRep
         report.parameters += len(one.entries)
         report.bytes_read += one.traffic[0]
         report.bytes_written += one.traffic[1]
+    drive.roster.remember()
     optimizer._close(report)
 
 

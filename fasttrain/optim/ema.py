@@ -58,13 +58,16 @@ def weights(optimizer: Any) -> Iterator[None]:
     with torch.no_grad():
         own = [(p, optimizer.state[p][EMA]) for group in optimizer.param_groups for p in group["params"]
                if EMA in optimizer.state.get(p, ())]
-        before = [_exchange(p, average) for p, average in own]
-    optimizer._swapped = True
+    before: list[Tensor] = []
     try:
+        with torch.no_grad():
+            for p, average in own:
+                before.append(_exchange(p, average))
+        optimizer._swapped = True
         yield
     finally:
         optimizer._swapped = False
-        for (p, _), data in zip(own, before, strict=True):
+        for (p, _), data in zip(own, before, strict=False):  # fewer, where an exchange failed
             _put_back(p, data)
 
 

@@ -13,7 +13,7 @@ from fasttrain.kernels import dispatch, native
 from fasttrain.kernels.item import Item
 from fasttrain.optim import kept
 from fasttrain.optim.checks import check_counter, check_gradient, check_running, plain, reals
-from fasttrain.optim.groups import Groups
+from fasttrain.optim.groups import Groups, lists_of
 from fasttrain.optim.local import (
     as_whole,
     check_placed,
@@ -42,21 +42,32 @@ class Examined(NamedTuple):
 
 
 def scan(optimizer: Groups, rules: list[Rule]) -> list[int]:
-    """Indices of the parameters that have a gradient and are not, or no longer, in the plan."""
-    groups = optimizer.param_groups
-    lists = [params if isinstance(params := group["params"], list) else list(params) for group in groups]
+    """Indices of the parameters that have a gradient and are neither, or no longer, in the plan nor known afar."""
+    lists = lists_of(optimizer)
     wanted = optimizer.backend or dispatch.forced()
-    if optimizer._plan is not None and optimizer._planned_for == (rules, wanted):
-        found = optimizer._plan.scan(optimizer.state, lists)
-        if found is not None:
-            return found
-    optimizer._planned_for = (rules, wanted)
+    kinds = [kind_of(group, rule) for group, rule in zip(optimizer.param_groups, rules, strict=True)]
+    made_for = (rules, wanted, kinds)
+    if optimizer._planned_for == made_for:
+        vouched, known = optimizer._vouched, optimizer._afar
+        if vouched is not None and optimizer._plan is None and known is not None and known.is_vouched(vouched, lists):
+            return []
+        found = [one.scan(optimizer.state, lists) for one in (optimizer._plan, optimizer._afar) if one is not None]
+        if found and all(one is not None for one in found):
+            return found[0] if len(found) == 1 else sorted(set(found[0]).intersection(found[1]))
+    optimizer._planned_for = made_for
     optimizer._places = [(g, i) for g, params in enumerate(lists) for i in range(len(params))]
-    if optimizer.defaults.get("differentiable") or wanted not in (None, "cpu") or native.load()[0] is None:
-        optimizer._plan = None
+    optimizer._afar, optimizer._plan = None, None
+    near = any(p.device.type == "cpu" for params in lists for p in params)
+    if optimizer.defaults.get("differentiable") or wanted not in (None, "cpu") or native.load()[0] is None or not near:
         return [index for index, where in enumerate(optimizer._places) if optimizer._param(where).grad is not None]
     optimizer._plan = native.module().Plan(native.reader(dtensor_type()), lists)
     return optimizer._plan.scan(optimizer.state, lists)
+
+
+def kind_of(group: Group, rule: Rule) -> tuple[Any, ...]:
+    """What of a group its parameters are examined for, beside themselves."""
+    return (rule, bool(group.get("zero_gradients")), group.get("ema_decay") is None, group.get("clip_each") is None,
+            is_plain(group))
 
 
 def examine(optimizer: Groups, where: tuple[int, int], rule: Rule, report: StepReport,
@@ -106,8 +117,9 @@ def counted(counter: Tensor, report: StepReport) -> float:
 def written_outside(optimizer: Groups, where: tuple[int, int], p: Tensor) -> bool:
     """Whether the parameter was written since our last step, where that is known."""
     known = optimizer._versions.pop(id(p), -1)
-    if known < 0 and optimizer._plan is not None:
-        known = optimizer._plan.version(optimizer._places.index(where))
+    for one in (optimizer._plan, optimizer._afar):
+        if known < 0 and one is not None:
+            known = one.version(optimizer._places.index(where))
     return known >= 0 and known != version(p)
 
 

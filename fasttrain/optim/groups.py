@@ -13,9 +13,14 @@ from fasttrain.optim import kept
 from fasttrain.optim.page import Group, Page
 from fasttrain.optim.part import declared
 from fasttrain.precision.storage import DEFAULTS, describe, is_plain, normalised
-from fasttrain.rule import Rule
 
 BUCKET = 64 << 20  # bytes of gradients that travel together to the host, where an optimizer is offloaded
+
+
+def lists_of(optimizer: Any) -> list[list[Tensor]]:
+    """The parameters of every group."""
+    return [params if isinstance(params := group["params"], list) else list(params)
+            for group in optimizer.param_groups]
 
 
 class Groups(Page):
@@ -32,7 +37,10 @@ class Groups(Page):
     _capturable: bool = False  # devices drive every step (`fasttrain.optim.drive`)
     _drive: Any = None
     _plan: Any = None
-    _planned_for: tuple[list[Rule], str | None] | None = None  # the rule of each group, and the backend that is forced
+    vouched: Any = None  # of the next step: nothing but values changed since the last with an equal one
+    _vouched: Any = None  # of this step
+    _afar: Any = None  # what is stepped on other devices (`fasttrain.optim.afar`)
+    _planned_for: Any = None  # the rule of each group, the backend that is forced, and options of each group
     _places: list[tuple[int, int]]  # in the order of the plan
 
     def _take(self, options: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fasttrain.kernels import driven
 from fasttrain.kernels.item import Item
+from fasttrain.kernels.moved import Gradients
 from fasttrain.kernels.prologue import Row
 from fasttrain.optim.newton_schulz import orthogonalize
 from fasttrain.optim.page import Group
@@ -127,9 +128,9 @@ class MuonDriven:
         for one in self.batches:
             one.moved.step.update(with_updates([items[place] for place in one.moved.places], one.parts))
 
-    def move(self, grads: Sequence[Tensor]) -> None:
+    def move(self, grads: Gradients) -> None:
         for own in [*([] if self.plain is None else [self.plain]), *(one.moved for one in self.batches)]:
-            own.step.move([grads[place] for place in own.places])
+            own.step.move(grads.take(own.places))
 
 
 def with_updates(items: Sequence[Item], parts: Sequence[Tensor]) -> list[Item]:

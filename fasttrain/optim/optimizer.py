@@ -3,11 +3,13 @@
 One step goes through four phases:
 
 1. *Scan.* The native plan compares every parameter, gradient and state with what it knows, takes their pointers, and
-   returns the few that it does not know: new ones, and ones whose dtype, layout, device or state changed.
+   returns the few that it does not know: new ones, and ones whose dtype, layout, device or state changed. Parameters
+   on other devices are compared in the same way (`fasttrain.optim.roster`).
 2. *Examine.* Those are checked here, in Python, their states are made where missing, and they are described to the
    plan. What no flat loop can walk (strided views, other devices, subclasses) is kept apart as items.
 3. *Coefficients*, one row for each (parameter group, step count, running numbers), in double precision.
-4. *Run.* The plan is walked, items go to the backend of their device.
+4. *Run.* The plan is walked, items go to the backend of their device, where the tables of those that stay as they
+   are stand already (`fasttrain.optim.afar`).
 
 Nothing is written before every parameter has been examined: bad input raises and leaves all as it was, without the
 states that were made on the way.
@@ -29,7 +31,7 @@ from torch import Tensor
 from fasttrain.kernels import driven
 from fasttrain.kernels.item import Item
 from fasttrain.kernels.prologue import Row
-from fasttrain.optim import drive, driven_step, offload
+from fasttrain.optim import afar, drive, driven_step, offload
 from fasttrain.optim.around import Around
 from fasttrain.optim.equation import EQUATION
 from fasttrain.optim.examine import Examined, advance, describe, examine, scan, undone
@@ -113,10 +115,11 @@ class Optimizer(Around, Saved):
         if self._swapped:
             raise RuntimeError("the parameters are their EMA (ema_weights): step after the `with` block")
         report = StepReport()
+        self._vouched, self.vouched = self.vouched, None
         found = drive.places(self)
-        if found and driven_step.step(self, found, drive.rules_of(self), report):
+        if found and found.places and driven_step.step(self, found, drive.rules_of(self), report):
             return
-        if self._drive is not None and found != []:
+        if self._drive is not None and (found is None or found.places):
             drive.leave(self)
         scale = self._scale(report)
         host = self._on_host()
@@ -155,14 +158,21 @@ class Optimizer(Around, Saved):
                     if not self._describe(index, one):
                         examined.append(one)
                 walk = walk_of_plan(self, rules, scale)
+                far = afar.walk(self, rules, scale)
+                if far is None and self._afar is not None:  # some share memory: they are stepped one by one
+                    examined += [self._examine(where, rules[where[0]], report) for where in self._afar.leave()]
+                    examined.sort(key=lambda one: one.where)
                 runs = self._runs_and_numbers(examined, scale, report)
                 for p, grad, group in sparse:  # first: torch's function may refuse them
                     self.step_sparse(p, grad, group)
                 if walk is not None:
                     walk(report)
+                if far is not None:
+                    far(report)
         finally:
-            if self._plan is not None:
-                self._plan.release()
+            for one in (self._plan, self._afar):
+                if one is not None:
+                    one.release()
         for run in runs:
             run()
 
@@ -206,7 +216,7 @@ class Optimizer(Around, Saved):
         return driven.driven(items, rows, row_of, backend)
 
     def _describe(self, index: int, one: Examined) -> bool:
-        return describe(self, index, one)
+        return describe(self, index, one) or afar.take(self, index, one)
 
     def _runs(self, examined: list[Examined], scale: float, report: StepReport) -> list[Callable[[], None]]:
         return runs_of_items(self, examined, scale, report)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fasttrain.kernels import driven, norm
 from fasttrain.kernels.item import Item, apart, flat
+from fasttrain.kernels.moved import Gradients
 from fasttrain.kernels.prologue import Row
 from fasttrain.optim.checks import plain
 from fasttrain.optim.cohorts import Cohorts
@@ -21,6 +22,7 @@ from fasttrain.optim.equation import reads_step
 from fasttrain.optim.kept import Layout, follow
 from fasttrain.optim.local import is_dtensor, local, version
 from fasttrain.optim.report import StepReport
+from fasttrain.optim.roster import versions
 from fasttrain.optim.running import Line, Running
 from fasttrain.precision.storage import is_plain
 from fasttrain.rule import Rule
@@ -38,8 +40,7 @@ class Entry(NamedTuple):
 
     where: tuple[int, int]
     p: Tensor
-    signature: tuple[Any, ...]
-    kept: tuple[tuple[str, Tensor], ...]  # states
+    kind: tuple[Any, ...]  # what of its group's options it was made for
     item: Item             # without the gradient, in whose place is one that has no memory
     staged: Tensor | None  # takes the gradient in the order of the parameter
     layout: Layout | None
@@ -59,8 +60,8 @@ class Entry(NamedTuple):
         return self.gradient() if self.staged is None else self.staged
 
 
-def entry(where: tuple[int, int], p: Tensor, signature: tuple[Any, ...], kept: tuple[tuple[str, Tensor], ...],
-          item: Item, name: str, layout: Layout | None) -> Entry:
+def entry(where: tuple[int, int], p: Tensor, kind: tuple[Any, ...], item: Item, name: str,
+          layout: Layout | None) -> Entry:
     """An entry; a gradient whose elements lie in another order than the parameter's gets memory that follows it.
 
     Raises:
@@ -73,7 +74,7 @@ def entry(where: tuple[int, int], p: Tensor, signature: tuple[Any, ...], kept: t
         item = replace(item, tensors=(own, staged, *states))
         if not flat(item):
             raise NotDriven(f"{name}: the parameter and its states do not lie in memory in one order without gaps")
-    return Entry(where, p, signature, kept, with_gradient(item, without_memory(item.tensors[1])), staged, layout)
+    return Entry(where, p, kind, with_gradient(item, without_memory(item.tensors[1])), staged, layout)
 
 
 def with_gradient(item: Item, grad: Tensor) -> Item:
@@ -128,7 +129,16 @@ class Prepared:
     running: Running | None = None
     said: list[float | None] = field(default_factory=lambda: list(UNTOLD))  # None: a tensor
     traffic: tuple[int, int] = (0, 0)  # bytes read and written
-    addresses: list[int] = field(default_factory=list)  # of the gradients
+    at: np.ndarray | None = None  # which of the parameters of all devices these are; None: all
+    addresses: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # of the gradients
+
+    def __post_init__(self) -> None:
+        self.staged = [one for one in self.entries if one.staged is not None]
+        self.zeroed = [one for one in self.entries if one.item.zero]
+        self.watched = [one for one in self.entries if one.watched]
+        self.ids = [id(one.p) for one in self.watched]
+        self.wholes = [one.p for one in self.entries if is_dtensor(one.p)]
+        self.others = [one.staged for one in self.entries] if self.staged else []
 
     def rows(self, optimizer: Any) -> list[Row]:
         """The rows, of the hyperparameters as they are now."""
@@ -151,27 +161,27 @@ class Prepared:
                 self.told[place : place + 1].fill_(number)
                 self.said[place] = number
 
-    def update(self) -> None:
-        """Take the gradients of now."""
-        grads = [one.now() for one in self.entries]
-        addresses = [grad.data_ptr() for grad in grads]
-        if addresses != self.addresses:
+    def update(self, addresses: np.ndarray) -> None:
+        """Take the gradients of now, which lie at these addresses, of the parameters of all devices."""
+        own = addresses if self.at is None else addresses[self.at]
+        grads = Gradients(own, lambda: [one.now() for one in self.entries])
+        if self.staged:
+            grads = grads.but(self.others)
+        if not np.array_equal(grads.addresses, self.addresses):
             self.step.move(grads)
-            self.addresses = addresses
+            self.addresses = grads.addresses
 
     def launch(self) -> None:
         """Queue the step, and tell autograd of what it writes what the kernels do not know."""
         self.queue()
-        written = [one.p for one in self.entries if is_dtensor(one.p)]
-        written += [one.gradient() for one in self.entries if one.item.zero]
-        if written:
+        if written := [*self.wholes, *(one.gradient() for one in self.zeroed)]:
             torch.autograd.graph.increment_version(written)
 
     def queue(self) -> None:
         """Queue the step, and whatever on the device goes with it."""
-        for one in self.entries:
-            if one.staged is not None:
-                one.staged.copy_(one.gradient())
+        for one in self.staged:
+            assert one.staged is not None
+            one.staged.copy_(one.gradient())
         if self.each:
             self.squares.copy_(norm.squares([one.gradient() for one in self.each])[0])
         if self.running is not None:
@@ -181,21 +191,21 @@ class Prepared:
             self.running.after_step()
         if self.once:
             torch._foreach_clamp_max_(self.once, 1.0)
-        for one in self.entries:
-            if one.staged is not None and one.item.zero:
+        for one in self.zeroed:
+            if one.staged is not None:
                 one.gradient().copy_(one.staged)
 
     def follow(self, optimizer: Any) -> None:
         """Bring second arrays up to date with parameters that were written since the last step that the host saw."""
-        for one in self.entries:
-            if one.watched and optimizer._versions.get(id(one.p)) != version(one.p):
+        for one in self.watched:
+            if optimizer._versions.get(id(one.p)) != version(one.p):
                 assert one.layout is not None
                 state = {key: local(value) for key, value in optimizer.state[one.p].items()}
                 follow(local(one.p), state, one.layout)
         self.remember(optimizer)
 
     def remember(self, optimizer: Any) -> None:
-        optimizer._versions.update((id(one.p), version(one.p)) for one in self.entries if one.watched)
+        optimizer._versions.update(zip(self.ids, versions([one.p for one in self.watched]), strict=True))
 
 
 def row(optimizer: Any, spec: Spec, device: torch.device, told: Tensor) -> Row:
@@ -213,13 +223,14 @@ def row(optimizer: Any, spec: Spec, device: torch.device, told: Tensor) -> Row:
 
 
 def prepare(optimizer: Any, entries: Sequence[Entry], steps: Mapping[int, float], once: Mapping[int, Tensor],
-            cohorts: Cohorts, draws: Mapping[int, Tensor], backend: str) -> Prepared:
+            cohorts: Cohorts, draws: Mapping[int, Tensor], backend: str, at: np.ndarray | None) -> Prepared:
     """Make what steps some parameters, all on one device.
 
     Arguments:
         steps: of parameters without a step count, by id: the step to come.
         once: of those that are at their first step, by id: a count that is 1 ever after.
         draws: counts of draws, by group.
+        at: which of the parameters of all devices these are; None: all.
 
     Raises:
         NotDriven: it cannot be made.
@@ -266,7 +277,7 @@ def prepare(optimizer: Any, entries: Sequence[Entry], steps: Mapping[int, float]
     step = optimizer._driven(items, [one.where for one in entries], rows, row_of, backend)
     return Prepared(device, list(entries), specs, step, told, squares, each, counts, running,
                     traffic=(counted.bytes_read, counted.bytes_written),
-                    addresses=[item.tensors[1].data_ptr() for item in items])
+                    at=at, addresses=np.array([item.tensors[1].data_ptr() for item in items], np.int64))
 
 
 def advancing_groups(optimizer: Any, made: Prepared, backend: str) -> None:

@@ -115,7 +115,8 @@ class Saved(Groups):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plan, self._versions, self._remainders, self._arrived, self._clip = None, {}, {}, set(), 1.0
+        self._plan, self._afar, self._planned_for = None, None, None
+        self._versions, self._remainders, self._arrived, self._clip = {}, {}, set(), 1.0
         self._drive = drive.after(self._drive)
         for group in self.param_groups:
             group.setdefault("maximize", False)

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
-
 from fasttrain.kernels import driven
 from fasttrain.kernels.item import Item
+from fasttrain.kernels.moved import Gradients
 from fasttrain.kernels.prologue import Row
 from fasttrain.optim.page import Group
 
@@ -62,10 +61,10 @@ class TwoStageDriven:
         if any(self.scaled):
             self.second.update(self._seconds(items))
 
-    def move(self, grads: Sequence[Tensor]) -> None:
+    def move(self, grads: Gradients) -> None:
         self.first.move(grads)
         if any(self.scaled):
-            self.second.move([grad if other is None else other for grad, other in zip(grads, self.others, strict=True)])
+            self.second.move(grads.but(self.others))
 
 
 def uncounted(items: Sequence[Item]) -> list[Item]:

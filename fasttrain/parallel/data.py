@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join, Joinable
 
+from fasttrain.dist.failures import first_words
 from fasttrain.parallel.accumulate import Accumulation
 from fasttrain.parallel.hooks import TorchHook
 from fasttrain.parallel.join import Present, Shadow, ask
 from fasttrain.parallel.reducer import MIB, Reducer
+from fasttrain.precision.loss_scale import LossScaler
 
 
 class DataParallel(nn.Module, Joinable):
@@ -103,7 +105,14 @@ class DataParallel(nn.Module, Joinable):
                 if handle is not None:
                     handle.wait()
             self.before_forward(ask(self.reducer.wire, False, self.reducer.syncing) if joining else None)
-        return self.module(*inputs, **kwargs)
+        try:
+            outputs = self.module(*inputs, **kwargs)
+        except Exception as error:  # within backward torch ends a recomputation by one
+            if self.training and torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
+                self.reducer.trouble(f"a forward pass ended with an exception: {first_words(error)}")
+            raise
+        self.reducer.expect(outputs)
+        return outputs
 
     def _look_at_the_graph(self) -> None:
         """Say once what it costs that the whole model is one compiled graph: its gradients come all at its end."""
@@ -171,9 +180,9 @@ class DataParallel(nn.Module, Joinable):
         """See `Reducer.count`."""
         self.reducer.count(items)
 
-    def step(self, optimizer: Any, max_norm: float | None = None) -> Tensor:
+    def step(self, optimizer: Any, max_norm: float | None = None, scaler: LossScaler | None = None) -> Tensor:
         """See `Reducer.step`."""
-        return self.reducer.step(optimizer, max_norm)
+        return self.reducer.step(optimizer, max_norm, scaler)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients, those that lie in shards too (`Zero`)."""

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fasttrain.dist.control import Control, Outcome, Pending
 from fasttrain.dist.layout import FlatLayout
+from fasttrain.dist.watcher import Watcher
 from fasttrain.dist.wire import Wire
 from fasttrain.parallel.blame import Blame
 from fasttrain.parallel.buckets import Bucket
 from fasttrain.parallel.timeline import Timeline
+from fasttrain.parallel.unfinished import Cause, Ending, at_backward_of, tell
 from fasttrain.parallel.wires import Method, Sent, total
 
 AGREED = ("the step", "the number of backward passes in it", "the checksum of its collectives",
           "whether there is any gradient", "whether optimizer.step() came without a synchronised backward pass")
-engine = torch.autograd.Variable._execution_engine
 
 
 class Passes:
@@ -37,6 +39,8 @@ class Passes:
         self.syncing = True          # what the next backward pass does: `no_sync`
         self.joining = False         # within `join`: ranks without data answer the others
         self.stop = False            # this rank wishes to stop: travels with the next synchronised step
+        self.loss: float | Tensor = 0.0  # of this rank: travels with the next synchronised step, to be added up
+        self.sums: Pending | None = None  # what the last one has added up, on the device
         self._late_items = 0         # what all ranks had counted in the last one, until `step` divides by it
         self._items = 0              # what this rank has counted since the last one (`count`)
         self._open: bool | None = None  # within a backward pass: whether it is synchronised
@@ -46,7 +50,9 @@ class Passes:
         self._pending: Pending | None = None
         self._squares: tuple[Tensor, Tensor] | None = None
         self._arrivals: list[int] = []
+        self._all_here = False       # after the last synchronised backward pass every gradient is the view of its slot
         self.blaming = Blame()
+        self.broken, self._awaiting = Cause(), False  # what has ended a backward pass; whether its end is awaited
         self._make_buckets(Bucket)
 
     def _make_buckets(self, make: Callable[..., Bucket]) -> None:
@@ -85,6 +91,7 @@ class Passes:
             self.timeline.look()
         if not bucket.waiting:
             self._send_ready()
+        self.method.look()
 
     def _begin(self) -> None:
         """The first gradient of a backward pass."""
@@ -95,11 +102,33 @@ class Passes:
         if self.syncing:
             self._start()
         self._open = self.syncing
-        engine.queue_callback(self._ended)
+        self._await_the_end()
+
+    def _await_the_end(self) -> None:
+        if not self._awaiting:
+            self._awaiting, self.broken = True, Cause()
+            self.goes_on()
+            Ending(self._ended, partial(_lost, weakref.ref(self)))
+
+    def trouble(self, words: object) -> None:
+        """A pass has ended with an exception before any gradient had come: the program may try again."""
+        if isinstance(self.wire.watch, Watcher):
+            self.wire.watch.in_trouble(words)
+
+    def goes_on(self) -> None:
+        """It does."""
+        if isinstance(self.wire.watch, Watcher):
+            self.wire.watch.go_on()
+
+    def expect(self, outputs: Any) -> None:
+        """A backward pass will begin at these outputs of the model: an exception before any gradient is seen, too."""
+        at_backward_of(outputs, self.wire, partial(_begun, weakref.ref(self)))
 
     def _start(self) -> None:
         """A synchronised step begins."""
         self._read()
+        if self._late_items and not self._adds_up():
+            self._late_items = 0  # the gradients that they belong to were forgotten (`zero_grad`)
         self._works: list[Sent] = []
         self._squares = None
         self._factor = self.method.factor
@@ -110,6 +139,11 @@ class Passes:
         if self.timeline is not None:
             self.timeline.begin()
 
+    def _adds_up(self) -> bool:
+        """Whether gradients of an earlier synchronised pass are there, which this one adds to."""
+        return self.method.holding or any(p.grad is bucket.slots.views[place] for p, (bucket, place) in
+                                          zip(self.params, self._where, strict=True))
+
     def _send_ready(self) -> None:
         """Send, in the layout's order, every bucket that is full and whose turn it is."""
         while (turn := len(self._works)) < len(self.buckets) and not self.buckets[turn].waiting:
@@ -118,27 +152,27 @@ class Passes:
                 self.timeline.sent(turn, self._works[turn])
 
     def _ended(self) -> None:
-        """Autograd is done; or only the inner backward pass of a re-entrant checkpoint."""
-        if (node := torch._C._current_autograd_node()) is not None:
-            node.register_hook(lambda *_: engine.queue_callback(self._ended))
-        elif self._open is not None:
-            if self._open:
-                self._counting = False
-                self._finish(late=False)
-            self._open = None
+        """Autograd is done."""
+        self._awaiting = False
+        if self._open:
+            self._counting = False
+            self._finish(late=False)
+        self._open = None
 
     def _finish(self, late: bool) -> None:
         if self.timeline is not None:
             self.timeline.backward_ended()
         self._check_unchanged()
         used = [bucket.has(place) for bucket, place in self._where]
+        self._all_here = all(used)
         for bucket in self.buckets[len(self._works) :]:
             bucket.close(self._factor)
         self._send_ready()
         squares, bad = total([work.wait() for work in self._works])
         same = [self.sequence, *((0, self.method.checksum, 1, 0) if self.joining else
                                  (self._backwards, self.method.checksum, any(used), late))]
-        self._pending = self._control.send(list(map(int, same)), squares, bad, self._items, self.stop, used)
+        self._pending = self._control.send(list(map(int, same)), squares, bad, self._items, self.stop, used, self.loss)
+        self.sums = self._pending
         self._counted = self._items > 0
         self.sequence, self._backwards, self._items = self.sequence + 1, 0, 0
         self._squares = self._pending.squares, self._pending.nonfinite
@@ -163,7 +197,7 @@ class Passes:
         if self._pending is not None:
             pending, self._pending = self._pending, None
             self.earlier, self.last = self.last, pending.read()
-            self._late_items = self.last.tokens
+            self._late_items += self.last.tokens  # of several synchronised passes of a step
             if not self.blaming.on:
                 self.blaming.on = self.last.nonfinite > 0
         return self.last
@@ -181,3 +215,19 @@ class Passes:
             if not p.requires_grad or p.shape != shape:
                 how = "resized" if p.requires_grad else "frozen"
                 raise RuntimeError(f"{name} was {how} after it was wrapped: wrap the model again, on every rank")
+
+
+def _begun(passes: weakref.ref[Passes], _: Tensor) -> None:
+    if (self := passes()) is not None:
+        self._await_the_end()
+
+
+def _lost(passes: weakref.ref[Passes], cause: Cause) -> None:
+    """A backward pass came to no end."""
+    if (self := passes()) is None:
+        return
+    self._awaiting, self.broken = False, cause
+    if self._open is not None:
+        tell(self.wire, cause)
+    else:
+        self.trouble(cause)

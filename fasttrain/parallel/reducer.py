@@ -23,15 +23,16 @@ from fasttrain.kernels import norm
 from fasttrain.parallel import blame, reduced, steps
 from fasttrain.parallel.buckets import Bucket
 from fasttrain.parallel.hierarchy import ranks_and_method
-from fasttrain.parallel.passes import Passes
+from fasttrain.parallel.items import Items
 from fasttrain.parallel.timeline import Timeline
+from fasttrain.parallel.vouching import Vouching
 from fasttrain.parallel.watching import wire_over
 from fasttrain.parallel.wires import Method
 
 MIB = 1 << 20
 
 
-class Reducer(Passes):
+class Reducer(Vouching, Items):
     """Averages the gradients of parameters over the ranks of a mesh, in the backward pass itself.
 
     After a backward pass, `p.grad` is the mean over ranks, as after torch's DistributedDataParallel; a parameter that
@@ -137,46 +138,6 @@ class Reducer(Passes):
         self._start()
         self._finish(late=False)
 
-    def count(self, items: int) -> None:
-        """Count items (tokens) whose losses were added up, not averaged, in this rank's backward passes of this step.
-
-        `step` then divides by their number over all ranks, which only the synchronised backward pass finds out.
-        """
-        self._items += items
-
-    def step(self, optimizer: Any, max_norm: float | None = None) -> Tensor:
-        """Step with the mean over all items that were counted on all ranks: `p.grad` is their sum over ranks / ranks.
-
-        The factor enters the step's coefficients; no gradient is rewritten. Where something is not finite every rank
-        skips the step.
-
-        Arguments:
-            optimizer: of this package.
-            max_norm: clip the mean's norm to this.
-
-        Returns:
-            The norm of the mean gradient before clipping, float32 of shape ().
-
-        Raises:
-            TypeError: the optimizer is not of this package.
-            RuntimeError: nothing was counted.
-        """
-        if not hasattr(optimizer, "step_scaled"):
-            raise TypeError(f"{type(optimizer).__name__} cannot divide by a number of items that is known late: take "
-                            "one of fasttrain.optim, or average the loss on each rank and do not count()")
-        if self.idle:
-            items, self._items = self._items, 0
-        else:
-            self._read()  # also on a GPU, on a rank that counted nothing itself
-            items, self._late_items = self._late_items, 0
-        if not items:
-            raise RuntimeError("no items were counted: call count() before each backward pass, or optimizer.step()")
-        scale = torch.tensor(items / self.wire.size, dtype=torch.float64, device=self.wire.device)
-        squares, found = self.statistics()
-        norm_of_mean = (squares.sqrt() / scale).float()
-        optimizer.step_scaled(scale.float(), found, norm_of_mean, max_norm)
-        return norm_of_mean
-
     def grad_ready(self, p: Tensor) -> None:
         """Tell that a gradient is complete, where no hook of autograd does (a pipeline that splits backward)."""
         self._arrive(self._index[p])
@@ -274,12 +235,13 @@ class Reducer(Passes):
             RuntimeError: the last backward pass has not come to its end, so that the other ranks wait for its
                 gradients: they are told.
         """
+        self.goes_on()
         if self._open is None or torch._C._current_graph_task_id() != -1:
             return
-        cause = "a backward pass ended with an exception that the program caught, and its gradients were never sent"
+        cause = str(self.broken)
         if isinstance(self.wire.watch, Watcher):
             self.wire.watch.fail(cause)
-        raise RuntimeError(f"{cause}: the ranks cannot go on together; let the exception end the process, and start "
+        raise RuntimeError(f"{cause}. The ranks cannot go on together: let the exception end the process, and start "
                            "again")
 
     def before_step(self) -> None:

@@ -2,7 +2,7 @@
 
 Parameters, gradients and states are divided over the ranks; `fully_shard` gathers the parameters of a block when its
 forward or backward pass comes, and reduces its gradients into shards. What is ours is around that: the ranks compared
-and made equal, gloo's reduce-scatter replaced, accumulation, tokens, and clear answers to what cannot work.
+and made equal, gloo's collectives replaced, accumulation, tokens, and clear answers to what cannot work.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from fasttrain.dist.wire import Wire
 from fasttrain.optim.arrival import Arrival
 from fasttrain.parallel import replaced, shardable
 from fasttrain.parallel.accumulate import Accumulation
-from fasttrain.parallel.scattered import Scattered
+from fasttrain.parallel.scattered import Gathered, Scattered
+from fasttrain.parallel.unfinished import Watched
 from fasttrain.parallel.watching import wire_over
+from fasttrain.precision.loss_scale import LossScaler, step_divided
 
 
 def shard(model: nn.Module, mesh: DeviceMesh | None = None, *, blocks: str | Sequence[nn.Module] | None = None,
@@ -90,7 +92,9 @@ def shard(model: nn.Module, mesh: DeviceMesh | None = None, *, blocks: str | Seq
     if shards.backend == "gloo":
         for part in divided:
             part.set_custom_reduce_scatter(Scattered(shards))
+            part.set_custom_all_gather(Gathered(shards))
     replaced.watch(model, [p for _, p in named])
+    model.register_forward_hook(Watched(everyone).after_forward)
     return Sharded(model, shards, everyone)
 
 
@@ -99,8 +103,8 @@ class Sharded:
 
     Attributes:
         module: the model itself.
-        wire: of the ranks among which parameters are divided; `wire.bytes` counts what gradients have sent on gloo.
-            Parameters travel by torch.
+        wire: of the ranks among which parameters are divided; on gloo gradients and parameters travel by it, and
+            `wire.bytes` counts them. On NCCL they travel by torch.
         everyone: of all ranks; another one only if there are copies (a mesh of two dimensions).
     """
 
@@ -131,12 +135,13 @@ class Sharded:
         """
         self._items += items
 
-    def step(self, optimizer: Any, max_norm: float | None = None) -> Tensor:
+    def step(self, optimizer: Any, max_norm: float | None = None, scaler: LossScaler | None = None) -> Tensor:
         """Step with the mean over all items that were counted on all ranks; every rank calls it.
 
         Arguments:
             optimizer: of this package, of the model's parameters.
             max_norm: clip the mean's norm to this.
+            scaler: by which the losses were scaled, if they were; it is updated.
 
         Returns:
             The norm of the mean gradient before clipping, float32 of shape (). Where something is not finite every
@@ -154,11 +159,7 @@ class Sharded:
         if not items:
             raise RuntimeError("no items were counted on any rank: call count() before each backward pass, or "
                                "optimizer.step()")
-        squares, found = optimizer.grad_statistics()
-        scale = items / self.everyone.size
-        norm = (squares.sqrt() / scale).float()
-        optimizer.step_scaled(scale.float(), found, norm, max_norm)
-        return norm
+        return step_divided(items / self.everyone.size, optimizer.grad_statistics(), optimizer, max_norm, scaler)
 
     def bytes_per_step(self, gradient: float, parameter: float, micro_batches: int = 1) -> float:
         """Bytes that this rank sends in a step, by the formula: see `fasttrain.dist.accounting.bytes_per_step`.

@@ -14,8 +14,9 @@ int8    codes of 8 bits there, bfloat16 back; what codes lack is     in float32,
 
 from __future__ import annotations
 
+import warnings
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,11 +39,13 @@ class Method:
         divisor: what the sum over ranks is divided by: their number, or fewer if some have no data left.
         checksum: of the collectives that were issued since the reducer was made, in their order.
         grid: the ranks in rows, one for each node, of a method that tells these apart.
+        holding: whether this rank has its part of gradients that no parameter shows (`Zero`).
     """
 
     name = ""
     grid: list[list[int]] | None = None
     final = False  # no other may take its place
+    holding = False
 
     def __init__(self) -> None:
         self.checksum = 0
@@ -66,6 +69,9 @@ class Method:
 
     def begin(self) -> None:
         """The first gradient of a backward pass has arrived, or a step without one is about to end."""
+
+    def look(self) -> None:
+        """A gradient has arrived: time to see what is over. Never waits."""
 
     def ended(self, used: Sequence[bool]) -> None:
         """A synchronised step is over; `used`: for each parameter, whether any rank has a gradient of it."""
@@ -166,11 +172,15 @@ class Bf16(Ordered):
 class Int8(Method):
     """8-bit codes with error feedback.
 
+    What the codes have lacked so far is a state, of which every rank has its own: `fasttrain.checkpoint` saves it with
+    the method (`reducer.method`), as any other object.
+
     Attributes:
         residuals: of each bucket, what its codes have lacked so far, float32.
     """
 
     name = "int8"
+    per_rank = True
 
     def prepare(self, wire: Wire, layout: FlatLayout) -> None:
         super().prepare(wire, layout)
@@ -181,6 +191,35 @@ class Int8(Method):
     def rescale(self, factor: float) -> None:
         for residual in self.residuals:
             residual.mul_(factor)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The residuals of this rank."""
+        return {"residuals": list(self.residuals)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over residuals of this rank.
+
+        Raises:
+            ValueError: they are of other buckets; nothing was changed.
+        """
+        given = state["residuals"]
+        if [len(one) for one in given] != [len(one) for one in self.residuals]:
+            raise ValueError(f"residuals of buckets of {[len(one) for one in given]} elements, and these have "
+                             f"{[len(one) for one in self.residuals]}")
+        for mine, one in zip(self.residuals, given, strict=True):
+            mine.copy_(one)
+
+    def of_rank(self, state: Mapping[str, Any], rank: int, world: int) -> None:
+        """Take over the residuals of a rank of as many. Those of another number of ranks are of other shares of the
+        gradients: they begin at zero then, and a warning says so."""
+        if world == self.wire.size:
+            self.load_state_dict(state)
+            return
+        for residual in self.residuals:
+            residual.zero_()
+        if self.wire.rank == 0:
+            warnings.warn(f"wire='int8': what the codes of {world} ranks have lacked is not what those of "
+                          f"{self.wire.size} will: error feedback begins anew", stacklevel=2)
 
     def widths(self, dtype: torch.dtype) -> tuple[float, float]:
         return accounting.width(torch.int8), accounting.width(torch.bfloat16)

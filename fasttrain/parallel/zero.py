@@ -8,14 +8,15 @@ come back in `zero_state`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fasttrain.dist.fingerprint import agree, fingerprint
 from fasttrain.optim import Optimizer
-from fasttrain.parallel import zero_cut, zero_state
+from fasttrain.parallel import zero_cut, zero_state, zero_weights
 from fasttrain.parallel.reducer import Reducer
 from fasttrain.parallel.zero_buckets import Memory, rotation
 from fasttrain.parallel.zero_gather import Gathering
@@ -35,8 +36,8 @@ class Zero(Stepping):
     of the optimizer that is not divided, given the same gradients; everything else (Muon, SOAP, Adafactor, LAMB, LARS,
     StableAdamW, `clip_each`, torch's optimizers) gets whole parameters, balanced by cost.
 
-    **After a synchronised backward pass `p.grad` is None** for every parameter: the mean is in shards, of which each
-    rank has its own, so torch's `clip_grad_norm_` has nothing to clip; `clip_grad_norm_` here does. Synchronised
+    **After a synchronised backward pass the mean is in shards**, of which each rank has its own. `p.grad` then cannot
+    be read or written: torch's `clip_grad_norm_` raises, and `clip_grad_norm_` here does what it would. Synchronised
     backward passes between two steps add up; `step` and `zero_grad` forget the gradients (`zero_grad` of a
     `DataParallel` too, that of the bare module does not).
 
@@ -118,7 +119,7 @@ class Zero(Stepping):
         self.method = Scatter(cuts, travels, self.stage == 2)
         reducer.shard(self.method, rotation(reducer.layout.buckets, reducer.wire.device, rotating)
                       if self.stage == 2 else None)
-        self.method.lay(reducer.buckets)
+        self.method.lay(reducer.buckets, reducer.params, reducer.names)
         with torch.no_grad():
             memories = [[Memory(bucket, dtype, cut) for dtype in dict.fromkeys(p.dtype for p in bucket.params)]
                         for bucket, cut in zip(reducer.buckets, cuts, strict=True)]
@@ -170,6 +171,7 @@ class Zero(Stepping):
             A new state dict, which `load_state_dict` of the optimizer's class and of any `Zero` takes, whatever its
             stage or number of ranks; {} on the other ranks.
         """
+        self._push()  # what schedules wrote since the last step
         return zero_state.consolidate(self, to)
 
     def consolidate_state_dict(self, to: int = 0) -> None:
@@ -185,7 +187,13 @@ class Zero(Stepping):
         if not self._consolidated:
             raise RuntimeError("no rank has the whole state: call consolidate(to=...) on every rank, which returns it; "
                                "or consolidate_state_dict(to=...) on every rank before state_dict()")
-        return self._consolidated
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        found = self._consolidated.copy()
+        for after in self._optimizer_state_dict_post_hooks.values():
+            changed = after(self, found)
+            found = found if changed is None else changed
+        return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state dict of an optimizer that is not divided, or of `consolidate`; every rank gives all of it.
@@ -193,8 +201,41 @@ class Zero(Stepping):
         Raises:
             ValueError: it does not fit; nothing was changed.
         """
+        state_dict = state_dict.copy()
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = before(self, state_dict)
+            state_dict = state_dict if changed is None else changed
         zero_state.load(self, state_dict)
         self._remember()
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def full_precision(self, to: int | None = None) -> list[Tensor]:
+        """Every parameter with all digits that its master keeps, float32 (float64 of float64), in the groups' order.
+
+        A collective: every rank calls it.
+
+        Arguments:
+            to: the rank that gets them, in the mesh; None: all.
+
+        Returns:
+            New tensors of the parameters' shapes; [] on the other ranks.
+        """
+        self.gather()
+        return zero_weights.full_precision(self, to)
+
+    def load_full_precision(self, weights: Sequence[Tensor]) -> None:
+        """Set every parameter, and its master or remainder, from weights as `full_precision` returns them.
+
+        A collective: every rank gives all of them.
+
+        Raises:
+            ValueError: they are not as many, or not of the parameters' shapes; nothing was changed.
+        """
+        self.gather()
+        zero_weights.load_full_precision(self, weights)
+        self._share()
+        self.gather()
 
     def pieces(self) -> Iterator[tuple[str, int, int, dict[str, Any]]]:
         """For checkpoints: of each piece the parameter's name, the interval's first element and length, and its states.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,7 +15,11 @@ from fasttrain.parallel.buckets import Bucket
 from fasttrain.parallel.wires import Method, Parts, Sent
 from fasttrain.parallel.zero_buckets import Rotating
 from fasttrain.parallel.zero_cut import Cut
+from fasttrain.parallel.zero_shown import Shown
 from fasttrain.parallel.zero_wire import scatter
+
+if TYPE_CHECKING:
+    from fasttrain.parallel.zero_arrival import ByBucket
 
 
 class Scatter(Method):
@@ -33,6 +37,7 @@ class Scatter(Method):
         own: of each bucket, the mean of this rank's part in the last synchronised backward pass.
         used: for each parameter, whether any rank has had a gradient of it since the last step.
         holding: whether there was a synchronised backward pass since the last step.
+        arriving: what steps buckets as they land, if anything does.
     """
 
     name = "shards"
@@ -44,20 +49,22 @@ class Scatter(Method):
         self.own: list[Tensor] = []
         self._back: dict[torch.dtype, float] = {}  # bytes of a parameter, by the dtype of its bucket
         self._sums: list[Tensor] | None = None
+        self.arriving: ByBucket | None = None
+        self._flying: list[Landing] = []
         self.holding, self.used = False, list[bool]()
 
     def prepare(self, wire: Wire, layout: FlatLayout) -> None:
         super().prepare(wire, layout)
         self._users: dict[int, Landing] = {}
 
-    def lay(self, buckets: Sequence[Bucket]) -> None:
-        """Learn where the buckets lie; once."""
+    def lay(self, buckets: Sequence[Bucket], params: Sequence[Tensor], names: Sequence[str]) -> None:
+        """Learn where the buckets of these parameters lie; once."""
         for bucket, cut in zip(buckets, self.cuts, strict=True):
             begin, end = cut[self.wire.rank]
             mine = bucket.data[begin:end]
             self.own.append(torch.zeros_like(mine) if self.rotating else mine)
             self._back[bucket.plan.dtype] = max(float(p.dtype.itemsize) for p in bucket.params)
-        self.params = [p for bucket in buckets for p in bucket.params]
+        self._shown = Shown(params, names)
 
     def shard(self, index: int) -> Tensor:
         """This rank's part of a bucket: the mean of the gradients since the last step, added up."""
@@ -84,9 +91,19 @@ class Scatter(Method):
         landing = Landing(self, index, scatter(self.wire, self.own[index], data, self.cuts[index], self.divisor))
         if isinstance(bucket, Rotating):
             self._users[memory] = landing
+        if self.arriving is not None:
+            self._flying.append(landing)
         return landing
 
+    def look(self) -> None:
+        while self._flying and self._flying[0].done():
+            self._flying.pop(0).wait()
+
     def begin(self) -> None:
+        self._shown.clear()
+        if self.holding and self.arriving is not None:
+            raise RuntimeError("each synchronised backward pass is a step where buckets are stepped on arrival: call "
+                               "step() before the next, and accumulate under no_sync()")
         if self.holding and self._sums is None:
             self._sums = [own.to(_sum_dtype(own), copy=True) for own in self.own]
 
@@ -94,17 +111,20 @@ class Scatter(Method):
         self.used = [one or before for one, before in zip(used, self.used or [False] * len(used), strict=True)]
         self.holding = True
         self._users.clear()
-        for p in self.params:
-            p.grad = None
+        self._flying.clear()
+        self._shown.show(self.used)
 
     # --- The life of the shards ---------------------------------------------------------------------------------------
 
     def drop(self) -> None:
         """Forget the gradients: they were stepped, or are not wanted."""
         self.holding, self.used, self._sums = False, [], None
+        self._shown.clear()
 
     def landed(self, index: int, parts: Parts) -> Parts:
         """Add what has come to what was there; the sum of squares and the flag of all of it."""
+        if self.arriving is not None:
+            self.arriving.landed(index)
         if self._sums is None:
             return parts
         squares, found = norm.squares([self._sums[index].add_(self.own[index])])

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fasttrain.optim import clip
 from fasttrain.parallel.reducer import Reducer
+from fasttrain.parallel.zero_arrival import ByBucket, refuse
 from fasttrain.parallel.zero_buckets import Memory
 from fasttrain.parallel.zero_gather import Gathering
 from fasttrain.parallel.zero_method import Scatter
@@ -22,7 +23,7 @@ OWN = ("params", "param_names")  # of a group: not its options
 class Stepping(clip.Clipped, torch.optim.Optimizer):
     """What `Zero` does in and around a step; what it is made of is described there."""
 
-    arriving = None  # as other optimizers of this package say that nothing is stepped on arrival
+    arriving: ByBucket | None = None
     in_shards = True  # statistics of the gradients are those of `grad_statistics`: no parameter has its own
 
     inner: Any
@@ -57,6 +58,7 @@ class Stepping(clip.Clipped, torch.optim.Optimizer):
 
     def grad_statistics(self) -> tuple[Tensor, Tensor]:
         """As `fasttrain.optim.Optimizer.grad_statistics`: over all ranks, measured as the gradients arrived."""
+        refuse(self, "anything that all ranks divide by or skip for")
         if not self.method.holding:
             self.reducer.finish()
         return self.reducer.statistics()
@@ -79,11 +81,38 @@ class Stepping(clip.Clipped, torch.optim.Optimizer):
         if self._pattern is None:
             raise TypeError(f"LossScaler steps optimizers of this package, and this Zero has a "
                             f"{type(self.inner).__name__}: take the class of that name from fasttrain.optim")
+        refuse(self, "a loss scale, a number of items or a norm")
         self._scaled = scale, found, norm, max_norm
         try:
             self.step()
         finally:
             self._scaled = None
+
+    def step_on_arrival(self) -> ByBucket:
+        """Step this rank's pieces of a bucket as soon as its reduction is over, within backward, while others are sent.
+
+        The bits are those of the ordinary step. `step` still ends a step: it brings the parameters to all ranks. Each
+        synchronised backward pass is a step of its own then: accumulate under `no_sync`. Nothing that needs all
+        gradients first goes with it: a norm to clip to, a loss scale, a number of items, skipping what is not finite.
+
+        Returns:
+            What `remove()` ends it with.
+
+        Raises:
+            RuntimeError: it is on already.
+            TypeError: the inner optimizer is none of this package, or keeps its states on the host (`offload`).
+
+        Example:
+            >>> optimizer = Zero(model, AdamW, stage=2, lr=1e-3)                        # doctest: +SKIP
+            >>> arrival = optimizer.step_on_arrival()                                   # doctest: +SKIP
+        """
+        if self.arriving is not None:
+            raise RuntimeError("buckets are stepped on arrival already: remove() that first")
+        if self._pattern is None or self.inner.offload:
+            raise TypeError(f"{type(self.inner).__name__}{' with offload' if self._pattern is not None else ''} steps "
+                            "all parameters at once: step_on_arrival() takes an optimizer of fasttrain.optim")
+        self.arriving = ByBucket(self)
+        return self.arriving
 
     # --- Parameters and their averages --------------------------------------------------------------------------------
 
@@ -125,12 +154,7 @@ class Stepping(clip.Clipped, torch.optim.Optimizer):
 
     @torch._disable_dynamo
     def _step(self) -> None:
-        if self._swapped:
-            raise RuntimeError("the parameters are their EMA (ema_weights): step after the `with` block")
-        self.gather()
-        self._check_here()
-        self._push()
-        self._notice_writes()
+        self.before_pieces()
         self._give()
         if self._pattern is None:
             grads = [piece.param.grad for piece in self._pieces if piece.param.grad is not None]
@@ -145,6 +169,8 @@ class Stepping(clip.Clipped, torch.optim.Optimizer):
             else:
                 self.inner.step_scaled(*self._scaled)
         self._clip, self._syncs, self._consolidated = 1.0, 0, None
+        if self.arriving is not None:
+            self.arriving.stepped.clear()
         for piece in self._pieces:
             piece.param.grad = None
         self.method.drop()
@@ -152,16 +178,36 @@ class Stepping(clip.Clipped, torch.optim.Optimizer):
         if self._pattern is None or not self.inner.last_step.skipped:
             self._share()
 
+    def before_pieces(self) -> None:
+        """The first piece of a step is about to be stepped: all is where it is expected."""
+        if self._swapped:
+            raise RuntimeError("the parameters are their EMA (ema_weights): step after the `with` block")
+        self.gather()
+        self._check_here()
+        self._push()
+        self._notice_writes()
+
+    def give(self, piece: Piece) -> None:
+        """Let a piece have its gradient."""
+        grad = piece.grad_in(self.method.shard(piece.bucket))
+        give(piece, grad if self._pattern is not None else grad.to(piece.param.dtype))
+
+    def wrote(self, params: Iterable[Tensor]) -> None:
+        """This rank's pieces of these parameters were stepped before the others."""
+        params = list(params)
+        torch.autograd.graph.increment_version(params)
+        self._versions.update((p, p._version) for p in params)
+
     def _give(self) -> None:
         """Let the pieces have the gradients that came since the last step."""
         used = dict(zip(self.reducer.params, self.method.used, strict=True)) if self.method.holding else {}
         for index, stochastic in enumerate(self._stochastic):
             if stochastic and any(used.get(p) for p in self.param_groups[index]["params"]):
                 self.inner.param_groups[index].setdefault("draws", 0)  # also where this rank has none of them
+        done = self.arriving.stepped if self.arriving is not None else ()
         for piece in self._pieces:
-            if used.get(piece.whole):
-                grad = piece.grad_in(self.method.shard(piece.bucket))
-                give(piece, grad if self._pattern is not None else grad.to(piece.param.dtype))
+            if used.get(piece.whole) and id(piece) not in done:
+                self.give(piece)
 
     def _share(self) -> None:
         """The pieces were written: bring them to all."""
@@ -172,6 +218,7 @@ class Stepping(clip.Clipped, torch.optim.Optimizer):
     def _whole_model(self, mode: str) -> None:
         self.gather()
         self._notice_writes()
+        self._push()
         getattr(self.inner, mode)()
         self._pull()
         self._share()

@@ -31,7 +31,7 @@ def step_key(seed: int, step: int) -> int:
     return mix((mix(seed & LONG) + step) & LONG)
 
 
-def parameter_key(key: int, identity: int) -> int:
+def parameter_key(key: Any, identity: Any) -> Any:
     """The key of one parameter in the step whose key is given."""
     return mix(key ^ mix((identity + GOLDEN) & LONG))
 

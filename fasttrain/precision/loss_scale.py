@@ -89,11 +89,21 @@ class LossScaler:
         self.update(found)
         return norm
 
+    def scale_on(self, device: torch.device) -> Tensor:
+        """The scale itself, float32 of shape (), on a device; it is not to be written to."""
+        self._to(device)
+        return self._scale
+
     def update(self, found: Tensor) -> None:
         """Change a dynamic scale after a step; `found` says whether it was skipped. On the device."""
         if self.dynamic:
             torch._amp_update_scale_(self._scale, self._growth, found.float(), self.growth_factor, self.backoff_factor,
                                      self.growth_interval)
+
+    @property
+    def scale_on_device(self) -> Tensor:
+        """The scale as it is now, float32 of shape (), a copy; nothing waits for the device."""
+        return self._scale.clone()
 
     def get_scale(self) -> float:
         """The scale as a number; waits for the device."""
@@ -117,3 +127,26 @@ class LossScaler:
         self._scale, self._growth = state["scale"].clone(), state["growth"].clone()
         for name in names[2:]:
             setattr(self, name, state[name])
+
+
+def step_divided(divisor: Tensor, statistics: tuple[Tensor, Tensor], optimizer: Any, max_norm: float | None,
+                 scaler: LossScaler | None) -> Tensor:
+    """Step an optimizer with its gradients divided by a number that is known late, and by a loss scale.
+
+    Arguments:
+        divisor: float64 of shape (): items, for example.
+        statistics: of the gradients as they are; see `LossScaler.step`.
+        optimizer: has `step_scaled`.
+        max_norm: clip the divided gradients to this norm.
+        scaler: by which the losses were scaled; it is updated.
+
+    Returns:
+        The norm of the divided gradients before clipping, float32 of shape ().
+    """
+    squares, found = statistics
+    scale = divisor if scaler is None else divisor * scaler.scale_on(divisor.device)
+    norm = (squares.sqrt() / scale).float()
+    optimizer.step_scaled(scale.float(), found, norm, max_norm)
+    if scaler is not None:
+        scaler.update(found)
+    return norm

@@ -13,7 +13,8 @@ class PhaseClock:
     """Adds up the seconds spent in named phases.
 
     On a CPU it reads the clock. On a GPU, where calls return before the work is done, it records events on the
-    current stream and reads them in `take`, so that timing a phase never waits for it.
+    current stream and reads them in `take`, so that timing a phase never waits for it. Where torch's profiler runs, it
+    sees the phases by their names.
 
     Example:
         >>> clock = PhaseClock(torch.device("cpu"))
@@ -24,12 +25,22 @@ class PhaseClock:
     """
 
     def __init__(self, device: torch.device):
+        self.device = device
         self.on_gpu = device.type == "cuda"
         self.seconds: dict[str, float] = {}
         self.events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
+        if torch.autograd.profiler._is_profiler_enabled:
+            with torch.profiler.record_function(phase), self._measure(phase):
+                yield
+        else:
+            with self._measure(phase):
+                yield
+
+    @contextmanager
+    def _measure(self, phase: str) -> Iterator[None]:
         if self.on_gpu:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()

@@ -7,6 +7,9 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
+PROFILED = 13  # steps that --profile needs
+ASKED = "asked to stop"  # why a run has ended that may go on
+
 
 class BadInput(ValueError):
     """Something the user gave cannot work. The command line prints it as one line and ends with exit code 2."""
@@ -37,8 +40,9 @@ class TrainConfig:
     """Decay of the matrices (gains are never decayed). Without it: one that suits the optimizer."""
     clip: float = 1.0
     """Largest gradient norm; 0 does not clip."""
-    warmup: int = 50
-    """Steps in which the learning rate rises; it then falls to zero along a cosine."""
+    warmup: int | None = None
+    """Steps in which the learning rate rises; it then falls to zero along a cosine. Without it: 50, or a tenth of the
+    steps if that is fewer."""
 
     steps: int = 1000
     """Optimizer steps."""
@@ -58,19 +62,27 @@ class TrainConfig:
     """Rows of the embedding of each length of run; runs share them by hash."""
 
     processes: int = 2
-    """Data-parallel processes, started by torchrun."""
+    """Data-parallel processes. Under torchrun: as many as it has started."""
+    max_restarts: int = 0
+    """How often all processes are started again when one of them fails."""
     threads: int = 1
     """Threads in each process."""
     device: Literal["cpu", "cuda"] = "cpu"
     """cuda gives each process one GPU and averages over NCCL; cpu averages over gloo."""
     wire: Literal["same", "ordered", "bf16", "int8"] = "same"
     """How gradients travel between processes: as they are, added in the order of ranks, in 16 bits, in 8 bits."""
-    zero: Literal[0, 1, 2] = 0
-    """Divide the optimizer's states (1), and the reduced gradients (2), over the processes."""
+    zero: Literal[0, 1, 2, 3] = 0
+    """Divide the optimizer's states (1), the reduced gradients too (2), the parameters too (3), over the processes."""
     accumulate: int = 1
     """Backward passes of one step; only the last one communicates."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 runs the model under autocast; parameters and optimizer stay fp32."""
+    recompute: str | None = None
+    """Activations that are computed again in backward, to save memory: full (all of each block), selective (all but
+    products and attention), or 2, 3, ...: every so many blocks."""
+    compile: bool = False
+    """Compile each block with torch.compile."""
+    precision: Literal["fp32", "bf16", "fp16", "bf16-pure", "fp16-pure"] = "fp32"
+    """bf16, fp16: the model computes in these, parameters stay fp32; pure: parameters have 16 bits too, and the
+    optimizer keeps fp32 masters."""
     seed: int = 0
     """Of the initial weights and the order of the text. The same seed gives the same bits on the same machine."""
 
@@ -80,21 +92,54 @@ class TrainConfig:
     """Steps between two lines of the log."""
     validate_every: int = 100
     """Steps between two quick validations; the whole held-out text is read once, at the end."""
+    ema: float | None = None
+    """Validate with an exponential average of the weights, of this decay (0.999, say)."""
+    patience: int = 0
+    """Quick validations in a row that may be no better before the run ends early; 0: it does not."""
+    max_skips: int = 10
+    """Skipped steps in a row, for gradients that are not finite, that end the run."""
 
-    def check(self) -> None:
+    config: Path | None = None
+    """A TOML file with options, under the names that they have here; those of the command line go before it."""
+    dry_run: bool = False
+    """Make a few steps, say how much memory and time the whole run would take, and leave nothing behind."""
+    profile: bool = False
+    """Record steps 11 to 13 with torch's profiler: profile/trace.json in --out, and a table of where they went."""
+    tensorboard: bool = False
+    """Write every number for TensorBoard, too: tensorboard/ in --out."""
+
+    resume: Literal["never", "auto"] = "never"
+    """auto: go on with the run in --out (without it: the newest unfinished one of these options), if there is one."""
+    save_every: int = 250
+    """Steps between two checkpoints, beside which training goes on; 0: none are saved."""
+    keep: int = 2
+    """The newest checkpoints that stay, beside the best."""
+
+    @property
+    def rise(self) -> int:
+        """Steps of the warmup."""
+        return min(50, self.steps // 10) if self.warmup is None else self.warmup
+
+    def check(self, here: int | None = None) -> None:
         """Refuse what cannot work. Imports torch only where the answer depends on it.
+
+        Args:
+            here: how many of the processes are on this machine; None: all.
 
         Raises:
             BadInput: names the option, what it was, and what to do.
         """
         for name in ("steps", "batch", "sequence", "layers", "width", "heads", "ngrams", "rows", "processes", "threads",
-                     "accumulate", "log_every", "validate_every"):
+                     "accumulate", "log_every", "validate_every", "max_skips", "keep"):
             if getattr(self, name) < 1:
                 raise BadInput(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
-        for name in ("lr", "weight_decay", "clip", "warmup", "seed"):
+        for name in ("lr", "weight_decay", "clip", "warmup", "seed", "max_restarts", "patience", "save_every"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
                 raise BadInput(f"--{name.replace('_', '-')} {value}: must be finite and not negative")
+        if self.rise > self.steps:
+            raise BadInput(f"--steps {self.steps} is shorter than --warmup {self.warmup}: the run would end in its "
+                           f"warmup; use a warmup of at most {self.steps} steps, or a longer run")
         if self.seed >= 1 << 63:
             raise BadInput(f"--seed {self.seed}: must be below 2**63")
         if not 0 < self.held_out < 1:
@@ -106,9 +151,23 @@ class TrainConfig:
                 f"--width {self.width} with --heads {self.heads}: each head needs an even number of features; "
                 f"use a width that is a multiple of {2 * self.heads}"
             )
-        self._check_processes()
+        if self.recompute is not None and self.recompute not in ("full", "selective") and not (
+                self.recompute.isdecimal() and int(self.recompute) > 0):
+            raise BadInput(f"--recompute {self.recompute}: it is full, selective, or every how many blocks")
+        if self.profile and self.steps < PROFILED:
+            raise BadInput(f"--profile with --steps {self.steps}: it records steps 11 to {PROFILED}; use more steps")
+        ours = not self.optimizer.startswith("torch.")
+        if self.precision not in ("fp32", "bf16") and not ours:
+            raise BadInput(f"--precision {self.precision} with --optimizer {self.optimizer}: it needs loss scales or "
+                           f"masters, which torch's has not; use {self.optimizer.removeprefix('torch.')}")
+        if self.ema is not None and not ours:
+            raise BadInput(f"--ema with --optimizer {self.optimizer}: torch's keeps no average; use "
+                           f"{self.optimizer.removeprefix('torch.')}")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise BadInput(f"--ema {self.ema}: a decay lies between 0 and 1, like 0.999")
+        self._check_processes(self.processes if here is None else here)
 
-    def _check_processes(self) -> None:
+    def _check_processes(self, here: int) -> None:
         if self.batch % self.processes:
             raise BadInput(
                 f"--processes {self.processes} with --batch {self.batch}: a step must give every process the same "
@@ -122,6 +181,9 @@ class TrainConfig:
             )
         if self.zero and self.wire == "int8":
             raise BadInput("--zero with --wire int8: shards of gradients do not travel in 8 bits; use bf16")
+        if self.zero == 3 and self.wire == "ordered":
+            raise BadInput("--zero 3 with --wire ordered: the order of a sharded model's sums is its backend's; use "
+                           "--zero 2, or --wire same")
         if self.device == "cpu":
             places, kind = usable_processors(), "processor"
             if self.threads > places:
@@ -134,11 +196,26 @@ class TrainConfig:
             kind = "GPU"
             if places == 0:
                 raise BadInput("--device cuda: this torch finds no GPU; use --device cpu")
-        if self.processes > most:
+        if here > most:
             raise BadInput(
-                f"--processes {self.processes} on {places} {kind}{'s' if places > 1 else ''}: they would only wait for "
-                f"each other; use at most {most}"
+                f"--processes {here} on {places} {kind}{'s' if places > 1 else ''}: they would only wait for each "
+                f"other; use at most {most}"
             )
+
+    def check_started_by_torchrun(self, world: int, most_restarts: int) -> None:
+        """Refuse options that contradict torchrun, which has started this process as one of `world`.
+
+        Raises:
+            BadInput: as `check`.
+        """
+        if self.processes != world:
+            raise BadInput(f"--processes {self.processes} under torchrun, which has started {world}: leave it out, or "
+                           f"give torchrun the number (--nnodes times --nproc-per-node)")
+        if self.max_restarts:
+            raise BadInput(f"--max-restarts {self.max_restarts} under torchrun: give it to torchrun, before -m")
+        if most_restarts and self.out is None:
+            raise BadInput("torchrun with --max-restarts needs --out DIRECTORY here: a process that is started again "
+                           "must find what the last one wrote")
 
     def as_json(self) -> dict[str, Any]:
         """The options as JSON values; `from_json` is the inverse."""
@@ -147,5 +224,5 @@ class TrainConfig:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> TrainConfig:
         """The options back from `as_json`."""
-        paths = {k: Path(values[k]) for k in ("text", "out") if values[k] is not None}
+        paths = {k: Path(values[k]) for k in ("text", "out", "config") if values[k] is not None}
         return cls(**{**values, **paths})

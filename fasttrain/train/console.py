@@ -3,22 +3,64 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
-SHORT = {"data": "data", "forward_backward": "fwd+bwd", "communication": "comm", "optimizer": "opt"}
+SHORT = {"data": "data", "forward_backward": "fwd+bwd", "communication": "comm", "optimizer": "opt",
+         "checkpoint": "save"}
 
 
 def line(record: dict[str, Any], steps: int) -> str:
     """One record of the loop as one line of a log."""
     head = f"step {record['step']:>{len(str(steps))}}/{steps}"
-    if record["event"] == "validation":
-        return f"{head}  validation {record['bits_per_byte']:.4f} bits/byte over {record['bytes']:,} bytes"
-    if record["event"] == "wire":
-        return f"{head}  gradients: {record['bytes']:,.0f} bytes sent a step, {record['formula']:,.0f} by the formula"
-    shares = "  ".join(f"{SHORT[phase]} {share:.1%}" for phase, share in record["share"].items())
-    return (f"{head}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  {record['tokens_per_s']:,.0f} tokens/s"
-            f"  {shares}")
+    match record["event"]:
+        case "train":
+            return f"{head}  {'  '.join(status(record))}"
+        case "validation":
+            return f"{head}  {'  '.join(validation(record))}"
+        case "wire":
+            return f"{head}  communication: {sent(record)}"
+        case "dry-run":
+            return f"{head}  made"
+        case _:
+            return f"{head}  {record['text']}"
+
+
+def status(record: dict[str, Any]) -> Iterator[str]:
+    """The parts of a line of training. What is zero, or not known, is left out."""
+    yield f"loss {record['loss']:.4f}"
+    yield f"lr {record['lr']:.2e}"
+    yield f"{record['tokens_per_s']:,.0f} tokens/s"
+    if "mfu" in record:
+        yield f"mfu {record['mfu']:.1%}"
+    for phase, share in record["share"].items():
+        yield f"{SHORT[phase]} {share:.1%}"
+    if "memory_gb" in record:
+        yield f"{record['memory_gb']:.2f} GiB"
+    if record.get("skipped"):
+        yield f"skipped {record['skipped']}"
+
+
+def validation(record: dict[str, Any]) -> Iterator[str]:
+    """The parts of a line of validation: what was measured, over how much, and what a guard makes of it."""
+    if "bits_per_byte" in record:
+        yield f"validation {record['bits_per_byte']:.4f} bits/byte over {record['bytes']:,} bytes"
+    else:
+        yield "validation " + "  ".join(f"{name} {value:.4f}" for name, value in record["metrics"].items())
+    if "gap" in record:
+        yield f"gap {record['gap']:+.4f}"
+    if "patience_left" in record:
+        yield f"patience {record['patience_left']}"
+
+
+def sent(wire: dict[str, Any]) -> str:
+    """What a process sends in a step, from the record of that."""
+    by_formula = f"{wire['formula']:,.0f}"
+    counted = (f"{by_formula} bytes a step by the formula, not counted" if wire["bytes"] is None else
+               f"{wire['bytes']:,.0f} bytes a step, {by_formula} by the formula")
+    exposed = "not measured" if wire["exposed_s"] is None else f"{1000 * wire['exposed_s']:.1f} ms"
+    return f"{counted}; exposed: {exposed}"
 
 
 class Console:
@@ -55,7 +97,7 @@ class Console:
         text = line(record, self.steps)
         if not self.bar:
             print(text, flush=True)
-        elif record["event"] in ("validation", "wire"):
+        elif record["event"] != "train":
             self.bar.console.print(text, highlight=False)
             self.bar.refresh()
         else:

@@ -20,8 +20,10 @@ class RunFailed(RuntimeError):
     """A process of the run ended before its time. The text says which, and why."""
 
 
-def launch(directory: Path, processes: int, threads: int) -> None:
+def launch(directory: Path, processes: int, threads: int, restarts: int = 0) -> None:
     """Run ``fasttrain.train.rank`` in `processes` processes under torchrun, and return when all have finished.
+
+    When one fails all are started again, at most `restarts` times.
 
     What they print to standard output goes to ours; their standard error (warnings, tracebacks, torchrun's report) to
     ``directory/stderr.log``, which is removed if it stays empty. They get no signals from the terminal: when this
@@ -37,14 +39,11 @@ def launch(directory: Path, processes: int, threads: int) -> None:
         report = Path(scratch, "failures.json")
         torchrun = [
             sys.executable, "-m", "fasttrain.train.launch", str(report),
-            "--standalone", f"--nproc-per-node={processes}", "--local-addr=127.0.0.1", "--max-restarts=0",
+            "--standalone", f"--nproc-per-node={processes}", "--local-addr=127.0.0.1",
+            f"--max-restarts={restarts}",
             "-m", "fasttrain.train.rank", str(directory.absolute()),
         ]
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": str(threads),
-            "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # cuBLAS gives the same bits twice only with this
-        }
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         child = subprocess.Popen(torchrun, stdin=subprocess.PIPE, stderr=stderr, env=environment,
                                  start_new_session=True)
         try:

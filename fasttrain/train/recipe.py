@@ -26,6 +26,13 @@ RECIPES: dict[str, dict[str, Any]] = {
     "RMSprop": dict(lr=3e-3, alpha=0.95, weight_decay=0.0),
 }
 
+UNFIT = {
+    "torch.LBFGS": "its step calls the model again, which the loop does not let it",
+    "torch.Muon": "it takes matrices only, and the model has gains; Muon without torch. steps those with AdamW",
+    "torch.SparseAdam": "it takes sparse gradients only, and the model's are not",
+}
+UNFIT_FOR_SHARDS = ("torch.Adafactor", "torch.Rprop")  # write, in place, what DTensor would have to lay out anew
+
 
 def optimizer_class(name: str) -> type:
     """`X` is ``fasttrain.optim.X``, `torch.X` is ``torch.optim.X``.
@@ -64,17 +71,18 @@ def build(config: TrainConfig, model: Any, **options: Any) -> Any:
     """The optimizer over two groups: matrices, which decay, and gains (one dimension), which do not.
 
     Args:
-        model: that of `config.zero` is a `fasttrain.parallel.DataParallel`.
+        model: with `config.zero` of 1 or 2 a `fasttrain.parallel.DataParallel`, of 3 one that is sharded already.
         options: further arguments of the optimizer, as those of `fasttrain.precision.storage`.
     """
     chosen = settings(config)
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [(n, p) for n, p in named if p.ndim >= 2]},
-        {"params": [(n, p) for n, p in named if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    from fasttrain.guards.decay import decay_groups  # torch, which `check` need not load
+    from fasttrain.train.making import precision_of
+
+    if config.ema is not None:
+        options = {"ema_decay": config.ema, **options}
+    groups = precision_of(config).groups(decay_groups(model))
     kind = optimizer_class(config.optimizer)
-    if config.zero:
+    if config.zero in (1, 2):
         from fasttrain.parallel import Zero
 
         return Zero(groups, kind, stage=config.zero, **{**chosen, **options})
@@ -88,6 +96,11 @@ def check(config: TrainConfig) -> None:
     """
     if config.optimizer in ("AdamW", "torch.AdamW"):
         return
+    if why := UNFIT.get(config.optimizer):
+        raise BadInput(f"--optimizer {config.optimizer}: {why}")
+    if config.zero == 3 and config.optimizer in UNFIT_FOR_SHARDS:
+        raise BadInput(f"--zero 3 with --optimizer {config.optimizer}: torch's cannot step shards of parameters; use "
+                       f"{config.optimizer.removeprefix('torch.')}, which can, or --zero 2")
     accepted = inspect.signature(optimizer_class(config.optimizer)).parameters
     if extra := [k for k in settings(config) if k not in accepted]:
         raise BadInput(f"--optimizer {config.optimizer} does not take --{extra[0].replace('_', '-')}")

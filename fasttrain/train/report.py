@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import lzma
+import shutil
+import sys
+import tempfile
 import zlib
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from fasttrain.train.config import BadInput
-
-Record = dict[str, Any]
+from fasttrain import __version__
+from fasttrain.train.config import ASKED, BadInput, TrainConfig
+from fasttrain.train.console import sent
+from fasttrain.train.journal import Record, records
+from fasttrain.train.text import Text
 
 
 def make_directory(out: Path | None, optimizer: str) -> Path:
@@ -26,7 +31,8 @@ def make_directory(out: Path | None, optimizer: str) -> Path:
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
             if any(out.iterdir()):
-                raise BadInput(f"--out {out} is not empty; give a new directory, or remove what is there")
+                raise BadInput(f"--out {out} is not empty; give a new directory, remove what is there, or go on with "
+                               "the run in it by --resume auto")
         else:
             number = 1
             while True:
@@ -42,6 +48,103 @@ def make_directory(out: Path | None, optimizer: str) -> Path:
     except OSError as error:
         raise BadInput(f"--out {out}: cannot be written: {error.strerror}; give another directory") from error
     return out
+
+
+def header(config: TrainConfig, read: Text) -> Record:
+    """What ``config.json`` holds: options, versions, and which text."""
+    return {
+        "versions": {"fasttrain": __version__, "torch": metadata.version("torch"), "python": sys.version.split()[0]},
+        "config": config.as_json(),
+        "text": {
+            "train_bytes": len(read.train), "train_files": read.train_files,
+            "held_out_bytes": len(read.held_out), "held_out_files": read.held_out_files, "sha256": read.sha256,
+        },
+    }
+
+
+FREE = ("processes", "text", "out", "resume", "max_restarts", "threads", "log_every", "save_every", "keep")
+
+
+def begin(config: TrainConfig, header: Record) -> Path:
+    """Make the directory of a run, with its ``config.json``; or, by `--resume auto`, find that of a run to go on with.
+
+    Raises:
+        BadInput: as `make_directory`, or as `check_same`.
+    """
+    found = resumable(config, header) if config.resume == "auto" and not config.dry_run else None
+    if config.dry_run:
+        out = Path(tempfile.mkdtemp(prefix="fasttrain-dry-run-"))
+    else:
+        out = found or make_directory(config.out, config.optimizer)
+    fresh = out / ".config.json"  # of a run that goes on: options that do not change its numbers may be others now
+    fresh.write_text(json.dumps(header, indent=1) + "\n")
+    fresh.replace(out / "config.json")
+    return out
+
+
+def resumable(config: TrainConfig, header: Record) -> Path | None:
+    """The directory of a run that `--resume auto` goes on with: `out`, or the newest in ``runs`` that is not finished.
+
+    Raises:
+        BadInput: as `check_same`, where `out` was given.
+    """
+    if config.out is not None:
+        if not (config.out / "config.json").exists():
+            return None
+        check_same(config.out, header)
+        return config.out
+    for directory in sorted(Path("runs").glob(f"{config.optimizer}-*"), key=lambda run: _number(run), reverse=True):
+        if (directory / "config.json").exists() and not (directory / "summary.json").exists():
+            try:
+                check_same(directory, header)
+            except BadInput:
+                continue  # of other options: not the one that is meant
+            return directory
+    return None
+
+
+def _number(run: Path) -> int:
+    last = run.name.rpartition("-")[2]
+    return int(last) if last.isdecimal() else 0
+
+
+def check_same(directory: Path, header: Record) -> None:
+    """Refuse to go on in a directory if the run in it is another one. The number of processes may have changed.
+
+    Raises:
+        BadInput: it has other options or another text.
+    """
+    found = json.loads((directory / "config.json").read_text())
+    for name, value in header["config"].items():
+        if name not in FREE and (there := found["config"].get(name)) != value:
+            raise BadInput(f"--out {directory} holds a run with --{name.replace('_', '-')} {there}, not {value}; a run "
+                           "that is started again needs its own options, a new one a new directory")
+    if found["text"]["sha256"] != header["text"]["sha256"]:
+        raise BadInput(f"--out {directory} holds a run on another text; give a new directory")
+
+
+def stopped(directory: Path) -> str | None:
+    """What to say of a run that was asked to stop, and did; None of one that came to its end."""
+    last = records(directory / "log.jsonl")[-1]
+    if last["event"] != "end" or last["text"] != ASKED:
+        return None
+    return (f"asked to stop, after step {last['step']}, which is saved; the same command with --resume auto and "
+            f"--out {directory} goes on")
+
+
+def conclude(directory: Path, held_out: np.ndarray, wall_s: float) -> str:
+    """Draw and sum up a complete run, and return what to say of it; of a dry run, which is removed, what it found."""
+    if (config := TrainConfig.from_json(json.loads((directory / "config.json").read_text())["config"])).dry_run:
+        found = records(directory / "log.jsonl")[-1]
+        shutil.rmtree(directory)
+        from fasttrain.train.dry import describe as describe_dry_run  # torch, which a summary does not need
+
+        return describe_dry_run(found, config)
+    run = read(directory)
+    draw([run], directory / "run.png")
+    summary = summarise(run, held_out, wall_s)
+    (directory / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    return f"{describe(summary, run.header)}\nwritten: {', '.join(sorted(str(p) for p in directory.iterdir()))}"
 
 
 @dataclass(frozen=True)
@@ -62,7 +165,7 @@ class Run:
     def final(self) -> Record | None:
         """The validation over the whole held-out text that ends a complete run."""
         last = self.validation[-1] if self.validation else None
-        return last if last and last["step"] == self.config["steps"] else None
+        return last if last and (last.get("whole") or last["step"] == self.config["steps"]) else None
 
 
 def read(directory: Path) -> Run:
@@ -73,14 +176,13 @@ def read(directory: Path) -> Run:
     """
     try:
         header = json.loads((directory / "config.json").read_text())
-        lines = (directory / "log.jsonl").read_text().splitlines()
-        records = [json.loads(line) for line in lines]
+        found = records(directory / "log.jsonl")
         header["config"], header["text"]
     except OSError as error:
         raise BadInput(f"{directory} is not a run: {error.filename}: {error.strerror}") from error
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise BadInput(f"{directory} is not a run of fasttrain train: {error!r}") from error
-    run = Run(directory, header, *([r for r in records if r["event"] == e] for e in ("train", "validation", "wire")))
+    run = Run(directory, header, *([r for r in found if r["event"] == e] for e in ("train", "validation", "wire")))
     if not run.train:
         raise BadInput(f"{directory} is a run that ended before its first line of log")
     return run
@@ -119,7 +221,7 @@ def summarise(run: Run, stream: np.ndarray, wall_s: float) -> Record:
         "passes_over_text": tokens / run.header["text"]["train_bytes"],
         "tokens_per_s": median_speed(run),
         "share": mean_shares(run),
-        "wire": {name: run.wire[-1][name] for name in ("bytes", "formula")} if run.wire else None,
+        "wire": {name: run.wire[-1][name] for name in ("bytes", "formula", "exposed_s")} if run.wire else None,
         "wall_s": wall_s,
     }
 
@@ -148,8 +250,7 @@ def describe(summary: Record, header: Record) -> str:
         f"{summary['steps']} steps, {summary['tokens']:,} bytes read ({summary['passes_over_text']:.2f} passes), "
         f"{summary['tokens_per_s']:,.0f} tokens/s, {summary['wall_s']:.0f} s in all",
         f"time in steps: {shares}",
-        *([f"gradients: each process sent {wire['bytes']:,.0f} bytes a step, {wire['formula']:,.0f} by the formula"]
-          if (wire := summary["wire"]) and wire["formula"] else []),
+        *([f"communication of a process: {sent(summary['wire'])}"] if summary["wire"] else []),
     ])
 
 

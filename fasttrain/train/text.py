@@ -1,4 +1,4 @@
-"""Where the text comes from, which files are held out, and which window of it sample number i is.
+"""Where the text comes from, and which files are held out.
 
 Everything here is a pure function of the files and the seed: two processes, or two runs a year apart, agree without
 talking to each other.
@@ -7,17 +7,15 @@ talking to each other.
 from __future__ import annotations
 
 import hashlib
-import os
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
-from stat import S_ISREG
 
 import numpy as np
 
+from fasttrain.data.documents import SEPARATOR, division, share_of_path, walk
 from fasttrain.train.config import BadInput
 
-SEPARATOR = b"\0"  # ends every file in the stream; a file that contains it is not text
 NOT_SOURCE = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "pydoc_data"}
 
 
@@ -58,10 +56,7 @@ def load(path: Path | None, held_out: float, sequence: int) -> Text:
         cut = len(data) - max(1, round(held_out * len(data)))
         parts = [(name, data[:cut])], [(name, data[cut:])]
     else:
-        by_hash = sorted(files, key=lambda file: _share(file[0]))
-        inside = sum(_share(name) < held_out for name, _ in files)
-        inside = min(max(inside, 1), len(files) - 1)
-        chosen = {name for name, _ in by_hash[:inside]}
+        chosen = division({name: share_of_path(name) for name, _ in files}, held_out)
         parts = [f for f in files if f[0] not in chosen], [f for f in files if f[0] in chosen]
     train, rest = (b"".join(data + SEPARATOR for _, data in part) for part in parts)
     for part, stream, needed in (("to train on", train, 2 * sequence + 1), ("held out", rest, sequence + 1)):
@@ -87,111 +82,10 @@ def _read(root: Path, only_source: bool) -> list[tuple[str, bytes]]:
 
 
 def _walk(root: Path, only_source: bool) -> dict[str, Path]:
-    def stop(error: OSError) -> None:
-        raise error
-
-    found = {}
-    for folder, folders, names in os.walk(root, onerror=stop):
-        folders[:] = [f for f in folders if not f.startswith(".") and not (only_source and f in NOT_SOURCE)]
-        for name in names:
-            path = Path(folder, name)
-            if name.startswith(".") or (only_source and path.suffix != ".py"):
-                continue
-            if S_ISREG(path.stat().st_mode):  # to open a pipe would wait for its writer
-                found[path.relative_to(root).as_posix()] = path
-    return found
-
-
-def _share(name: str) -> float:
-    """The hash of a path, as a number in [0, 1)."""
-    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:6], "big") / 2**48
+    if only_source:
+        return walk(root, enter=lambda folder: folder not in NOT_SOURCE, take=lambda path: path.suffix == ".py")
+    return walk(root)
 
 
 def _array(stream: bytes) -> np.ndarray:
     return np.frombuffer(stream, dtype=np.uint8)
-
-
-class Windows:
-    """Training samples: sample i is a pure function of (seed, i), with no table and no state.
-
-    One pass cuts the stream (from an offset that differs from pass to pass) into windows of `length` bytes, and takes
-    each once, in an order that is a keyed bijection of their numbers. Sample i belongs to pass ``i // len(self)``.
-
-    Args:
-        stream: uint8, shape (bytes,), at least ``2 * length + 1`` of them.
-        length: bytes in one sequence.
-        seed: of the order.
-
-    Example:
-        >>> windows = Windows(np.arange(50, dtype=np.uint8), length=8, seed=0)
-        >>> windows.batch(first=0, count=4).shape
-        (4, 9)
-    """
-
-    def __init__(self, stream: np.ndarray, length: int, seed: int):
-        self.stream, self.length, self.seed = stream, length, seed
-        self.per_pass = (len(stream) - 1) // length - 1
-        if self.per_pass < 1:
-            raise ValueError(f"a stream of {len(stream)} bytes is too short for windows of {length}")
-
-    def __len__(self) -> int:
-        return self.per_pass
-
-    def start(self, i: int) -> int:
-        """Where sample i begins in the stream."""
-        turn, place = divmod(i, self.per_pass)
-        key = _mix(_mix(self.seed) ^ turn)
-        return _mix(key) % self.length + self.length * permuted(place, self.per_pass, key)
-
-    def batch(self, first: int, count: int) -> np.ndarray:
-        """Samples first, first + 1, ...: uint8, shape (count, length + 1). The extra byte is the last target."""
-        starts = [self.start(i) for i in range(first, first + count)]
-        return np.stack([self.stream[s : s + self.length + 1] for s in starts])
-
-
-def overlapping(n: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Windows that predict every byte of a stream but the first exactly once, nearly all from half a window or more.
-
-    Window w reads the bytes from ``starts[w]`` on and predicts the `length` bytes after the first. Consecutive windows
-    overlap by half, and of each only the predictions from ``fresh_from[w]`` on, which no earlier one made, count.
-
-    Args:
-        n: bytes of the stream, more than `length`.
-        length: bytes read by a window.
-
-    Returns:
-        starts, fresh_from: int64, shape (windows,).
-
-    Example:
-        >>> overlapping(n=12, length=4)
-        (array([0, 2, 4, 6, 7]), array([0, 2, 2, 2, 3]))
-    """
-    last = n - 1 - length
-    starts = np.append(np.arange(0, last, max(1, length // 2)), last)
-    return starts, np.append(0, starts[:-1] + length - starts[1:])
-
-
-def permuted(i: int, n: int, key: int) -> int:
-    """Where i goes under the bijection of 0 .. n-1 that `key` names.
-
-    A Feistel network over the smallest even number of bits that holds n is a bijection of a power of four; walking on
-    until the value is below n makes it one of 0 .. n-1 (Black and Rogaway, Ciphers with arbitrary finite domains,
-    2002). Fewer than four walks are expected.
-    """
-    half = max(1, ((n - 1).bit_length() + 1) // 2)
-    mask = (1 << half) - 1
-    while True:
-        left, right = i >> half, i & mask
-        for turn in range(4):
-            left, right = right, left ^ (_mix(key + turn ^ right << 8) & mask)
-        i = left << half | right
-        if i < n:
-            return i
-
-
-def _mix(x: int) -> int:
-    """One step of splitmix64: a bijection of 64 bits whose every output bit depends on every input bit."""
-    x = (x + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
-    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
-    x = (x ^ x >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
-    return x ^ x >> 31

@@ -1,0 +1,80 @@
+"""The log of a run, one JSON object a line, which a killed and resumed run goes on writing."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+
+class Journal:
+    """Appends records to a file, each with one write, so that a kill leaves whole lines but for the last.
+
+    Arguments:
+        path: of the file; it may hold the records of an earlier part of the run.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp(), "log.jsonl")
+        >>> journal = Journal(path)
+        >>> for step in (1, 2, 3):
+        ...     journal.write({"event": "train", "step": step})
+        >>> journal.close()                                       # killed; the newest checkpoint is that of step 2
+        >>> journal = Journal(path)
+        >>> journal.write({"event": "resume", "step": 2, "text": "resumed"})
+        >>> journal.write({"event": "train", "step": 3, "loss": float("nan")})
+        >>> journal.close()
+        >>> [(record["event"], record["step"]) for record in records(path)]
+        [('train', 1), ('train', 2), ('resume', 2), ('train', 3)]
+    """
+
+    def __init__(self, path: Path):
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        content = _whole_lines(os.pread(self._file, os.fstat(self._file).st_size, 0))
+        os.ftruncate(self._file, len(content))
+
+    def write(self, record: Record) -> None:
+        """Append a record. What JSON cannot hold (NaN, infinity) becomes text."""
+        line = memoryview((json.dumps(_plain(record), allow_nan=False) + "\n").encode())
+        while line:
+            line = line[os.write(self._file, line) :]
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._file)
+
+
+def records(path: Path) -> list[Record]:
+    """The records of a run, without abandoned parts: what came after the step at which it was resumed, or of which it
+    began again.
+
+    Raises:
+        OSError: the file cannot be read.
+        json.JSONDecodeError: a line is no record; a last line without its end is what a kill leaves, and is left out.
+    """
+    found: list[Record] = []
+    for text in _whole_lines(path.read_bytes()).splitlines():
+        record = json.loads(text, object_hook=_numbers)
+        if record["event"] in ("resume", "begin"):
+            kept = record["step"] if record["event"] == "resume" else -1
+            found = [earlier for earlier in found if earlier["step"] <= kept or earlier["event"] == "restart"]
+        found.append(record)
+    return found
+
+
+def _whole_lines(content: bytes) -> bytes:
+    return content[: content.rfind(b"\n") + 1]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items()}
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _numbers(record: Record) -> Record:
+    return {name: float(value) if value in ("nan", "inf", "-inf") else value for name, value in record.items()}

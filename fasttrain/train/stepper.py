@@ -1,0 +1,233 @@
+"""One step of the optimizer over its micro-batches, however the model is divided; and what it came to, read late."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fasttrain.dist.wire import Wire
+from fasttrain.guards.bad_steps import MOST_NAMES, nonfinite
+from fasttrain.guards.later import Arrived, Later
+from fasttrain.parallel import DataParallel, Zero
+from fasttrain.parallel.accumulate import Accumulation
+from fasttrain.parallel.sharded import Sharded
+from fasttrain.precision.loss_scale import LossScaler, step_divided
+from fasttrain.train.clock import PhaseClock
+from fasttrain.train.traffic import Traffic
+
+Loss = Callable[[Any, Any], "Tensor | tuple[Tensor, int]"]
+
+
+class Numbers(NamedTuple):
+    """What a step has come to: the same on every rank, but for the names.
+
+    Attributes:
+        step: counted from 1.
+        loss: the mean over ranks and micro-batches, or over all items.
+        norm: of the mean gradient, before it was clipped.
+        skipped: the gradient, or the loss, was not finite, and no parameter was changed.
+        stop: how many ranks wish to stop.
+        scale: the loss scale of the step; 1.0 without a scaler.
+        names: of the parameters whose gradients are not finite here, where a step was skipped on the CPU.
+    """
+
+    step: int
+    loss: float
+    norm: float
+    skipped: bool
+    stop: int
+    scale: float = 1.0
+    names: tuple[str, ...] = ()
+
+
+class Stepper:
+    """Runs backward passes, clips, steps and forgets the gradients; a step with one that is not finite is skipped.
+
+    With optimizers of this package nothing waits for the device: scale, norm and the decision to skip stay there.
+    torch's optimizers have the decision taken by the host, which waits for a GPU.
+
+    Arguments:
+        model: a module, a `DataParallel`, or what `fasttrain.parallel.shard` returned.
+        optimizer: of its parameters; of this package, a `Zero`, or torch's.
+        loss: from (model, micro-batch) to the mean loss, a tensor of shape (); or to (sum of losses, number of items),
+            and the gradient is the mean over the items of all micro-batches and ranks.
+        clip: largest norm of the gradient; 0 does not clip.
+        context: makes the context in which `loss` runs (autocast).
+        scaler: scales losses; needs an optimizer of this package.
+        clock: what measures the phases "forward_backward", "communication" (what backward did not hide) and
+            "optimizer".
+
+    Attributes:
+        steps: that were made.
+        stepping: parameters are being changed: an exception that comes now leaves them half-way.
+        traffic: what they have sent, and waited for; None in one process alone.
+        stop: this rank wishes to stop: the others learn of it with the next step.
+
+    Raises:
+        TypeError: a scaler, or a loss with items, with an optimizer of torch.
+
+    Example:
+        >>> from fasttrain.optim import AdamW
+        >>> model = nn.Linear(2, 1)
+        >>> stepper = Stepper(model, AdamW(model.parameters()), lambda model, x: model(x).square().mean(), clip=1.0)
+        >>> stepper.run([torch.ones(4, 2), torch.zeros(4, 2)])      # a step of two micro-batches
+        >>> [numbers.step for numbers in stepper.arrived()]
+        [1]
+    """
+
+    def __init__(self, model: nn.Module | Sharded, optimizer: Any, loss: Loss, *, clip: float = 0.0,
+                 context: Callable[[], AbstractContextManager[Any]] = nullcontext, scaler: LossScaler | None = None,
+                 clock: PhaseClock | None = None):
+        self.model: Any = model.module if isinstance(model, Sharded) else model
+        self.bare: nn.Module = model.module if isinstance(model, (DataParallel, Sharded)) else model
+        self.optimizer, self.loss, self.clip, self.context, self.scaler = optimizer, loss, clip, context, scaler
+        self.sharded = model if isinstance(model, Sharded) else None
+        self.reducer = model.reducer if isinstance(model, DataParallel) else None
+        owner = self.sharded.everyone if self.sharded else self.reducer.wire if self.reducer else None
+        self.wire: Wire | None = owner
+        self.device = next(self.model.parameters()).device
+        self.ours = hasattr(optimizer, "step_scaled") and getattr(optimizer, "_pattern", True) is not None
+        if scaler is not None and not self.ours:
+            raise TypeError(f"a loss scale needs an optimizer of fasttrain.optim: {type(optimizer).__name__} is not")
+        self.steps = 0
+        self.stop = False
+        self.clock = clock or PhaseClock(self.device)
+        self.traffic = Traffic(self.wire) if self.wire is not None else None
+        self.stepping = False
+        self._later = Later(delay=int(self.device.type == "cuda"))
+        self._arrived: list[Arrived] = []
+        self._one = torch.ones((), dtype=torch.float64, device=self.device)
+
+    def run(self, micro_batches: Sequence[Any]) -> None:
+        """One step. Every rank gives as many micro-batches, of its own part of the data."""
+        accumulate = Accumulation(self.sharded or self.reducer or _Alone(), len(micro_batches))
+        if self.traffic is not None:
+            self.traffic.begin()
+        with self.clock("forward_backward"):
+            total, items = torch.zeros((), dtype=torch.float64, device=self.device), 0
+            for micro_batch in micro_batches:
+                with accumulate():
+                    with self.context():
+                        result = self.loss(self.model, micro_batch)
+                    if isinstance(result, tuple):
+                        loss, count = result
+                        items += self._count(count)
+                    else:
+                        loss = result / len(micro_batches)
+                    total += loss.detach()
+                    if self.reducer is not None:
+                        self.reducer.loss, self.reducer.stop = total, self.stop
+                    (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        self._waited("forward_backward")
+        with self.clock("optimizer"):
+            self._finish(total, items)
+        self._waited("optimizer")
+        if self.traffic is not None:
+            self.traffic.end()
+
+    def _waited(self, phase: str) -> None:
+        """Count what a phase has waited for other ranks as communication."""
+        if self.traffic is not None:
+            self.clock.move(phase, "communication", self.traffic.waited())
+
+    def _count(self, items: int) -> int:
+        if not self.ours:
+            raise TypeError(f"the loss comes with a number of items, by which a {type(self.optimizer).__name__} cannot "
+                            "divide late: take an optimizer of fasttrain.optim, or return the mean")
+        owner = self.sharded or self.reducer
+        if owner is not None:
+            owner.count(items)
+        return items
+
+    def _finish(self, loss: Tensor, items: int) -> None:
+        loss, stop = self._over_ranks(loss, items)
+        scale = None if self.scaler is None else self.scaler.scale_on(self.device).clone()
+        self.stepping = True
+        norm, bad = self._step(loss, items) if self.ours else self._step_of_torch()
+        self.steps += 1
+        self.stepping = False
+        looks = self.device.type == "cpu" and not isinstance(self.optimizer, Zero)  # whose gradients are in shards
+        names = nonfinite(self.bare.named_parameters()) if looks and bad else ()
+        self.optimizer.zero_grad()
+        arrived = self._later.put(self.steps, tuple(names)[:MOST_NAMES], loss=loss, norm=norm, bad=bad, stop=stop,
+                                  scale=scale)
+        self._arrived += [arrived] if arrived else []
+
+    def _step(self, loss: Tensor, items: int) -> tuple[Tensor, Tensor]:
+        """With an optimizer of this package: its norm, and whether it was skipped."""
+        owner = self.sharded or self.reducer
+        if self.reducer is None or isinstance(self.optimizer, Zero):
+            statistics = self.optimizer.grad_statistics()
+        else:
+            statistics = self.reducer.statistics()
+        most = self.clip or None
+        if not items:
+            statistics = statistics[0], statistics[1] | ~torch.isfinite(loss)
+            norm = step_divided(self._one, statistics, self.optimizer, most, self.scaler)
+        elif owner is not None:
+            norm = owner.step(self.optimizer, most, self.scaler)
+        else:
+            norm = step_divided(self._one * items, statistics, self.optimizer, most, self.scaler)
+        return norm, statistics[1]
+
+    def _step_of_torch(self) -> tuple[Tensor, Tensor]:
+        """With an optimizer of torch: the host looks at the norm, and does not step if it is not finite."""
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if isinstance(self.optimizer, Zero):
+            norm = self.optimizer.grad_statistics()[0].sqrt().float()
+        elif self.reducer is not None:
+            norm = self.reducer.grad_norm()
+        else:
+            norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        bad = ~torch.isfinite(norm)
+        if not bad:
+            if self.clip and isinstance(self.optimizer, Zero):
+                self.optimizer.clip_grad_norm_(self.clip)
+            elif self.clip:
+                nn.utils.clip_grads_with_norm_(params, self.clip, norm)
+            self.optimizer.step()
+        return norm, bad
+
+    def _over_ranks(self, loss: Tensor, items: int) -> tuple[Tensor, Tensor]:
+        """The mean loss and the wishes to stop, over all ranks; of the reducer's they came with the gradients."""
+        stop = self._one * self.stop
+        if self.sharded is not None:
+            everyone = self.sharded.everyone
+            loss, stop, items_of_all = everyone.sum_(torch.stack([loss, stop, self._one * items]))
+            return loss / (items_of_all if items else everyone.size), stop
+        if self.reducer is not None and not self.reducer.idle:
+            sums = self.reducer.sums
+            assert sums is not None
+            return sums.loss / (sums.tokens if items else self.reducer.wire.size), sums.stop
+        return loss / (items or 1), stop
+
+    def state_dict(self) -> dict[str, int]:
+        """How many steps were made."""
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on after so many steps."""
+        self.steps = state["steps"]
+
+    def arrived(self, all_of_them: bool = False) -> list[Numbers]:
+        """The numbers of steps that have not been asked for yet.
+
+        On a GPU those of the newest step stay out, so that nobody waits for the device; `all_of_them` waits.
+        """
+        taken, self._arrived = self._arrived, []
+        if all_of_them:
+            taken += self._later.flush()
+        return [Numbers(one.step, one.values["loss"], one.values["norm"], bool(one.values["bad"]),
+                        int(one.values["stop"]), one.values["scale"] or 1.0, one.note) for one in taken]
+
+
+class _Alone:
+    """In the place of a reducer where there is one process."""
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        return nullcontext()

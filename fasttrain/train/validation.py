@@ -1,0 +1,63 @@
+"""How well the model predicts text that it has not seen."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fasttrain.data.order import overlapping
+from fasttrain.dist.wire import Wire
+from fasttrain.train.config import TrainConfig
+from fasttrain.train.making import precision_of
+
+Record = dict[str, Any]
+
+
+def validation(model: nn.Module, stream: np.ndarray, config: TrainConfig, wire: Wire, most: int | None) -> Record:
+    """``bits_per_byte`` over ``bytes`` of held-out text; it counts `most` windows (None: all the text)."""
+    nats, count = held_out_nats(model, stream, config, wire, most)
+    return {"bits_per_byte": nats / count / math.log(2), "bytes": count}
+
+
+@torch.no_grad()
+def held_out_nats(model: nn.Module, stream: np.ndarray, config: TrainConfig, wire: Wire,
+                  most: int | None) -> tuple[float, int]:
+    """The sum of the model's cross-entropy over held-out bytes in nats, and how many bytes that was.
+
+    Each process reads every size-th batch of windows; their sums and counts are added. The first byte of the text,
+    which nothing precedes, costs log 256. The model is called as often on every process, because a sharded one is
+    gathered in each call: a process with no windows left reads some that do not count.
+
+    Args:
+        stream: uint8, shape (bytes,).
+        most: at most so many windows, evenly spaced over the stream; None for all.
+    """
+    starts, fresh_from = overlapping(len(stream), config.sequence)
+    chosen = np.arange(len(starts))
+    if most is not None and len(starts) > most:
+        chosen = np.linspace(0, len(starts) - 1, most).astype(int)
+    sums = torch.zeros(2, dtype=torch.float64, device=wire.device)
+    if wire.rank == 0 and most is None:
+        sums += sums.new_tensor([math.log(256), 1])
+    at_once = max(1, config.batch // wire.size)
+    for turn in range(0, len(chosen), wire.size * at_once):
+        mine = chosen[turn + wire.rank * at_once :][:at_once]
+        some = mine if len(mine) else chosen[:1]
+        windows = to_device(np.stack([stream[s : s + config.sequence + 1] for s in starts[some]]), wire.device)
+        with precision_of(config, wire.device).autocast():
+            logits_BTV = model(windows[:, :-1])
+        since = fresh_from[some, None] if len(mine) else config.sequence
+        fresh_BT = torch.from_numpy(np.arange(config.sequence)[None] >= since).to(wire.device)
+        nats = nn.functional.cross_entropy(logits_BTV[fresh_BT].float(), windows[:, 1:][fresh_BT], reduction="none")
+        sums += torch.stack([nats.sum(dtype=torch.float64), fresh_BT.sum(dtype=torch.float64)])
+    nats_sum, count = wire.sum_(sums).tolist()
+    return nats_sum, round(count)
+
+
+def to_device(windows: np.ndarray, device: torch.device) -> torch.Tensor:
+    """uint8 windows as integers that an embedding takes."""
+    return torch.from_numpy(windows).to(device, non_blocking=True).long()

@@ -1,0 +1,43 @@
+"""What is used of the machine, against what can be counted by hand."""
+
+import pytest
+import torch
+from torch import nn
+
+from fasttrain.train.model import GPT
+from fasttrain.train.usage import Memory, count_flops, peak_flops, weights_table
+
+
+def test_operations_of_a_gpt_are_those_of_its_formula():
+    layers, width, T, B = 2, 32, 16, 3
+    model = GPT(layers=layers, width=width, heads=2, positions=T)
+    logits, flops = count_flops(lambda: model(torch.zeros(B, T, dtype=torch.long)))
+    assert logits.shape == (B, T, 256)
+    products = layers * 12 * width * width + width * 256   # weights of qkv, out, up, down; of the head
+    attention = layers * 2 * T * width                     # scores and values of one position over all others
+    assert flops == 2 * B * T * (products + attention)
+
+
+@pytest.mark.parametrize("name, dtype, expected", [
+    ("NVIDIA H200", torch.bfloat16, 989e12), ("NVIDIA H100 PCIe", torch.float16, 756e12),
+    ("NVIDIA L40S", torch.bfloat16, 362e12), ("NVIDIA H100 80GB HBM3", torch.bfloat16, 989e12),
+    ("NVIDIA H200", torch.float32, None), ("Some GPU", torch.bfloat16, None)])
+def test_peaks_by_name(monkeypatch, name, dtype, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda", 0), dtype) == expected
+
+
+def test_memory_grows_with_what_is_allocated():
+    memory = Memory(torch.device("cpu"))
+    before = memory.now()
+    block = torch.ones(64 << 20, dtype=torch.uint8)
+    after = memory.now()
+    assert after["memory_gb"] - before["memory_gb"] > 0.05
+    assert after["peak_gb"] >= after["memory_gb"] - 0.01
+    del block
+
+
+def test_weights():
+    model = nn.Linear(10, 5, dtype=torch.bfloat16)
+    model.bias.requires_grad_(False)
+    assert weights_table(model) == {"parameters": 110, "gradients": 100, "buffers": 0}
