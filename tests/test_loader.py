@@ -215,7 +215,7 @@ def test_a_killed_worker_is_named_and_nothing_is_lost():
     """Row 24 of the faults."""
     with Loader(windows(), 4, workers=2, processes=True) as loader:
         next(loader)
-        victim = loader._ahead.workers[1].process
+        victim = loader._ahead.workers[1][0].process
         kill(victim)
         with pytest.raises(WorkerDied, match=rf"worker 1 of the loader \(process {victim.pid}\) was killed by SIGKILL: "
                                              r"out of memory, or ended by somebody"):
@@ -258,6 +258,6 @@ def test_a_dataset_in_worker_processes(tmp_path):
 def test_closed_with_its_last_reference():
     loader = Loader(windows(), 4, workers=1, processes=True)
     next(loader)
-    process = loader._ahead.workers[0].process
+    process = loader._ahead.workers[0][0].process
     del loader
     assert process.wait(10) == -signal.SIGKILL

@@ -163,6 +163,7 @@ def test_what_is_no_schedule(given):
     ("first(10, 5)", "a schedule is missing"),
     ("0.5", "but the value 0.5"),
     ("cosine(10", "is no schedule: .* at character"),
+    ("1if 1else 2", "is no schedule: invalid decimal literal"),
     ("", "is no schedule"),
     ("(" * 3000, "is no schedule|too deeply"),
     ("-" * 3999 + "1", "neither a schedule|too deeply"),

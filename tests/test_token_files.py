@@ -199,8 +199,8 @@ def test_damaged_samples_are_replaced_alike_on_every_rank_and_worker(tmp_path, c
 
     whole, replaced = batches(0, 1, workers=0)
     assert 3 < replaced < 40
-    for way in (dict(workers=1), dict(workers=2, processes=True)):
-        parts, counts = zip(*(batches(rank, 3, **way) for rank in range(3)), strict=True)
+    for world, way in ((3, dict(workers=1)), (2, dict(workers=1, processes=True))):
+        parts, counts = zip(*(batches(rank, world, **way) for rank in range(world)), strict=True)
         assert torch.equal(torch.cat(parts, 1), whole)
         assert sum(counts) == replaced
     assert "are damaged, and others stand in their place" in capsys.readouterr().err

@@ -139,8 +139,7 @@ class Windows:
         return given
 
     def _sound(self, i: int) -> bool:
-        start, = self._known_starts(np.array([i])).tolist()
-        return self.stream.sound(start, self.length + 1, self.positions)
+        return self.stream.sound(self.start(i), self.length + 1, self.positions)
 
     def fingerprint(self) -> dict[str, Any]:
         """What decides the samples: the order's version, data, seed, length."""

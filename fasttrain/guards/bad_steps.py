@@ -117,7 +117,8 @@ class NonFinite:
         if loss is not None:
             here = loss.detach().to(found.device)
             found = found | (here - here != 0)  # not finite; isfinite would be four kernels
-        names, flags = ([], None) if sums else self._look(found)
+        hidden = any(clip.in_shards(one) for one in together)  # then no parameter has a gradient of its own
+        names, flags = ([], None) if sums or hidden else self._look(found)
         scale = None if scaler is None else scaler.scale_on_device
         if all(_skips(one) for one in together):
             norm = (self._fixed if scaler is None else scaler).step(together, max_norm, (squares, found))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -34,7 +35,9 @@ def parse(text: str) -> Schedule:
     if len(text) > LONGEST:
         raise ValueError(f"a schedule of {len(text)} characters: at most {LONGEST} are read")
     try:
-        body = ast.parse(text.strip(), mode="eval").body
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # "1if" is a warning to Python, and no schedule: SyntaxError
+            body = ast.parse(text.strip(), mode="eval").body
         made = _value(body, text.strip())
     except SyntaxError as error:
         raise ValueError(f"{text!r} is no schedule: {error.msg} at character {error.offset}") from error

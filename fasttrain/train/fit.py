@@ -147,19 +147,24 @@ class Loop:
             self._save()
         except Exception as error:
             if not self.stepper.stepping:
-                self.keeper.save_after(error, self.step, self.step == self.stepper.steps, self.metrics)
+                self.keeper.save_after(error, self.step, self.metrics)
             raise
         return Fitted(self.step, self.ended or "done", self.metrics, self.stepper.traffic)
 
     def _next(self, batches: Iterator[Any]) -> Any:
         with self.meter.clock("data"):
             self.keeper.taking()
-            first = getattr(self.data, "index", 0)
+            first = self._place()
             if (batch := next(batches, None)) is None:
                 raise ValueError(f"the data ended after {self.step} of {self.steps} steps: give more, or data that "
                                  "begins again")
-            self._places[self.step + 1] = first, getattr(self.data, "index", 0) - first
+            self._places[self.step + 1] = first, self._place() - first
         return batch
+
+    def _place(self) -> int:
+        """The number of the next sample, where the data knows it."""
+        index = getattr(self.data, "index", 0)
+        return index if isinstance(index, int) else 0
 
     def _make_step(self, batch: Any) -> None:
         self.stepper.stop = self.stopping is not None and self.stopping.asked

@@ -30,7 +30,8 @@ class Keeper:
         self.checkpoints, self.wire = checkpoints, wire
         self.saved: list[int] = []
         self.state = {**state, "keeper": self}
-        self._before: Record | None = None  # the position of the data before a batch whose step is not made yet
+        self._under_way = False              # a batch was taken whose step is not made yet
+        self._before: Record | None = None  # the position of the data before it
 
     def state_dict(self) -> Record:
         """JSON values."""
@@ -62,24 +63,23 @@ class Keeper:
         """A batch is about to be taken from the data."""
         data: Any = self.state.get("data")
         self._before = data.state_dict() if hasattr(data, "rewind") else None
+        self._under_way = True
 
     def taken(self) -> None:
         """Its step is made."""
-        self._before = None
+        self._under_way = False
 
-    def save_after(self, error: Exception, step: int, between: bool, metrics: Mapping[str, Any]) -> None:
+    def save_after(self, error: Exception, step: int, metrics: Mapping[str, Any]) -> None:
         """Save what an exception leaves, where that is a state between two steps, and every rank has it.
 
-        Arguments:
-            step: that were made.
-            between: the exception came when the step was made; else within the next one, before parameters changed.
+        Of a batch whose step was not made parameters must not have changed; the data goes back before it.
         """
         together = self.wire is None or self.wire.size == 1 or isinstance(error, TooManyBadSteps)
         if self.checkpoints is None or not together or step in self.saved[-1:]:
             return
-        if not between and self._before is None:
-            return  # the data is a batch further, and cannot go back
-        if not between:
+        if self._under_way and self._before is None:
+            return  # the data cannot go back
+        if self._under_way:
             self.state["data"].load_state_dict(self._before)
         self.save(step, metrics)
         self.checkpoints.close()
