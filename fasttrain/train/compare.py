@@ -30,7 +30,9 @@ def compare(first: Path, second: Path) -> str:
     shares = [report.mean_shares(r) for r in runs]
     step_ms = [1000 * r.config["batch"] * r.config["sequence"] / s for r, s in zip(runs, speeds, strict=True)]
     for phase, short in SHORT.items():
-        rows.append((f"ms per step, {short}", *(f"{ms * s[phase]:.2f}" for ms, s in zip(step_ms, shares, strict=True))))
+        if not any(phase in s for s in shares):
+            continue
+        rows.append((f"ms per step, {short}", *(f"{ms * s.get(phase, 0.0):.2f}" for ms, s in zip(step_ms, shares, strict=True))))
     rows.append(("seconds of training", *(f"{r.train[-1]['seconds']:.1f}" for r in runs)))
     return "\n".join([table(rows), difference(a, b), *warnings(a, b)])
 
