@@ -152,7 +152,7 @@ class Loader:
             self._ahead = None
 
     def resize(self, batch_size: int) -> None:
-        """Take so many samples in a step from the next batch on; every rank calls it. If that is another number, what is
+        """Take so many samples in a step from the next batch on; every rank calls it. If it is another number, what is
         fetched ahead is dropped.
 
         Raises:
