@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,6 +43,11 @@ class Handed(torch.autograd.Function):
         return None, grad[0, 0]
 
 
+def repeat(call: Callable[[], Any], times: int) -> None:
+    for _ in range(times):
+        call()
+
+
 def row(rows: int, classes: int, dtype: str, rounds: int) -> dict[str, Any]:
     """One size: milliseconds of each, the ratio, and the bandwidth of the three passes over the logits."""
     logits = torch.randn(rows, classes).to(DTYPES[dtype])
@@ -55,8 +61,10 @@ def row(rows: int, classes: int, dtype: str, rounds: int) -> dict[str, Any]:
     rivals = {"fasttrain": passes(cross_entropy, logits, targets), "in place": in_place(copy, targets),
               "torch": passes(F.cross_entropy, logits, targets)}
     forward = {"fasttrain": lambda: cross_entropy(logits, targets), "torch": lambda: F.cross_entropy(logits, targets)}
-    seconds = harness.interleave(rivals, rounds, before=restore)
-    alone = harness.interleave(forward, rounds)
+    calls = max(1, 2**24 // logits.numel())  # of the smallest sizes, so many that a round is long enough to be timed
+    seconds, alone = ({name: [value / calls for value in values] for name, values in harness.interleave(
+        {name: partial(repeat, call, calls) for name, call in each.items()}, rounds, before=restore).items()}
+        for each in (rivals, forward))
     middle = harness.medians(seconds)
     return {"rows": rows, "classes": classes, "dtype": dtype, "seconds": middle, "forward": harness.medians(alone),
             "gigabytes_per_second": 3 * logits.nbytes / middle["in place"] / 1e9,

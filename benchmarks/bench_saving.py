@@ -127,7 +127,7 @@ def run(width: int = WIDTH, layers: int = LAYERS, rounds: int = ROUNDS,
     with tempfile.TemporaryDirectory(dir=where or Path.cwd()) as name:  # /tmp may be memory
         folder = Path(name)
         return [stalls(model, optimizer, folder, rounds), *(
-            slowdown(model, optimizer, folder, max(3, rounds // 2), nice) for nice in (0, 10)),
+            slowdown(model, optimizer, folder, max(3, rounds // 2), nice) for nice in (0, 19)),
             loads(model, optimizer, folder, rounds)]
 
 

@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     except BadInput as error:
         return say(str(error), 2)
     except KeyboardInterrupt as error:
-        return say("interrupted", error.args[0] if error.args else 130)
+        return say(error.args[1] if len(error.args) > 1 else "interrupted", error.args[0] if error.args else 130)
 
 
 def parse(arguments: list[str], here: Place | None = None) -> TrainConfig | Command:
@@ -107,6 +107,8 @@ def train(config: TrainConfig, here: Place | None) -> int:
         launch(out, config.processes, config.threads, config.max_restarts)
     except RunFailed as error:
         return say(str(error), 1)
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(error.args[0] if error.args else 130, report.stopped(out) or "interrupted") from error
     if (said := report.stopped(out)) is not None:
         return say(said, 143)
     print(report.conclude(out, read.held_out, time.perf_counter() - begun))

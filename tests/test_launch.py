@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from fasttrain.checkpoint.find import complete
 from fasttrain.train import launch
 
 ROOT = Path(__file__).parents[1]
@@ -81,12 +82,13 @@ def test_to_the_end(place):
     code, out, err = finish(start(place, "--steps", "6"))
     assert (code, err) == (0, "")
     run = place / "run"
-    assert sorted(p.name for p in run.iterdir()) == ["config.json", "log.jsonl", "run.png", "summary.json"]
+    assert sorted(p.name for p in run.iterdir()) == [
+        "checkpoints", "config.json", "log.jsonl", "run.png", "summary.json"]
     assert (run / "run.png").read_bytes().startswith(b"\x89PNG")
     records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records if r["event"] == "train"] == [2, 4, 6]
     summary = json.loads((run / "summary.json").read_text())
-    assert summary["validation_bits_per_byte"] == records[-1]["bits_per_byte"]
+    assert summary["validation_bits_per_byte"] == records[-2]["bits_per_byte"]
     assert sorted(summary["baselines_bits_per_byte"]) == ["order0", "xz -9e", "zlib -9"]
     for words in ("order-0 entropy", "zlib -9", "xz -9e", "step 6/6  loss", "tokens/s", "comm "):
         assert words in out
@@ -100,8 +102,7 @@ def test_a_killed_rank_is_started_again_and_at_last_ends_the_run_with_its_reason
     wait_for(lambda: '"restart"' in log.read_text(), "the second attempt")
     os.kill(under_way(place)[1], signal.SIGKILL)
     records = [json.loads(line) for line in log.read_text().splitlines()]
-    assert records[0] == {"event": "restart", "step": 0, "number": 1}
-    assert [r["step"] for r in records[1:3]] == [0, 2], "what the first attempt wrote is gone"
+    assert [r["number"] for r in records if r["event"] == "restart"] == [1]
     begun = time.monotonic()
     code, _, err = finish(command)
     assert time.monotonic() - begun < 10
@@ -112,23 +113,25 @@ def test_a_killed_rank_is_started_again_and_at_last_ends_the_run_with_its_reason
 
 
 def test_an_exception_in_the_ranks_ends_the_run_with_its_reason(place):
-    code, _, err = finish(start(place, "--steps", "9", "--optimizer", "torch.SGD", "--lr", "1e30", "--clip", "0"))
+    code, _, err = finish(start(place, "--steps", "9", "--optimizer", "torch.SGD", "--lr", "1e30", "--clip", "0",
+                                 "--max-skips", "3"))
     assert code == 1
     assert err.count("\n") == 1
-    assert "failed: FloatingPointError: the loss of steps " in err
-    assert "use a lower --lr" in err
+    assert "failed: TooManyBadSteps: 3 steps in a row had a loss or gradients that are not finite" in err
+    assert "use a lower learning rate" in err
     assert "Traceback" in (place / "run" / "stderr.log").read_text()
 
 
-def test_control_c_ends_it_cleanly(place):
+def test_control_c_ends_it_saved(place):
     command = start(place, "--steps", "1000000")
     under_way(place)
     command.send_signal(signal.SIGINT)
     assert command.wait(timeout=15) == 130
     assert not processes_of(place), "the command must wait for its processes"
-    assert finish(command)[2] == "fasttrain: interrupted\n"
-    for line in (place / "run" / "log.jsonl").read_text().splitlines():
-        json.loads(line)
+    last = [json.loads(line) for line in (place / "run" / "log.jsonl").read_text().splitlines()][-1]
+    assert finish(command)[2] == (f"fasttrain: asked to stop, after step {last['step']}, which is saved; the same "
+                                  "command with --resume auto and --out run goes on\n")
+    assert [(one.step, one.reason) for one in complete(place / "run" / "checkpoints")] == [(last["step"], None)]
 
 
 def test_no_rank_outlives_the_command(place):

@@ -93,7 +93,7 @@ def test_the_others_hear_why_the_first_cannot_write(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
     first, second = ranks.faulty(meets_and_fails, 2, tmp_path)
-    why = f"--out {tmp_path / 'out'} is not empty; give a new directory, or remove what is there"
+    why = f"--out {tmp_path / 'out'} is not empty; give a new directory, remove what is there"
     assert f"BadInput: {why}" in first.text
     assert f"PeerFailed: rank 0 failed: BadInput: {why}" in second.text
     assert (first.code, second.code) == (70, 71)

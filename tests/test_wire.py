@@ -1,6 +1,7 @@
 """The wire: the same bits on every rank, and an error rather than silence when a peer is gone."""
 
 import os
+import threading
 import time
 
 import pytest
@@ -8,6 +9,7 @@ import ranks
 import torch
 import torch.distributed as dist
 
+from fasttrain.dist.exchange import ordered_all_reduce
 from fasttrain.dist.wire import Wire, WireError
 
 
@@ -113,6 +115,23 @@ def peer_leaves(wire):
 def test_a_lost_peer_is_an_error():
     with pytest.raises(ranks.RankFailed, match="rank 1 ended without an answer"):
         ranks.run(peer_leaves, 2)
+
+
+def closes(wire):
+    """A wire whose exchange has used its threads; none of them is left after it is closed."""
+    other = Wire(wire.device)
+    out = torch.empty(64)
+    other.all_gather_into(out, torch.full((64 // wire.size,), float(wire.rank))).wait()
+    ordered_all_reduce(other, torch.ones(64)).wait()
+    before = [thread.name for thread in threading.enumerate() if thread.name.startswith("fasttrain wire")]
+    other.close()
+    return before, [thread.name for thread in threading.enumerate() if thread.name.startswith("fasttrain wire")]
+
+
+def test_a_closed_wire_leaves_no_thread():
+    for before, after in ranks.run(closes, 2):
+        assert before
+        assert after == []
 
 
 def raises_after_its_peer_lost_it(wire):

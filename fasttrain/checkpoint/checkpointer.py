@@ -116,7 +116,7 @@ class Checkpointer:
 
     def __init__(self, directory: str | os.PathLike[str], *, keep: Keep | int | None = None, every: int | None = None,
                  wire: Wire | None = None, staging: str = "memory", when_busy: str = "wait", deadline_s: float = 600.0,
-                 nice: int = 10, record: Callable[[Record], None] | None = None):
+                 nice: int = 19, record: Callable[[Record], None] | None = None):
         for name, value, known in (("staging", staging, ("memory", "none")),
                                    ("when_busy", when_busy, ("wait", "skip"))):
             if value not in known:

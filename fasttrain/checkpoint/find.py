@@ -8,6 +8,7 @@ import stat
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,13 @@ def peek(path: Path) -> dict[str, Any]:
         why = f"has no {manifest.NAME}" if os.path.isdir(path) else "no directory"
         raise NotACheckpoint(f"{path}: {why}") from error
     world = take(file, tree, "world", int)
-    take(file, tree, "step", int), take(file, tree, "time", str), take(file, tree, "metrics", dict)
+    take(file, tree, "step", int)
+    for name, value in take(file, tree, "metrics", dict).items():
+        need(file, type(value) is float, f"metric {name!r} is {str(value)[:100]!r}, no float")
+    try:
+        need(file, datetime.fromisoformat(take(file, tree, "time", str)).tzinfo is not None, "its time has no zone")
+    except ValueError as error:
+        raise Malformed(file, str(error)) from error
     need(file, take(file, tree, "sequence", int) >= 1, "its sequence is 0")
     ranks = take(file, tree, "ranks", list)
     need(file, len(ranks) == world >= 1, f"{len(ranks)} ranks are listed, {world} told")

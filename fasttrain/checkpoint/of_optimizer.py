@@ -50,6 +50,9 @@ class OfOptimizer:
         parts: list[Part] = []
         digits: dict[str, Any] = {}
         if isinstance(self.optimizer, Zero):
+            if getattr(self.inner, "_remainders", None):
+                raise RuntimeError(f"{self.key}: its parameters were given weights in full precision and have made no "
+                                   "step since: save after a step")
             groups, more = self.optimizer.param_groups, {}
             params = [group["params"] for group in groups]
             states, parts = of_zero.save(self.optimizer, self.key, self.names)

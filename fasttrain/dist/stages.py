@@ -20,6 +20,7 @@ class Ticket(NamedTuple):
     nbytes: int
 
 
+CLOSE_S = 5.0  # that closing waits for a thread
 Stage = tuple[Sequence[Any], Callable[[], Any]]
 
 
@@ -91,22 +92,32 @@ class Lines:
 
     def __init__(self) -> None:
         self._lines: list[queue.SimpleQueue[tuple[Staged, Stage] | None]] = []
+        self._threads: list[threading.Thread] = []
 
     def put(self, work: Staged, stage: Stage, line: int = 0) -> None:
         """Go on with a work at this stage, in that line."""
         while len(self._lines) <= line:
             waiting: queue.SimpleQueue[tuple[Staged, Stage] | None] = queue.SimpleQueue()
             number = len(self._lines)
-            threading.Thread(target=self._serve, args=(waiting, number), name=f"fasttrain wire {number}",
-                             daemon=True).start()
+            self._threads.append(threading.Thread(target=self._serve, args=(waiting, number),
+                                                  name=f"fasttrain wire {number}", daemon=True))
+            self._threads[-1].start()
             self._lines.append(waiting)
         self._lines[line].put((work, stage))
 
     def close(self) -> None:
-        """End the threads, after what they have."""
-        for line in self._lines:
-            line.put(None)
+        """End the threads, after what they have, and wait for their end.
+
+        They let go of torch's works then, whose destructor takes the interpreter's lock once more: if the interpreter
+        came to its end meanwhile, that would abort the process.
+        """
+        number = 0
+        while number < len(self._lines):  # one may still hand on to the next
+            self._lines[number].put(None)
+            self._threads[number].join(CLOSE_S)
+            number += 1
         self._lines.clear()
+        self._threads.clear()
 
     def _serve(self, waiting: queue.SimpleQueue[tuple[Staged, Stage] | None], number: int) -> None:
         while (item := waiting.get()) is not None:

@@ -90,7 +90,7 @@ def train(config: TrainConfig, model: DataParallel | Sharded, optimizer: torch.o
         checkpoints = None
         if directory is not None and config.save_every:
             checkpoints = stack.enter_context(Checkpointer(
-                directory / "checkpoints", wire=wire, every=config.save_every, nice=10,
+                directory / "checkpoints", wire=wire, every=config.save_every,
                 keep=Keep(last=config.keep, best=1, metric=metric)))
         peak = peak_flops(wire.device, precision.dtype)
         loop = make_loop(

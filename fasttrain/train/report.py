@@ -125,7 +125,10 @@ def check_same(directory: Path, header: Record) -> None:
 
 def stopped(directory: Path) -> str | None:
     """What to say of a run that was asked to stop, and did; None of one that came to its end."""
-    last = records(directory / "log.jsonl")[-1]
+    found = records(directory / "log.jsonl") if (directory / "log.jsonl").exists() else []
+    if not found:
+        return None
+    last = found[-1]
     if last["event"] != "end" or last["text"] != ASKED:
         return None
     return (f"asked to stop, after step {last['step']}, which is saved; the same command with --resume auto and "
