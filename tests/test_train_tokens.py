@@ -14,15 +14,20 @@ import pytest
 import ranks
 import torch
 from test_loop import TINY, losses, make_text, run
+from test_resume import part
+from test_resume import run as resumed
 from tokens import TOKENIZER, write_shard
 
 from fasttrain import cli
+from fasttrain.checkpoint.find import complete
 from fasttrain.data.dataset import FORMAT, INDEX, Part, checksum
 from fasttrain.data.encoders import Bytes
 from fasttrain.data.errors import BadShard
 from fasttrain.data.shard import Header
 from fasttrain.train import compare, page, rank, report, source, tokens
 from fasttrain.train.config import BadInput
+from fasttrain.train.journal import records
+from fasttrain.train.meeting import meet
 from fasttrain.train.validation import held_out_nats, validation
 
 VOCABULARY = 300
@@ -147,6 +152,34 @@ def test_smoothing_and_z_loss_are_of_training_alone():
     assert [r["bits_per_byte"] for r in smoothed if r["event"] == "validation"][-1] < 7
 
 
+@pytest.mark.parametrize("options", [{"precision": "bf16"}, {"precision": "fp16", "accumulate": 2},
+                                     {"precision": "bf16-pure", "zero": 3}, {"zero": 2, "wire": "bf16"}], ids=str)
+def test_smoothing_in_other_precisions(options):
+    config = dataclasses.replace(TINY, optimizer="AdamW", label_smoothing=0.1, z_loss=1e-2)
+    (plain, _), = ranks.run(run, 1, config)
+    records, _ = ranks.run(run, 2, dataclasses.replace(config, **options))[0]
+    assert losses(records) == pytest.approx(losses(plain), rel=3e-2)
+
+
+def test_a_run_that_was_stopped_ends_in_the_same_bits(folder, tmp_path):
+    config = config_on(folder, optimizer="AdamW", rows=64, save_every=4, log_every=2)
+    weights, log = resumed(tmp_path / "whole", config, size=1)
+    others, again = resumed(tmp_path / "stopped", config, stops=(7,), size=1)
+    assert all(torch.equal(a, b) for a, b in zip(weights, others, strict=True))
+    assert losses(again) == losses(log)
+
+
+def test_guards_and_checkpoints_look_at_bits_per_token(folder, tmp_path):
+    """A rate that is far too high makes it worse soon."""
+    config = config_on(folder, patience=2, save_every=1, keep=1, validate_every=1, warmup=6)
+    (reason, _), = ranks.run(part, 1, tmp_path, dataclasses.replace(config, lr=1.0))
+    assert "no better" in reason
+    bits = {r["step"]: r["bits_per_token"] for r in records(tmp_path / "log.jsonl")[1:] if r["event"] == "validation"}
+    best, newest = min(bits, key=bits.__getitem__), max(bits)
+    assert best == newest - 3
+    assert {one.step for one in complete(tmp_path / "checkpoints")} == {best, newest}
+
+
 def finished(config, records, out):
     """The directory of a run with these records."""
     read = source.load(config)
@@ -192,6 +225,25 @@ def test_a_run_goes_on_with_its_own_tokens_wherever_they_lie(folder, tmp_path):
     other = dataclasses.replace(config, tokens=write_chain(tmp_path / "other", seed=7))
     with pytest.raises(BadInput, match="another text"):
         report.begin(other, report.header(other, source.load(other)))
+
+
+def meets(wire, place, seeds):
+    """What a rank brings home whose tokens lie in a place of its own."""
+    written = write_chain(place / f"tokens{wire.rank}", seeds[wire.rank])
+    try:
+        read, _ = meet(config_on(written, out=place / "out"), wire)
+    except BadInput as error:
+        return str(error)
+    return read.sha256
+
+
+def test_ranks_that_torchrun_started_compare_their_tokens(tmp_path):
+    first, second = ranks.run(meets, 2, tmp_path / "alike", (0, 0))
+    assert first == second
+    assert len(first) == 64
+    first, second = ranks.run(meets, 2, tmp_path / "unlike", (0, 5))
+    assert first == second
+    assert "not started alike: the text is 9,500 tokens in 3 documents, sha256 " in first
 
 
 def spoil(path, place, value=None):
