@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fasttrain.checkpoint import Checkpointer, Keep
+from fasttrain.checkpoint import Checkpointer, Keep, NoSpace, space
 from fasttrain.checkpoint.find import complete
 from fasttrain.data import Loader, Windows
 from fasttrain.guards import EarlyStopping, Gap, LossSpikes, NonFinite, TooManyBadSteps
@@ -157,6 +157,26 @@ def test_spikes_that_come_again_end_the_run(tmp_path):
     with Checkpointer(tmp_path, every=5) as checkpoints:
         loop, _ = made(factors, spikes=LossSpikes(window=16, warmup=8, patience=1, most=2), checkpoints=checkpoints)
         assert loop.run().reason.endswith("again, after 2 rollbacks")
+
+
+def test_what_has_changed_since_is_told(tmp_path):
+    told = []
+    for accumulate, steps in ((1, 10), (2, 30)):
+        with Checkpointer(tmp_path) as checkpoints:
+            loop, told = made(checkpoints=checkpoints, accumulate=accumulate)
+            loop.steps = steps
+            loop.run()
+    assert [r["text"] for r in of(told, "resume")] == [
+        "resumed from step-000000000010; accumulate was 1 and is 2"]
+
+
+def test_a_full_disk_is_foreseen_after_the_first_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(space, "free_bytes", lambda path: 1000)
+    with Checkpointer(tmp_path, every=25) as checkpoints:
+        loop, _ = made(checkpoints=checkpoints)
+        with pytest.raises(NoSpace, match="1,000"):
+            loop.run()
+    assert loop.step <= 1
 
 
 def test_data_that_ends_is_an_error_and_splits_are_even():

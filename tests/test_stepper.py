@@ -99,6 +99,22 @@ def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_step_on_all(how):
         torch.testing.assert_close(a, b)
 
 
+def residuals(wire, growth_interval):
+    model = made()
+    parallel = DataParallel(model, mesh=wire, wire="int8")
+    stepper = Stepper(parallel, optim.SGD(model.parameters(), lr=0.0), mean,
+                      scaler=LossScaler(8.0, growth_interval=growth_interval))
+    stepper.run([batch(0)])
+    return stepper.scaler.get_scale(), parallel.reducer.method.residuals[0].clone()
+
+
+def test_what_codes_lack_is_scaled_as_the_losses_are():
+    for (scale, lacked), (grown, scaled) in zip(ranks.run(residuals, 2, 100), ranks.run(residuals, 2, 1), strict=True):
+        assert (scale, grown) == (8.0, 16.0)
+        assert lacked.any()
+        assert torch.equal(scaled, 2 * lacked)
+
+
 def test_what_torchs_optimizers_cannot_do():
     model = made()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -219,6 +219,18 @@ class Checkpointer:
         self._record(told)
         return saving
 
+    def foresee(self, state: Mapping[str, Any]) -> None:
+        """Look whether the disk has room for a checkpoint of this state, and can be written: before time is lost.
+
+        Call it when optimizers have their states, after the first step; the first `save` looks too.
+
+        Raises:
+            NoSpace: it has less than this rank's part of a checkpoint needs.
+            CheckpointError: the directory cannot be written.
+        """
+        parts, _ = whole.out(state, self.rank, Among(self.rank, self.size))
+        preflight(self.directory, sum(part.nbytes for part in parts) + ROOM)
+
     def _busy_anywhere(self) -> bool:
         """Whether any rank still writes: all have to skip, or none."""
         busy = self._writer.busy

@@ -49,6 +49,9 @@ class TrainConfig:
     warmup: int | None = None
     """Steps in which the learning rate rises; it then falls to zero along a cosine. Without it: 50, or a tenth of the
     steps if that is fewer."""
+    schedule: str | None = None
+    """Another way of the learning rate, in shares of the highest: "warmup(50) + linear(950)", say; drawn by the
+    command schedule."""
 
     steps: int = 1000
     """Optimizer steps."""
@@ -102,6 +105,9 @@ class TrainConfig:
     """Validate with an exponential average of the weights, of this decay (0.999, say)."""
     patience: int = 0
     """Quick validations in a row that may be no better before the run ends early; 0: it does not."""
+    spikes: int = 0
+    """Losses in a row far above the others after which the run goes back to a checkpoint and leaves their batches out;
+    0: they are only told."""
     max_skips: int = 10
     """Skipped steps in a row, for gradients that are not finite, that end the run."""
 
@@ -140,10 +146,14 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise BadInput(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
         for name in ("lr", "weight_decay", "clip", "warmup", "seed", "max_restarts", "patience", "save_every",
-                     "z_loss"):
+                     "spikes", "z_loss"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
                 raise BadInput(f"--{name.replace('_', '-')} {value}: must be finite and not negative")
+        if self.schedule is not None:
+            self._check_schedule(self.schedule)
+        if self.spikes and not self.save_every:
+            raise BadInput(f"--spikes {self.spikes} with --save-every 0: there would be no checkpoint to go back to")
         if self.rise > self.steps:
             raise BadInput(f"--steps {self.steps} is shorter than --warmup {self.warmup}: the run would end in its "
                            f"warmup; use a warmup of at most {self.steps} steps, or a longer run")
@@ -184,6 +194,17 @@ class TrainConfig:
         if self.held_out != type(self).held_out:
             raise BadInput(f"--held-out {self.held_out} with --tokens {self.tokens}: what is held out was chosen when "
                            f"the tokens were made; leave it out, or give it to fasttrain tokenize")
+
+    def _check_schedule(self, given: str) -> None:
+        from fasttrain.schedules import parse
+
+        if self.warmup is not None:
+            raise BadInput(f"--schedule {given!r} with --warmup {self.warmup}: say the warmup in the schedule, as "
+                           f"warmup({self.warmup}) + ...")
+        try:
+            parse(given).check(self.steps)
+        except ValueError as error:
+            raise BadInput(f"--schedule: {error}") from error
 
     def _check_processes(self, here: int) -> None:
         if self.batch % self.processes:

@@ -117,7 +117,7 @@ class Loop:
                  "spikes": spikes, "early": early, "gap": gap, "rng": Rng(),
                  "wire": getattr(self.stepper.reducer, "method", None)}
         self.keeper = Keeper(checkpoints, {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
-                             | dict(keeps or {}), self.stepper.wire)
+                             | {"accumulate": accumulate} | dict(keeps or {}), self.stepper.wire)
         self.steps, self.step, self.ended, self.metrics = steps, 0, "", Record()
         self._places: dict[int, tuple[int, int]] = {}  # of steps under way: their batches' first sample, and how many
         self._spike: SpikeDecision | None = None
@@ -130,7 +130,9 @@ class Loop:
             self.step, self.metrics = self.stepper.steps, dict(loaded.metrics)
             self.meter.seconds = self.metrics.pop("seconds", 0.0)
             passed_over = "".join(f"; {path.name} cannot be used: {reason}" for path, reason in loaded.skipped)
-            self.tell("resume", text=f"resumed from {loaded.path.name}{passed_over}")
+            was = loaded.values.get("accumulate", self.accumulate)
+            changed = "" if was == self.accumulate else f"; accumulate was {was} and is {self.accumulate}"
+            self.tell("resume", text=f"resumed from {loaded.path.name}{changed}{passed_over}")
         elif self.spikes is not None and self.spikes.patience is not None:
             self._save()  # to go back to
         return loaded

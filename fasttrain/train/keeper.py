@@ -30,6 +30,7 @@ class Keeper:
         self.checkpoints, self.wire = checkpoints, wire
         self.saved: list[int] = []
         self.state = {**state, "keeper": self}
+        self._foreseen = False
         self._under_way = False              # a batch was taken whose step is not made yet
         self._before: Record | None = None  # the position of the data before it
 
@@ -66,8 +67,11 @@ class Keeper:
         self._under_way = True
 
     def taken(self) -> None:
-        """Its step is made."""
+        """Its step is made. After the first there is something to say of what a checkpoint will need."""
         self._under_way = False
+        if self.checkpoints is not None and not self._foreseen:
+            self.checkpoints.foresee(self.state)
+            self._foreseen = True
 
     def save_after(self, error: Exception, step: int, metrics: Mapping[str, Any]) -> None:
         """Save what an exception leaves, where that is a state between two steps, and every rank has it.

@@ -17,10 +17,11 @@ from fasttrain.data.loader import Loader
 from fasttrain.data.windows import Windows
 from fasttrain.guards.averages import ema
 from fasttrain.guards.bad_steps import NonFinite
+from fasttrain.guards.spikes import LossSpikes
 from fasttrain.guards.stopping import EarlyStopping
 from fasttrain.parallel import DataParallel
 from fasttrain.parallel.sharded import Sharded
-from fasttrain.schedules import warmup_cosine
+from fasttrain.schedules import parse, warmup_cosine
 from fasttrain.schedules.scheduler import Scheduler
 from fasttrain.train.config import ASKED, TrainConfig
 from fasttrain.train.division import all_counted, bytes_by_formula, callable_of, wire_of
@@ -61,7 +62,6 @@ def train(config: TrainConfig, model: DataParallel | Sharded, optimizer: torch.o
         TooManyBadSteps: loss or gradients were not finite for so many steps in a row, on every process.
     """
     wire, called = wire_of(model), callable_of(model)
-
     precision = precision_of(config, wire.device)
     precision.check(called, optimizer)
 
@@ -81,7 +81,8 @@ def train(config: TrainConfig, model: DataParallel | Sharded, optimizer: torch.o
         make_loop: Callable[..., Loop] = partial(
             Loop, model, data, optimizer, loss,
             accumulate=config.accumulate, clip=config.clip, precision=precision,
-            schedule=Scheduler(optimizer, lr=warmup_cosine(config.steps, config.rise)),
+            schedule=Scheduler(optimizer, lr=parse(config.schedule) if config.schedule else
+                               warmup_cosine(config.steps, config.rise)),
             bad_steps=NonFinite(most=config.max_skips), tokens=config.batch * config.sequence)
         if config.dry_run:
             emit(dry_run(config, called, optimizer, look=look, steps=lambda record: make_loop(
@@ -96,6 +97,7 @@ def train(config: TrainConfig, model: DataParallel | Sharded, optimizer: torch.o
         loop = make_loop(
             steps=config.steps, evaluate=lambda step: look(whole=step == config.steps),
             evaluate_every=config.validate_every, metric=metric, checkpoints=checkpoints,
+            spikes=LossSpikes(patience=config.spikes or None),
             early=EarlyStopping(config.patience) if config.patience else None,
             profile=profile, stopping=stopping, callbacks=[emit],
             flops=flops_of_step(config, source.vocabulary) if peak else 0.0, peak=peak, log_every=config.log_every)

@@ -250,7 +250,8 @@ def median_speed(run: Run) -> float:
 
 def mean_shares(run: Run) -> dict[str, float]:
     """Each phase's share of the time in steps, averaged over the run's lines."""
-    return {phase: float(np.mean([r["share"][phase] for r in run.train])) for phase in run.train[0]["share"]}
+    phases = dict.fromkeys(phase for r in run.train for phase in r["share"])  # a save is in some lines only
+    return {phase: float(np.mean([r["share"].get(phase, 0.0) for r in run.train])) for phase in phases}
 
 
 def describe(summary: Record, header: Record) -> str:

@@ -98,6 +98,7 @@ class Stepper:
         self.clock = clock or PhaseClock(self.device)
         self.traffic = Traffic(self.wire) if self.wire is not None else None
         self.stepping = False
+        self._scale: float | None = None if scaler is None else scaler.get_scale()
         self._later = Later(delay=int(self.device.type == "cuda"))
         self._arrived: list[Arrived] = []
         self._one = torch.ones((), dtype=torch.float64, device=self.device)
@@ -150,6 +151,8 @@ class Stepper:
         norm, bad = self._step(loss, items) if self.ours else self._step_of_torch()
         self.steps += 1
         self.stepping = False
+        if self.scaler is not None and self.device.type == "cpu":
+            self._rescale(self.scaler.get_scale())
         looks = self.device.type == "cpu" and not isinstance(self.optimizer, Zero)  # whose gradients are in shards
         names = nonfinite(self.bare.named_parameters()) if looks and bad else ()
         self.optimizer.zero_grad()
@@ -214,6 +217,12 @@ class Stepper:
         """Go on after so many steps."""
         self.steps = state["steps"]
 
+    def _rescale(self, scale: float) -> None:
+        """What a wire's codes have lacked is scaled as the losses are. On a GPU it follows them some steps late."""
+        if self.reducer is not None and not self.reducer.idle and self._scale not in (None, scale):
+            self.reducer.method.rescale(scale / self._scale)
+        self._scale = scale
+
     def arrived(self, all_of_them: bool = False) -> list[Numbers]:
         """The numbers of steps that have not been asked for yet.
 
@@ -222,6 +231,9 @@ class Stepper:
         taken, self._arrived = self._arrived, []
         if all_of_them:
             taken += self._later.flush()
+        if self.scaler is not None and self.device.type == "cuda":
+            for one in taken:
+                self._rescale(one.values["scale"])
         return [Numbers(one.step, one.values["loss"], one.values["norm"], bool(one.values["bad"]),
                         int(one.values["stop"]), one.values["scale"] or 1.0, one.note) for one in taken]
 
