@@ -87,7 +87,7 @@ def _first_section(box: str) -> str:
 def train(config: TrainConfig, here: Place | None) -> int:
     """Check everything, run the processes, and report; or, where torchrun has started this one, be one of them."""
     begun = time.perf_counter()
-    from fasttrain.train import recipe, report, text
+    from fasttrain.train import recipe, report, source
 
     if here is not None:
         config.check_started_by_torchrun(here.world, here.most_restarts)
@@ -100,7 +100,7 @@ def train(config: TrainConfig, here: Place | None) -> int:
         return 0
     from fasttrain.train.launch import RunFailed, launch
 
-    read = text.load(config.text, config.held_out, config.sequence)
+    read = source.load(config)
     out = report.begin(config, report.header(config, read))
     print(f"{config.processes} processes on {config.device}, {config.optimizer}; writing to {out}", flush=True)
     try:

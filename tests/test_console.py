@@ -19,6 +19,8 @@ def test_lines():
     assert line(TRAIN, 100) == ("step   7/100  loss 2.3457  lr 1.23e-03  12,346 tokens/s"
                                 "  data 1.0%  fwd+bwd 90.0%  comm 5.0%  opt 4.0%")
     assert line(VALIDATION, 100) == "step   7/100  validation 2.5000 bits/byte over 1,234 bytes"
+    of_tokens = {"event": "validation", "step": 7, "bits_per_token": 9.5, "tokens": 1234}
+    assert line(of_tokens, 100) == "step   7/100  validation 9.5000 bits/token over 1,234 tokens"
 
 
 def test_a_line_shows_what_is_known():

@@ -31,13 +31,14 @@ def make_text():
 
 def run(wire, config, text=None, ngrams=2, rows=64):
     torch.manual_seed(config.seed)
-    model = make(dataclasses.replace(config, ngrams=ngrams, rows=rows), wire.device)
+    text = text or make_text()
+    model = make(dataclasses.replace(config, ngrams=ngrams, rows=rows), wire.device, text.vocabulary)
     parallel = divide(config, model, wire)
     records = []
     optimizer = recipe.build(config, callable_of(parallel))
     rates = []
     optimizer.register_step_pre_hook(lambda *_: rates.append([group["lr"] for group in optimizer.param_groups]))
-    train(config, parallel, optimizer, text or make_text(), records.append)
+    train(config, parallel, optimizer, text, records.append)
     peak = recipe.settings(config)["lr"]
     expected = [peak * warmup_cosine(config.steps, config.rise)(step) for step in range(config.steps)]
     assert rates == [[lr, lr] for lr in expected], "both groups follow the schedule"

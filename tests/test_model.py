@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from fasttrain.train.model import GPT, Embedding, loss_of, rotary, rotate
 
@@ -53,6 +54,35 @@ def test_embedding_sees_the_last_bytes_and_no_more():
         changed = text.clone()
         changed[0, 9 - back] = changed[0, 9 - back] % 255 + 1
         assert bool((embedding(text)[0, 9] != embedding(changed)[0, 9]).any()) == seen
+
+
+def test_endings_of_other_tokens_than_bytes_do_not_meet():
+    """(1 after 300) and (2 after 43) would have one number where there were only 257 of them."""
+    embedding = Embedding(width=8, ngrams=2, rows=1 << 14, vocabulary=1000)
+    pairs = torch.tensor([[300, 1], [43, 2]])
+    endings = (embedding(pairs) - embedding.bytes(pairs))[:, 1]
+    assert not torch.equal(endings[0], endings[1])
+    assert GPT(1, 16, 2, 8, 2, 64, vocabulary=1000)(pairs).shape == (2, 2, 1000)
+
+
+@pytest.mark.parametrize("label_smoothing, z_loss", [(0.1, 0.0), (0.0, 1e-2), (0.1, 1e-2), (0.0, 0.0)])
+def test_smoothing_and_z_loss(model, label_smoothing, z_loss):
+    """Beside torch's operations; without both it is torch's own cross-entropy, to the bit."""
+    windows = torch.randint(0, 256, (3, 17))
+    loss = loss_of(model, windows, label_smoothing, z_loss)
+    found = torch.autograd.grad(loss, list(model.parameters()))
+    logits = model(windows[:, :-1]).flatten(0, 1)
+    by_torch = F.cross_entropy(logits, windows[:, 1:].flatten(), label_smoothing=label_smoothing)
+    if z_loss:
+        by_torch = by_torch + z_loss * logits.logsumexp(-1).square().mean()
+    expected = torch.autograd.grad(by_torch, list(model.parameters()))
+    if label_smoothing or z_loss:
+        torch.testing.assert_close(loss, by_torch)
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)  # of sums in another order
+    else:
+        assert torch.equal(loss, by_torch)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_endings_spread_over_the_rows():

@@ -9,7 +9,7 @@ from test_loop import TINY, losses, make_text
 
 from fasttrain.checkpoint.find import complete
 from fasttrain.optim.local import is_dtensor
-from fasttrain.train import recipe
+from fasttrain.train import recipe, source
 from fasttrain.train.config import ASKED
 from fasttrain.train.division import callable_of, divide
 from fasttrain.train.journal import Journal, records
@@ -22,7 +22,8 @@ JOB = dataclasses.replace(TINY, optimizer="AdamW", rows=64, ngrams=2, save_every
 def part(wire, folder, config, stop_after=None):
     """The job from its newest checkpoint on, until it ends or is asked to stop."""
     torch.manual_seed(config.seed)
-    parallel = divide(config, make(config, wire.device), wire)
+    read = source.load(config) if config.tokens is not None else make_text()
+    parallel = divide(config, make(config, wire.device, read.vocabulary), wire)
     optimizer = recipe.build(config, callable_of(parallel))
     made = []
     optimizer.register_step_post_hook(lambda *_: made.append(1))
@@ -37,7 +38,7 @@ def part(wire, folder, config, stop_after=None):
         def asked(self):
             return stop_after is not None and len(made) >= stop_after - 1 and wire.rank == wire.size - 1
 
-    reason = train(config, parallel, optimizer, make_text(), tell, folder, stopping=Asked())
+    reason = train(config, parallel, optimizer, read, tell, folder, stopping=Asked())
     if journal is not None:
         journal.close()
     weights = [p.detach().full_tensor() if is_dtensor(p) else p.detach() for p in callable_of(parallel).parameters()]

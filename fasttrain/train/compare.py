@@ -22,18 +22,17 @@ def compare(first: Path, second: Path) -> str:
     rows = [("", *(r.directory.name for r in runs))]
     differing = [k for k in a.config if a.config[k] != b.config.get(k) and k not in NOT_COMPARED]
     rows += [(k.replace("_", "-"), *(str(r.config.get(k)) for r in runs)) for k in differing]
-    rows.append(("validation bits/byte", *(f"{r.final['bits_per_byte']:.4f}" if r.final else "unfinished"
-                                           for r in runs)))
+    rows.append(("validation " + report.bits_per(runs).replace(" per ", "/"),
+                 *(f"{r.bits(r.final):.4f}" if r.final else "unfinished" for r in runs)))
     rows.append(("last training loss", *(f"{r.train[-1]['loss']:.4f}" for r in runs)))
     speeds = [report.median_speed(r) for r in runs]
     rows.append(("tokens/s", *(f"{s:,.0f}" for s in speeds)))
     shares = [report.mean_shares(r) for r in runs]
     step_ms = [1000 * r.config["batch"] * r.config["sequence"] / s for r, s in zip(runs, speeds, strict=True)]
     for phase, short in SHORT.items():
-        if not any(phase in s for s in shares):
-            continue
-        cells = [f"{ms * share.get(phase, 0.0):.2f}" for ms, share in zip(step_ms, shares, strict=True)]
-        rows.append((f"ms per step, {short}", *cells))
+        if any(phase in share for share in shares):  # without checkpoints no time goes into them
+            rows.append((f"ms per step, {short}",
+                         *(f"{ms * s.get(phase, 0.0):.2f}" for ms, s in zip(step_ms, shares, strict=True))))
     rows.append(("seconds of training", *(f"{r.train[-1]['seconds']:.1f}" for r in runs)))
     return "\n".join([table(rows), difference(a, b), *warnings(a, b)])
 

@@ -29,6 +29,8 @@ class TrainConfig:
 
     text: Path | None = None
     """A file, or a directory whose text files are all read. Without it: Python's standard library."""
+    tokens: Path | None = None
+    """A directory that fasttrain tokenize wrote, to train on its tokens in the place of text."""
     out: Path | None = None
     """Where to write; a new or empty directory. Without it: runs/OPTIMIZER-NUMBER."""
 
@@ -40,6 +42,10 @@ class TrainConfig:
     """Decay of the matrices (gains are never decayed). Without it: one that suits the optimizer."""
     clip: float = 1.0
     """Largest gradient norm; 0 does not clip."""
+    label_smoothing: float = 0.0
+    """Share of each target that is spread over all of the vocabulary, in training."""
+    z_loss: float = 0.0
+    """Factor of the squared logarithm of the softmax's denominator, added to the loss in training; 1e-4, say."""
     warmup: int | None = None
     """Steps in which the learning rate rises; it then falls to zero along a cosine. Without it: 50, or a tenth of the
     steps if that is fewer."""
@@ -52,7 +58,7 @@ class TrainConfig:
     batch: int = 16
     """Sequences in one step, over all processes together."""
     sequence: int = 128
-    """Bytes in one sequence."""
+    """Bytes, or tokens of --tokens, in one sequence."""
     layers: int = 4
     """Transformer blocks."""
     width: int = 128
@@ -140,7 +146,7 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise BadInput(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
         for name in ("lr", "weight_decay", "clip", "warmup", "seed", "max_restarts", "patience", "save_every",
-                     "spikes"):
+                     "spikes", "z_loss"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
                 raise BadInput(f"--{name.replace('_', '-')} {value}: must be finite and not negative")
@@ -155,6 +161,10 @@ class TrainConfig:
             raise BadInput(f"--seed {self.seed}: must be below 2**63")
         if not 0 < self.held_out < 1:
             raise BadInput(f"--held-out {self.held_out}: must be a share between 0 and 1")
+        if not 0 <= self.label_smoothing < 1:
+            raise BadInput(f"--label-smoothing {self.label_smoothing}: must be a share, at least 0 and less than 1")
+        if self.tokens is not None:
+            self._check_tokens()
         if self.sequence < 2:
             raise BadInput(f"--sequence {self.sequence}: must be at least 2, for there to be something to predict from")
         if self.width % (2 * self.heads):
@@ -177,6 +187,13 @@ class TrainConfig:
         if self.ema is not None and not 0 < self.ema < 1:
             raise BadInput(f"--ema {self.ema}: a decay lies between 0 and 1, like 0.999")
         self._check_processes(self.processes if here is None else here)
+
+    def _check_tokens(self) -> None:
+        if self.text is not None:
+            raise BadInput(f"--text {self.text} with --tokens {self.tokens}: a run reads text or tokens; leave one out")
+        if self.held_out != type(self).held_out:
+            raise BadInput(f"--held-out {self.held_out} with --tokens {self.tokens}: what is held out was chosen when "
+                           f"the tokens were made; leave it out, or give it to fasttrain tokenize")
 
     def _check_schedule(self, given: str) -> None:
         from fasttrain.schedules import parse
@@ -246,5 +263,5 @@ class TrainConfig:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> TrainConfig:
         """The options back from `as_json`."""
-        paths = {k: Path(values[k]) for k in ("text", "out", "config") if values[k] is not None}
+        paths = {k: Path(values[k]) for k in ("text", "tokens", "out", "config") if values.get(k) is not None}
         return cls(**{**values, **paths})

@@ -44,8 +44,9 @@ def status(record: dict[str, Any]) -> Iterator[str]:
 
 def validation(record: dict[str, Any]) -> Iterator[str]:
     """The parts of a line of validation: what was measured, over how much, and what a guard makes of it."""
-    if "bits_per_byte" in record:
-        yield f"validation {record['bits_per_byte']:.4f} bits/byte over {record['bytes']:,} bytes"
+    unit = next((unit for unit in ("byte", "token") if f"bits_per_{unit}" in record), None)
+    if unit is not None:
+        yield f"validation {record[f'bits_per_{unit}']:.4f} bits/{unit} over {record[f'{unit}s']:,} {unit}s"
     else:
         yield "validation " + "  ".join(f"{name} {value:.4f}" for name, value in record["metrics"].items())
     if "gap" in record:

@@ -30,7 +30,7 @@ from fasttrain.train.fit import Loop
 from fasttrain.train.making import flops_of_step, precision_of
 from fasttrain.train.model import loss_of
 from fasttrain.train.profiling import Profile
-from fasttrain.train.text import Text
+from fasttrain.train.source import Source
 from fasttrain.train.usage import peak_flops
 from fasttrain.train.validation import validation
 
@@ -38,12 +38,13 @@ QUICK_WINDOWS = 64  # of a validation during the run; the one at its end reads e
 Record = dict[str, Any]
 
 
-def train(config: TrainConfig, model: DataParallel | Sharded, optimizer: torch.optim.Optimizer, text: Text,
+def train(config: TrainConfig, model: DataParallel | Sharded, optimizer: torch.optim.Optimizer, source: Source,
           emit: Callable[[Record], None], directory: Path | None = None, again: bool = False,
           stopping: Stopping | None = None, profile: Profile | None = None) -> str:
     """Run the main job, and hand every record (a dict of JSON values, the same on each process) to `emit`.
 
-    Records: those of `fasttrain.train.fit`, with validations in ``bits_per_byte`` over so many ``bytes``; and once
+    Records: those of `fasttrain.train.fit`, with validations in ``bits_per_byte`` over so many ``bytes`` (of
+    tokens that are not bytes in ``bits_per_token`` over ``tokens``), of plain cross-entropy always; and once
     ``{"event": "wire", step, bytes, formula, exposed_s}``: what a process sent in a step, counted and by the formula,
     and the seconds of that which nothing hid (None: not measured); means over the run. `--dry-run` has one record,
     that of `fasttrain.train.dry`.
@@ -66,14 +67,19 @@ def train(config: TrainConfig, model: DataParallel | Sharded, optimizer: torch.o
 
     def look(whole: bool = False) -> Record:
         with ema(optimizer, model=called, required=False):
-            return validation(called, text.held_out, config, wire, None if whole else QUICK_WINDOWS)
+            return validation(called, source.held_out, config, wire, None if whole else QUICK_WINDOWS, source.unit,
+                              source.vocabulary)
 
+    def loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return loss_of(model, batch["tokens"].long(), config.label_smoothing, config.z_loss)
+
+    metric = f"bits_per_{source.unit}"
     with contextlib.ExitStack() as stack:
-        windows = Windows(text.train, config.sequence, config.seed)
+        windows = Windows(source.train, config.sequence, config.seed)
         data = stack.enter_context(
             Loader(windows, config.batch, rank=wire.rank, world=wire.size, device=wire.device))
         make_loop: Callable[..., Loop] = partial(
-            Loop, model, data, optimizer, lambda model, batch: loss_of(model, batch["tokens"].long()),
+            Loop, model, data, optimizer, loss,
             accumulate=config.accumulate, clip=config.clip, precision=precision,
             schedule=Scheduler(optimizer, lr=parse(config.schedule) if config.schedule else
                                warmup_cosine(config.steps, config.rise)),
@@ -86,15 +92,15 @@ def train(config: TrainConfig, model: DataParallel | Sharded, optimizer: torch.o
         if directory is not None and config.save_every:
             checkpoints = stack.enter_context(Checkpointer(
                 directory / "checkpoints", wire=wire, every=config.save_every,
-                keep=Keep(last=config.keep, best=1, metric="bits_per_byte")))
+                keep=Keep(last=config.keep, best=1, metric=metric)))
         peak = peak_flops(wire.device, precision.dtype)
         loop = make_loop(
             steps=config.steps, evaluate=lambda step: look(whole=step == config.steps),
-            evaluate_every=config.validate_every, metric="bits_per_byte", checkpoints=checkpoints,
+            evaluate_every=config.validate_every, metric=metric, checkpoints=checkpoints,
             spikes=LossSpikes(patience=config.spikes or None),
             early=EarlyStopping(config.patience) if config.patience else None,
             profile=profile, stopping=stopping, callbacks=[emit],
-            flops=flops_of_step(config) if peak else 0.0, peak=peak, log_every=config.log_every)
+            flops=flops_of_step(config, source.vocabulary) if peak else 0.0, peak=peak, log_every=config.log_every)
         if loop.begin() is None:
             if again:
                 emit({"event": "begin", "step": 0, "text": "from the beginning: there is no checkpoint"})

@@ -9,13 +9,13 @@ import torch
 from fasttrain.precision.mixed import Precision
 from fasttrain.train.blocks import compile_blocks, recompute
 from fasttrain.train.config import TrainConfig
-from fasttrain.train.model import GPT
+from fasttrain.train.model import GPT, VOCABULARY
 from fasttrain.train.usage import count_flops
 
 
-def make(config: TrainConfig, device: torch.device) -> Any:
+def make(config: TrainConfig, device: torch.device, vocabulary: int = VOCABULARY) -> Any:
     """The model of a run with its first weights, its blocks recomputed and compiled; to be divided afterwards."""
-    model = precision_of(config, device).cast(_new(config).to(device))
+    model = precision_of(config, device).cast(_new(config, vocabulary).to(device))
     if config.recompute is not None:
         recompute(model, config.recompute, blocks="blocks")
     if config.compile:
@@ -28,7 +28,7 @@ def precision_of(config: TrainConfig, device: torch.device | str = "cpu") -> Pre
     return Precision(config.precision, device, keep=("cos", "sin") if config.precision.endswith("pure") else ())
 
 
-def flops_of_step(config: TrainConfig) -> float:
+def flops_of_step(config: TrainConfig, vocabulary: int = VOCABULARY) -> float:
     """Floating-point operations of a step in each process, forward and backward.
 
     Example:
@@ -36,9 +36,9 @@ def flops_of_step(config: TrainConfig) -> float:
         2064384.0
     """
     with torch.device("meta"):
-        model, sequence = _new(config), torch.zeros(1, config.sequence, dtype=torch.long)
+        model, sequence = _new(config, vocabulary), torch.zeros(1, config.sequence, dtype=torch.long)
     return 3.0 * count_flops(lambda: model(sequence))[1] * config.batch / config.processes
 
 
-def _new(config: TrainConfig) -> GPT:
-    return GPT(config.layers, config.width, config.heads, config.sequence, config.ngrams, config.rows)
+def _new(config: TrainConfig, vocabulary: int) -> GPT:
+    return GPT(config.layers, config.width, config.heads, config.sequence, config.ngrams, config.rows, vocabulary)

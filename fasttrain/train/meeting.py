@@ -8,28 +8,28 @@ from typing import Any
 
 from fasttrain.dist import attempt
 from fasttrain.dist.wire import Wire
-from fasttrain.train import report, text
+from fasttrain.train import report, source
 from fasttrain.train.config import BadInput, TrainConfig
-from fasttrain.train.text import Text
+from fasttrain.train.source import Extent, Source
 
-OF_A_HOST = ("text", "out")  # where the text lies may differ, what it says not; only the first rank writes
+OF_A_HOST = ("text", "tokens", "out")  # where the text lies may differ, what it says not; only the first rank writes
 
 
-def meet(config: TrainConfig, wire: Wire) -> tuple[Text, Path]:
-    """Load the text on every rank, compare what the ranks are about to do, and have the first one make the directory.
+def meet(config: TrainConfig, wire: Wire) -> tuple[Source, Path]:
+    """Load text or tokens on every rank, compare what all are about to do, and have the first one make the directory.
 
     When all have been started again it goes on in the directory that is there.
 
     A rank that raises here tells the others why (`fasttrain.dist.watcher`).
 
     Returns:
-        The text, and the directory on the first rank's host, which others need not see.
+        The text or tokens, and the directory on the first rank's host, which others need not see.
 
     Raises:
         BadInput: the ranks differ in options, versions or text, with the same words on each, and nothing was written;
             or this rank has no text, or, the first one, nowhere to write.
     """
-    read = text.load(config.text, config.held_out, config.sequence)
+    read = source.load(config)
     header = report.header(config, read)
     difference([json.loads(said) for said in wire.gather_objects_json(json.dumps(description(header)))])
     directory = ""
@@ -48,10 +48,10 @@ def description(header: dict[str, Any]) -> dict[str, str]:
     """What has to be the same on every rank, by name."""
     options = {f"--{name.replace('_', '-')}": str(value) for name, value in header["config"].items()
                if name not in OF_A_HOST}
-    read = header["text"]
+    read, extent = header["text"], Extent.of(header["text"])
     return {**options, "torch": header["versions"]["torch"], "fasttrain": header["versions"]["fasttrain"],
-            "the text": f"{read['train_bytes'] + read['held_out_bytes']:,} bytes in "
-                        f"{read['train_files'] + read['held_out_files']} files, sha256 {read['sha256'][:16]}"}
+            "the text": f"{extent.train + extent.held_out:,} {extent.unit}s in "
+                        f"{extent.train_wholes + extent.held_out_wholes} {extent.whole}, sha256 {read['sha256'][:16]}"}
 
 
 def difference(told: list[dict[str, str]]) -> None:

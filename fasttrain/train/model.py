@@ -1,6 +1,6 @@
-"""A byte-level GPT, to be read in one sitting.
+"""A GPT over bytes, or over the tokens of another vocabulary, to be read in one sitting.
 
-Shapes: B sequences, T positions, C features, H heads, D = C / H features of a head, V = 256 byte values.
+Shapes: B sequences, T positions, C features, H heads, D = C / H features of a head, V tokens (of bytes 256).
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-VOCABULARY = 256
+from fasttrain.losses import cross_entropy
+
+VOCABULARY = 256  # of bytes
 
 
 def rotary(positions: int, features: int) -> tuple[Tensor, Tensor]:
@@ -62,31 +64,33 @@ class Embedding(nn.Module):
         width: features.
         ngrams: the longest ending, in bytes; 1 for single bytes only.
         rows: of each table of endings. Which row an ending has is given by a multiplicative hash.
+        vocabulary: how many tokens there are; where they are not bytes, read "token" for "byte" here.
 
     Reference: hash n-gram embeddings of Pagnoni et al., Byte Latent Transformer, arXiv 2412.09871, section 3.2.1.
     """
 
-    def __init__(self, width: int, ngrams: int, rows: int):
+    def __init__(self, width: int, ngrams: int, rows: int, vocabulary: int = VOCABULARY):
         super().__init__()
         self.rows = rows
-        self.bytes = nn.Embedding(VOCABULARY, width)
+        self.bytes = nn.Embedding(vocabulary, width)
         self.endings = nn.ModuleList(nn.Embedding(rows, width) for _ in range(ngrams - 1))
 
     def forward(self, bytes_BT: Tensor) -> Tensor:
         x_BTC, ending_BT = self.bytes(bytes_BT), bytes_BT
         for n, table in enumerate(self.endings, 1):
             earlier_BT = F.pad(bytes_BT, (n, 0))[:, : bytes_BT.shape[1]]  # the byte n places before
-            ending_BT = ending_BT * 257 + earlier_BT
+            ending_BT = ending_BT * (self.bytes.num_embeddings + 1) + earlier_BT
             x_BTC = x_BTC + table((ending_BT * 2654435761 >> 16) % self.rows)  # an overflow only mixes more
         return x_BTC
 
 
 class GPT(nn.Module):
-    """Predicts each byte from those before it.
+    """Predicts each byte, or token, from those before it.
 
     Args:
         layers, width, heads, ngrams, rows: as in `fasttrain.train.config.TrainConfig`.
         positions: the longest sequence.
+        vocabulary: how many tokens there are.
 
     Example:
         >>> model = GPT(layers=1, width=16, heads=2, positions=8)
@@ -97,12 +101,13 @@ class GPT(nn.Module):
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, layers: int, width: int, heads: int, positions: int, ngrams: int = 1, rows: int = 0):
+    def __init__(self, layers: int, width: int, heads: int, positions: int, ngrams: int = 1, rows: int = 0,
+                 vocabulary: int = VOCABULARY):
         super().__init__()
-        self.embedding = Embedding(width, ngrams, rows)
+        self.embedding = Embedding(width, ngrams, rows, vocabulary)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.norm = nn.RMSNorm(width)
-        self.head = nn.Linear(width, VOCABULARY, bias=False)
+        self.head = nn.Linear(width, vocabulary, bias=False)
         cos, sin = rotary(positions, width // heads)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -129,7 +134,14 @@ class GPT(nn.Module):
         return self.head(self.norm(x))
 
 
-def loss_of(model: nn.Module, windows_BT1: Tensor) -> Tensor:
-    """Mean cross-entropy in nats per byte, over windows of shape (B, T + 1): inputs and targets overlap by T - 1."""
+def loss_of(model: nn.Module, windows_BT1: Tensor, label_smoothing: float = 0.0, z_loss: float = 0.0) -> Tensor:
+    """Mean cross-entropy in nats per byte (or token), over windows of shape (B, T + 1).
+
+    Inputs and targets overlap by T - 1. With label smoothing or a z-loss, which are in the mean then, it is
+    `fasttrain.losses.cross_entropy`, whose derivative is written over the logits; without, torch's.
+    """
     logits = model(windows_BT1[:, :-1])
+    if label_smoothing or z_loss:
+        return cross_entropy(logits, windows_BT1[:, 1:], label_smoothing=label_smoothing, z_loss=z_loss,
+                             inplace_backward=torch.is_grad_enabled())
     return F.cross_entropy(logits.flatten(0, 1).float(), windows_BT1[:, 1:].flatten())

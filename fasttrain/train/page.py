@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fasttrain.train.report import Record, Run, mean_shares, median_speed
+from fasttrain.train.report import Record, Run, bits_per, mean_shares, median_speed
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 62em; padding: 0 1em; color: #222; }
@@ -47,7 +47,7 @@ def page(runs: Sequence[Run]) -> str:
     parts = [f"<h1>{html.escape(title)}</h1>", _summary(runs, names), _options(runs, names)]
     if len({run.header["text"]["sha256"] for run in runs}) > 1:
         parts.append('<p class="note">These runs read different texts: their losses cannot be compared.</p>')
-    parts.append(_figure("Loss in bits per byte (thin: training; dots: held-out text)", _losses(runs, names)))
+    parts.append(_figure(f"Loss in {bits_per(runs)} (thin: training; dots: held-out text)", _losses(runs, names)))
     for heading, unit, value in PLOTS:
         curves = [[(r["step"], y) for r in run.train if (y := value(r)) is not None] for run in runs]
         if any(curves):
@@ -70,12 +70,12 @@ def _names(runs: Sequence[Run]) -> list[str]:
 
 
 def _summary(runs: Sequence[Run], names: Sequence[str]) -> str:
+    per = bits_per(runs)
     rows: list[tuple[str, list[str]]] = [
         ("steps", [f"{run.train[-1]['step']:,} of {run.config['steps']:,}" for run in runs]),
-        ("held-out text, bits per byte", [f"{run.final['bits_per_byte']:.4f}" if run.final else "unfinished"
-                                          for run in runs]),
+        (f"held-out text, {per}", [f"{run.bits(run.final):.4f}" if run.final else "unfinished" for run in runs]),
         ("best quick validation", [_best(run) for run in runs]),
-        ("last training loss, nats per byte", [f"{run.train[-1]['loss']:.4f}" for run in runs]),
+        (f"last training loss, {per.replace('bits', 'nats')}", [f"{run.train[-1]['loss']:.4f}" for run in runs]),
         ("tokens/s (median)", [f"{median_speed(run):,.0f}" for run in runs]),
         ("skipped steps", [f"{run.train[-1].get('skipped', 0):,}" for run in runs]),
         ("seconds of training", [f"{run.train[-1]['seconds']:,.1f}" for run in runs]),
@@ -90,8 +90,8 @@ def _best(run: Run) -> str:
     quick = [r for r in run.validation if r is not run.final]
     if not quick:
         return "none"
-    best = min(quick, key=lambda r: r["bits_per_byte"])
-    return f"{best['bits_per_byte']:.4f} at step {best['step']:,}"
+    best = min(quick, key=run.bits)
+    return f"{run.bits(best):.4f} at step {best['step']:,}"
 
 
 def _options(runs: Sequence[Run], names: Sequence[str]) -> str:
@@ -121,11 +121,11 @@ def _figure(heading: str, svg: str) -> str:
 
 
 def _losses(runs: Sequence[Run], names: Sequence[str]) -> str:
-    figure, axes = _axes("bits per byte")
+    figure, axes = _axes(bits_per(runs))
     for i, (run, name) in enumerate(zip(runs, names, strict=True)):
         axes.plot([r["step"] for r in run.train], [r["loss"] / np.log(2) for r in run.train], color=f"C{i}",
                   linewidth=0.8, alpha=0.7)
-        axes.plot([r["step"] for r in run.validation], [r["bits_per_byte"] for r in run.validation], "o-",
+        axes.plot([r["step"] for r in run.validation], [run.bits(r) for r in run.validation], "o-",
                   color=f"C{i}", markersize=4, label=name)
     return _svg(figure, axes)
 

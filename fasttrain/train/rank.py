@@ -20,11 +20,12 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from fasttrain.checkpoint.stopping import Stopping
+from fasttrain.data.errors import DataError
 from fasttrain.dist import attempt
 from fasttrain.dist.failures import FAILED, INTERRUPTED, PEER_FAILED, PeerFailed, end_process
 from fasttrain.dist.watcher import Watcher
 from fasttrain.dist.wire import Wire, WireError
-from fasttrain.train import recipe, report, text
+from fasttrain.train import recipe, report, source
 from fasttrain.train.config import ASKED, PROFILED, BadInput, TrainConfig
 from fasttrain.train.division import callable_of, divide, wire_of
 from fasttrain.train.loop import train
@@ -32,18 +33,18 @@ from fasttrain.train.making import make
 from fasttrain.train.meeting import meet
 from fasttrain.train.place import Place, place
 from fasttrain.train.profiling import Profile
+from fasttrain.train.source import Source
 from fasttrain.train.telling import telling
-from fasttrain.train.text import Text
 
 BAD_INPUT = 2
 
 
-def work(config: TrainConfig, here: Place, begin: Callable[[Wire], tuple[Text, Path]]) -> Ended:
+def work(config: TrainConfig, here: Place, begin: Callable[[Wire], tuple[Source, Path]]) -> Ended:
     """Everything that a rank does, from meeting the others to the last record of the loop.
 
     Args:
-        begin: what it does with the others before: it returns the text, and the directory of the run, which exists on
-            the first rank's host.
+        begin: what it does with the others before: it returns the text or tokens, and the directory of the run, which
+            exists on the first rank's host.
 
     Returns:
         How it ended.
@@ -54,7 +55,7 @@ def work(config: TrainConfig, here: Place, begin: Callable[[Wire], tuple[Text, P
     watcher.catch_sigterm(on_stop=lambda: end_process(128 + signal.SIGTERM))
     with watcher.guard(), contextlib.ExitStack() as stack:
         read, directory = begin(wire)
-        parallel = divide(config, make(config, device), wire)
+        parallel = divide(config, make(config, device, read.vocabulary), wire)
         optimizer = recipe.build(config, callable_of(parallel))
         restarts = attempt.current() - 1
         tell = stack.enter_context(telling(config, directory, wire.rank == 0, restarts))
@@ -80,7 +81,7 @@ class Ended(NamedTuple):
         exit_code: with which the process should.
     """
 
-    text: Text
+    text: Source
     directory: Path
     reason: str
     exit_code: int
@@ -111,8 +112,8 @@ def launched(directory: Path, here: Place) -> None:
     header = json.loads((directory / "config.json").read_text())
     config = TrainConfig.from_json(header["config"])
 
-    def begin(wire: Wire) -> tuple[Text, Path]:
-        read = text.load(config.text, config.held_out, config.sequence)
+    def begin(wire: Wire) -> tuple[Source, Path]:
+        read = source.load(config)
         if read.sha256 != header["text"]["sha256"]:
             raise RuntimeError("the text has changed since the run was started; start it again")
         return read, directory
@@ -139,7 +140,7 @@ def join(config: TrainConfig, here: Place) -> None:
     """
     begun, parent = time.perf_counter(), os.getppid()
 
-    def begin(wire: Wire) -> tuple[Text, Path]:
+    def begin(wire: Wire) -> tuple[Source, Path]:
         if "TORCHELASTIC_RUN_ID" in os.environ:
             threading.Thread(target=end_with_torchrun, args=(parent, wire.watch), daemon=True).start()
         return meet(config, wire)
@@ -173,14 +174,14 @@ def told(rank: int) -> Iterator[None]:
         end_process(error.args[0] if error.args else INTERRUPTED)
     except Exception as error:
         get_error_handler().record_exception(error)
-        if isinstance(error, (BadInput, PeerFailed)):
+        if isinstance(error, (BadInput, DataError, PeerFailed)):
             print(f"fasttrain: rank {rank}: {error}", file=sys.stderr)
         else:
             traceback.print_exc()
         if isinstance(error, WireError):
             time.sleep(1)  # torchrun polls: let it see first the peer whose end caused this
         # An ordinary exit would wait for collectives that never end.
-        end_process(BAD_INPUT if isinstance(error, BadInput) else
+        end_process(BAD_INPUT if isinstance(error, (BadInput, DataError)) else
                     PEER_FAILED if isinstance(error, PeerFailed) else FAILED)
 
 

@@ -8,6 +8,7 @@ import shutil
 import sys
 import tempfile
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -15,10 +16,12 @@ from pathlib import Path
 import numpy as np
 
 from fasttrain import __version__
+from fasttrain.data.dataset import TokenDataset
 from fasttrain.train.config import ASKED, BadInput, TrainConfig
 from fasttrain.train.console import sent
 from fasttrain.train.journal import Record, records
-from fasttrain.train.text import Text
+from fasttrain.train.source import Extent, Source
+from fasttrain.train.tokens import cut
 
 
 def make_directory(out: Path | None, optimizer: str) -> Path:
@@ -50,19 +53,16 @@ def make_directory(out: Path | None, optimizer: str) -> Path:
     return out
 
 
-def header(config: TrainConfig, read: Text) -> Record:
-    """What ``config.json`` holds: options, versions, and which text."""
+def header(config: TrainConfig, read: Source) -> Record:
+    """What ``config.json`` holds: options, versions, and which text or tokens."""
     return {
         "versions": {"fasttrain": __version__, "torch": metadata.version("torch"), "python": sys.version.split()[0]},
         "config": config.as_json(),
-        "text": {
-            "train_bytes": len(read.train), "train_files": read.train_files,
-            "held_out_bytes": len(read.held_out), "held_out_files": read.held_out_files, "sha256": read.sha256,
-        },
+        "text": read.about(),
     }
 
 
-FREE = ("processes", "text", "out", "resume", "max_restarts", "threads", "log_every", "save_every", "keep")
+FREE = ("processes", "text", "tokens", "out", "resume", "max_restarts", "threads", "log_every", "save_every", "keep")
 
 
 def begin(config: TrainConfig, header: Record) -> Path:
@@ -135,7 +135,7 @@ def stopped(directory: Path) -> str | None:
             f"--out {directory} goes on")
 
 
-def conclude(directory: Path, held_out: np.ndarray, wall_s: float) -> str:
+def conclude(directory: Path, held_out: np.ndarray | TokenDataset, wall_s: float) -> str:
     """Draw and sum up a complete run, and return what to say of it; of a dry run, which is removed, what it found."""
     if (config := TrainConfig.from_json(json.loads((directory / "config.json").read_text())["config"])).dry_run:
         found = records(directory / "log.jsonl")[-1]
@@ -169,6 +169,15 @@ class Run:
         """The validation over the whole held-out text that ends a complete run."""
         last = self.validation[-1] if self.validation else None
         return last if last and (last.get("whole") or last["step"] == self.config["steps"]) else None
+
+    @property
+    def unit(self) -> str:
+        """What the bits of its validations are per: "byte" or "token"."""
+        return Extent.of(self.header["text"]).unit
+
+    def bits(self, validation: Record) -> float:
+        """The bits per `unit` of one of its validations."""
+        return validation[f"bits_per_{self.unit}"]
 
 
 def read(directory: Path) -> Run:
@@ -210,18 +219,23 @@ def baselines(stream: np.ndarray) -> dict[str, float]:
     }
 
 
-def summarise(run: Run, stream: np.ndarray, wall_s: float) -> Record:
-    """The numbers of a complete run. `stream` is its held-out text; `wall_s` the seconds from start to end."""
+def summarise(run: Run, stream: np.ndarray | TokenDataset, wall_s: float) -> Record:
+    """The numbers of a complete run. `stream` is its held-out text; `wall_s` the seconds from start to end.
+
+    Of tokens that are not bytes there are no baselines.
+    """
     assert run.final is not None
+    extent = Extent.of(run.header["text"])
     tokens = run.config["steps"] * run.config["batch"] * run.config["sequence"]
     return {
         "optimizer": run.config["optimizer"],
-        "validation_bits_per_byte": run.final["bits_per_byte"],
-        "baselines_bits_per_byte": baselines(stream),
+        f"validation_bits_per_{run.unit}": run.bits(run.final),
+        **({"baselines_bits_per_byte": baselines(cut(stream, np.array([0]), len(stream))[0])}
+           if run.unit == "byte" else {}),
         "train_loss": run.train[-1]["loss"],
         "steps": run.config["steps"],
         "tokens": tokens,
-        "passes_over_text": tokens / run.header["text"]["train_bytes"],
+        "passes_over_text": tokens / extent.train,
         "tokens_per_s": median_speed(run),
         "share": mean_shares(run),
         "wire": {name: run.wire[-1][name] for name in ("bytes", "formula", "exposed_s")} if run.wire else None,
@@ -242,33 +256,39 @@ def mean_shares(run: Run) -> dict[str, float]:
 
 def describe(summary: Record, header: Record) -> str:
     """The summary as text for a terminal."""
-    bits = {f"this model, {summary['optimizer']}": summary["validation_bits_per_byte"]}
-    bits |= {"order-0 entropy" if k == "order0" else k: v for k, v in summary["baselines_bits_per_byte"].items()}
-    t = header["text"]
+    t = Extent.of(header["text"])
+    bits = {f"this model, {summary['optimizer']}": summary[f"validation_bits_per_{t.unit}"]}
+    bits |= {"order-0 entropy" if k == "order0" else k: v
+             for k, v in summary.get("baselines_bits_per_byte", {}).items()}
     rows = [f"  {name:<28}{value:.3f}" for name, value in bits.items()]
     shares = ", ".join(f"{phase.replace('_', '-')} {share:.1%}" for phase, share in summary["share"].items())
     return "\n".join([
-        f"bits per byte of {t['held_out_files']} held-out files ({t['held_out_bytes']:,} bytes); "
-        f"trained on {t['train_files']} others ({t['train_bytes']:,} bytes):",
+        f"bits per {t.unit} of {t.held_out_wholes} held-out {t.whole} ({t.held_out:,} {t.unit}s); "
+        f"trained on {t.train_wholes} others ({t.train:,} {t.unit}s):",
         *rows,
-        f"{summary['steps']} steps, {summary['tokens']:,} bytes read ({summary['passes_over_text']:.2f} passes), "
+        f"{summary['steps']} steps, {summary['tokens']:,} {t.unit}s read ({summary['passes_over_text']:.2f} passes), "
         f"{summary['tokens_per_s']:,.0f} tokens/s, {summary['wall_s']:.0f} s in all",
         f"time in steps: {shares}",
         *([f"communication of a process: {sent(summary['wire'])}"] if summary["wire"] else []),
     ])
 
 
+def bits_per(runs: Sequence[Run]) -> str:
+    """What the bits of these runs are per, for a title."""
+    return "bits per " + " or ".join(sorted({run.unit for run in runs}))
+
+
 def draw(runs: list[Run], path: Path) -> None:
-    """Draw training and validation loss of one or more runs, in bits per byte, as a PNG."""
+    """Draw training and validation loss of one or more runs, in bits per byte or token, as a PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="bits per byte")
+    axes = figure.add_subplot(xlabel="step", ylabel=bits_per(runs))
     for i, run in enumerate(runs):
         label = f"{run.config['optimizer']} " if len(runs) == 1 else f"{run.directory.name} "
         axes.plot([r["step"] for r in run.train], [r["loss"] / np.log(2) for r in run.train], color=f"C{2 * i}",
                   linewidth=1, label=label + "training")
-        axes.plot([r["step"] for r in run.validation], [r["bits_per_byte"] for r in run.validation],
+        axes.plot([r["step"] for r in run.validation], [run.bits(r) for r in run.validation],
                   "o-", color=f"C{2 * i + 1}", markersize=4, label=label + "validation")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -10,6 +10,7 @@ import hashlib
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -35,6 +36,14 @@ class Text:
     train_files: int
     held_out_files: int
     sha256: str
+
+    unit = "byte"
+    vocabulary = 256
+
+    def about(self) -> dict[str, Any]:
+        """What ``config.json`` says of it."""
+        return {"train_bytes": len(self.train), "train_files": self.train_files,
+                "held_out_bytes": len(self.held_out), "held_out_files": self.held_out_files, "sha256": self.sha256}
 
 
 def load(path: Path | None, held_out: float, sequence: int) -> Text:

@@ -9,31 +9,39 @@ import numpy as np
 import torch
 from torch import nn
 
+from fasttrain.data.dataset import TokenDataset
 from fasttrain.data.order import overlapping
 from fasttrain.dist.wire import Wire
 from fasttrain.train.config import TrainConfig
 from fasttrain.train.making import precision_of
+from fasttrain.train.model import VOCABULARY
+from fasttrain.train.tokens import cut
 
 Record = dict[str, Any]
 
 
-def validation(model: nn.Module, stream: np.ndarray, config: TrainConfig, wire: Wire, most: int | None) -> Record:
-    """``bits_per_byte`` over ``bytes`` of held-out text; it counts `most` windows (None: all the text)."""
-    nats, count = held_out_nats(model, stream, config, wire, most)
-    return {"bits_per_byte": nats / count / math.log(2), "bytes": count}
+def validation(model: nn.Module, stream: np.ndarray | TokenDataset, config: TrainConfig, wire: Wire,
+               most: int | None, unit: str = "byte", vocabulary: int = VOCABULARY) -> Record:
+    """``bits_per_byte`` over ``bytes`` of held-out text; it counts `most` windows (None: all the text).
+
+    Args:
+        unit: "token": ``bits_per_token`` over ``tokens``.
+    """
+    nats, count = held_out_nats(model, stream, config, wire, most, vocabulary)
+    return {f"bits_per_{unit}": nats / count / math.log(2), f"{unit}s": count}
 
 
 @torch.no_grad()
-def held_out_nats(model: nn.Module, stream: np.ndarray, config: TrainConfig, wire: Wire,
-                  most: int | None) -> tuple[float, int]:
-    """The sum of the model's cross-entropy over held-out bytes in nats, and how many bytes that was.
+def held_out_nats(model: nn.Module, stream: np.ndarray | TokenDataset, config: TrainConfig, wire: Wire,
+                  most: int | None, vocabulary: int = VOCABULARY) -> tuple[float, int]:
+    """The sum of the model's cross-entropy over held-out bytes or tokens in nats, and how many that was.
 
-    Each process reads every size-th batch of windows; their sums and counts are added. The first byte of the text,
-    which nothing precedes, costs log 256. The model is called as often on every process, because a sharded one is
+    Each process reads every size-th batch of windows; their sums and counts are added. The first of all, which nothing
+    precedes, costs log `vocabulary`. The model is called as often on every process, because a sharded one is
     gathered in each call: a process with no windows left reads some that do not count.
 
     Args:
-        stream: uint8, shape (bytes,).
+        stream: integers, shape (bytes,), or the tokens of a data set.
         most: at most so many windows, evenly spaced over the stream; None for all.
     """
     starts, fresh_from = overlapping(len(stream), config.sequence)
@@ -42,12 +50,12 @@ def held_out_nats(model: nn.Module, stream: np.ndarray, config: TrainConfig, wir
         chosen = np.linspace(0, len(starts) - 1, most).astype(int)
     sums = torch.zeros(2, dtype=torch.float64, device=wire.device)
     if wire.rank == 0 and most is None:
-        sums += sums.new_tensor([math.log(256), 1])
+        sums += sums.new_tensor([math.log(vocabulary), 1])
     at_once = max(1, config.batch // wire.size)
     for turn in range(0, len(chosen), wire.size * at_once):
         mine = chosen[turn + wire.rank * at_once :][:at_once]
         some = mine if len(mine) else chosen[:1]
-        windows = to_device(np.stack([stream[s : s + config.sequence + 1] for s in starts[some]]), wire.device)
+        windows = to_device(cut(stream, starts[some], config.sequence + 1), wire.device)
         with precision_of(config, wire.device).autocast():
             logits_BTV = model(windows[:, :-1])
         since = fresh_from[some, None] if len(mine) else config.sequence
@@ -59,5 +67,5 @@ def held_out_nats(model: nn.Module, stream: np.ndarray, config: TrainConfig, wir
 
 
 def to_device(windows: np.ndarray, device: torch.device) -> torch.Tensor:
-    """uint8 windows as integers that an embedding takes."""
+    """Windows of any integers as those that an embedding takes."""
     return torch.from_numpy(windows).to(device, non_blocking=True).long()
