@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
@@ -137,13 +138,15 @@ class DrawSchedule:
 
 @dataclasses.dataclass(frozen=True)
 class Verify:
-    """Compare every byte of a checkpoint, or of all in a directory, with its checksums, and name what is damaged."""
+    """Compare every byte of checkpoints, or of token files, with their checksums, and name what is damaged."""
 
     directory: Annotated[Positional[Path], arg(metavar="DIR")]
-    """Of one checkpoint, or of several."""
+    """Of one checkpoint, of several, or of token files."""
 
     def run(self) -> int:
         """Print what is damaged."""
+        if (self.directory / "dataset.json").exists():
+            return self._tell(self._damage_of_tokens())
         from fasttrain.checkpoint import files
 
         try:
@@ -152,6 +155,20 @@ class Verify:
             raise BadInput(str(error)) from error
         except files.CheckpointError as error:
             return say(str(error), 1)
+        return self._tell(damages)
+
+    def _damage_of_tokens(self) -> list[Any]:
+        from fasttrain.data.dataset import TokenDataset, read_index
+        from fasttrain.data.errors import DataError
+
+        try:
+            splits = read_index(self.directory)["splits"]
+            return [damage for split in splits
+                    for damage in TokenDataset(self.directory, split, on_bad="skip").damage()]
+        except DataError as error:
+            return [error]
+
+    def _tell(self, damages: Sequence[Any]) -> int:
         for damage in damages:
             print(f"damaged: {damage}")
         print(f"{len(damages)} damaged" if damages else "all bytes are those that were written")

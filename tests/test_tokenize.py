@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from helpers import ROOT
 
+from fasttrain import cli
 from fasttrain.data import DataError, TokenDataset, WorkerDied, WrongTokenizer, progress, tokenize
 from fasttrain.data import make as making
 from fasttrain.data.dataset import INDEX
@@ -316,3 +317,20 @@ def test_killed_at_random_moments_it_ends_in_the_same_bytes(tmp_path):
     assert kills >= 3, "too few kills to prove anything"
     tokenize([source], out, shard_mb=1)
     assert contents(out) == expected
+
+
+def test_verify_names_what_is_damaged(tmp_path, capsys):
+    (tmp_path / "words").mkdir()
+    for i in range(20):
+        (tmp_path / "words" / f"{i}.txt").write_text(f"{i} bottles stand on the wall\n" * 40)
+    tokens = tmp_path / "tokens"
+    assert cli.main(["tokenize", str(tmp_path / "words"), "--out", str(tokens), "--held-out", "0.2"]) == 0
+    capsys.readouterr()
+    assert cli.main(["verify", str(tokens)]) == 0
+    assert "all bytes are those that were written" in capsys.readouterr().out
+    shard = max(tokens.glob("train*"), key=lambda path: path.stat().st_size)
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    assert cli.main(["verify", str(tokens)]) == 1
+    assert f"damaged: {shard}" in capsys.readouterr().out
