@@ -268,6 +268,7 @@ class Loop:
             self._plateau.step(self.metrics[self.metric])
         elif self._plateau is not None:
             self._plateau.update(self.metrics[self.metric])
+            self.schedule.step(self.schedule.last_epoch)  # the next step has it, as a resumed run's would
         self._owes = False
         self.tell("validation", **told)
 

@@ -7,6 +7,7 @@ import fcntl
 import json
 import math
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +64,21 @@ class Journal:
         os.close(self._file)
 
 
-def in_use(path: Path) -> bool:
-    """Whether a process writes into a journal now."""
+def in_use(path: Path, patience_s: float = 0.0) -> bool:
+    """Whether a process writes into a journal, and goes on doing so.
+
+    Arguments:
+        patience_s: how long it may take to end, as the ranks of a command that was killed do.
+    """
     try:
         file = os.open(path, os.O_RDWR)
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError):
         return False
+    end = time.monotonic() + patience_s
     try:
-        return not _lock(file)
+        while not (free := _lock(file)) and time.monotonic() < end:
+            time.sleep(0.1)
+        return not free
     finally:
         os.close(file)
 

@@ -108,7 +108,9 @@ class Keeper:
         if self.checkpoints is None or not together or step in self.saved[-1:]:
             return
         if self._under_way and self._before is None:
-            return  # the data cannot go back
+            error.add_note(f"the state after step {step} is not saved: the data cannot go back before the batch that "
+                           "was taken (it has no rewind)")
+            return
         if self._under_way:
             self.state["data"].load_state_dict(self._before)
             self._undo.restore()
@@ -146,7 +148,8 @@ class Keeper:
 class Undo:
     """What a forward pass changes beside gradients, as it was before: random generators and buffers.
 
-    Copied are the buffers that a step has been seen to write (BatchNorm's), and all before the first.
+    Copied are the buffers of modules that a step has been seen to write (BatchNorm's), and all before the first.
+    Those of one module go together: torch counts versions of BatchNorm's number of batches, and not of its means.
 
     Arguments:
         state: with a "model" and "rng".
@@ -154,29 +157,33 @@ class Undo:
 
     def __init__(self, state: Mapping[str, Any]):
         self.state = state
-        self._buffers: list[tuple[Any, int]] | None = None  # each with its version when it was last looked at
+        self._modules: list[list[Any]] | None = None  # their buffers
+        self._versions: list[list[int]] = []           # when they were last looked at
         self._live: set[int] = set()
-        self._copies: dict[int, Any] = {}
+        self._copies: list[tuple[Any, Any]] = []
         self._random: Record | None = None
 
     def remember(self) -> None:
         """A forward pass is about to begin."""
         rng = self.state.get("rng")
         self._random = None if rng is None else rng.state_dict()
-        first = self._buffers is None
-        seen = self._buffers or [(buffer, buffer._version) for buffer in self.state["model"].buffers()]
-        self._live.update(i for i, (buffer, version) in enumerate(seen) if buffer._version != version)
-        self._copies = {i: seen[i][0].detach().clone() for i in (range(len(seen)) if first else self._live)}
-        self._buffers = [(buffer, buffer._version) for buffer, _ in seen]
+        first = self._modules is None
+        modules = self._modules = self._modules if self._modules is not None else [
+            own for module in self.state["model"].modules() if (own := list(module.buffers(recurse=False)))]
+        versions = [[buffer._version for buffer in own] for own in modules]
+        if not first:
+            self._live.update(i for i, now in enumerate(versions) if now != self._versions[i])
+        self._versions = versions
+        self._copies = [(buffer, buffer.detach().clone()) for i, own in enumerate(modules) if first or i in self._live
+                        for buffer in own]
 
     def restore(self) -> None:
         """Put back what was remembered."""
         if self._random is not None:
             self.state["rng"].load_state_dict(self._random)
         with torch.no_grad():
-            for i, copy in self._copies.items():
-                assert self._buffers is not None
-                self._buffers[i][0].copy_(copy)
+            for buffer, copy in self._copies:
+                buffer.copy_(copy)
 
 
 class _Rewound:

@@ -62,6 +62,7 @@ def header(config: TrainConfig, read: Text) -> Record:
     }
 
 
+ENDING_S = 5.0  # that processes of a command that was killed may take to end
 FRESH = ".config.json"
 FREE = ("processes", "text", "out", "resume", "max_restarts", "threads", "log_every", "save_every", "keep")
 
@@ -124,7 +125,7 @@ def check_same(directory: Path, header: Record) -> None:
         found["config"].get, found["text"]["sha256"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(f"{path} is not what fasttrain train has written ({error!r}); give a new directory") from error
-    if in_use(directory / "log.jsonl"):
+    if in_use(directory / "log.jsonl", patience_s=ENDING_S):
         raise BadInput(f"--out {directory}: its run is still going on; end it first, or give a new directory")
     for name, value in header["config"].items():
         if name not in FREE and (there := found["config"].get(name)) != value:
