@@ -87,13 +87,13 @@ def test_schedules_and_optimizers_with_states_of_their_own_go_on_in_the_same_bit
     assert same(trained(tmp_path / "parts", *kind), whole)
 
 
-def test_an_exception_in_a_step_leaves_what_was_before_its_batch(tmp_path, accumulate=2):
+def test_an_exception_in_a_step_leaves_what_was_before_its_batch(tmp_path):
     """Dropout has drawn, and BatchNorm has seen the batch."""
-    whole = trained(tmp_path / "whole", optim.AdamW, accumulate=accumulate)
+    whole = trained(tmp_path / "whole", optim.AdamW, accumulate=2)
     with pytest.raises(MemoryError) as error:
-        trained(tmp_path / "broken", optim.AdamW, fails_at=19, accumulate=accumulate)
+        trained(tmp_path / "broken", optim.AdamW, fails_at=19, accumulate=2)
     assert "after step 4 is saved" in error.value.__notes__[0]
-    assert same(trained(tmp_path / "broken", optim.AdamW, accumulate=accumulate), whole)
+    assert same(trained(tmp_path / "broken", optim.AdamW, accumulate=2), whole)
 
 
 def test_an_evaluation_that_failed_is_made_when_the_run_goes_on(tmp_path):

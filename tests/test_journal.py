@@ -63,7 +63,8 @@ def test_a_line_that_is_no_record_is_an_error(tmp_path):
 
 def test_values_of_all_kinds(tmp_path):
     path = tmp_path / "ünï ☃"
-    write(path, step(1, a=np.float32(0.5), b=torch.tensor(2), c=[1, (math.nan, None)], d={"e": [torch.tensor(math.inf)]}))
+    write(path, step(1, a=np.float32(0.5), b=torch.tensor(2), c=[1, (math.nan, None)],
+                     d={"e": [torch.tensor(math.inf)]}))
     (record,) = records(path)
     assert record == step(1, a=0.5, b=2, c=[1, ["nan", None]], d={"e": ["inf"]})
     journal = Journal(path)

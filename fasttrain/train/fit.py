@@ -21,7 +21,7 @@ from fasttrain.train.batches import split
 from fasttrain.train.clock import PhaseClock
 from fasttrain.train.config import ASKED
 from fasttrain.train.keeper import Keeper
-from fasttrain.train.measured import measured
+from fasttrain.train.measured import check_evaluations, check_whole, measured
 from fasttrain.train.meter import Meter
 from fasttrain.train.stepper import Loss, Numbers, Stepper
 from fasttrain.train.traffic import Traffic
@@ -73,6 +73,8 @@ class Loop:
         loss: from (model, micro-batch) to the mean loss, or to (sum, number of items): see `Stepper`.
         steps: of the whole run.
         accumulate: micro-batches of a step (`split`).
+        batch_size: a schedule of the samples in a step, as `fasttrain.schedules.rounded` makes; the data is a
+            `fasttrain.data.Loader`, whose own size `tokens` belongs to. None: it stays.
         clip: largest norm of the gradient; 0 does not clip.
         schedule: what is stepped after each step: a `fasttrain.schedules.Scheduler`, or torch's. A `Plateau` in it, and
             torch's ReduceLROnPlateau, are told the `metric` of each evaluation.
@@ -95,7 +97,7 @@ class Loop:
     """
 
     def __init__(self, model: Any, data: Any, optimizer: Any, loss: Loss, *, steps: int, accumulate: int = 1,
-                 clip: float = 1.0, schedule: Any = None,
+                 batch_size: Callable[[int], float] | None = None, clip: float = 1.0, schedule: Any = None,
                  precision: Precision | None = None,
                  evaluate: Callable[[int], Record] | None = None, evaluate_every: int = 0, metric: str = "loss",
                  bad_steps: NonFinite | None = None, spikes: LossSpikes | None = None,
@@ -106,16 +108,13 @@ class Loop:
         if spikes is not None and spikes.patience is not None and (checkpoints is None or not hasattr(data, "rewind")):
             raise ValueError("spikes with patience go back to a checkpoint and past batches: give checkpoints, and "
                              "data that can rewind (fasttrain.data.Loader), or LossSpikes(patience=None)")
-        looks = evaluate is not None and evaluate_every > 0
         self._plateau = schedule if isinstance(schedule, ReduceLROnPlateau) else getattr(schedule, "plateau", None)
-        if (early is not None or gap is not None or self._plateau is not None) and not looks:
-            raise ValueError("early, gap and a plateau are asked after an evaluation: give evaluate and evaluate_every")
-        if (evaluate is not None) != (evaluate_every > 0):
-            raise ValueError(f"evaluate={evaluate!r} with evaluate_every={evaluate_every}: nothing would be evaluated; "
-                             "give both")
-        for name, value in (("accumulate", accumulate), ("log_every", log_every)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+        check_evaluations(evaluate, evaluate_every, (early, gap, self._plateau))
+        check_whole(accumulate=accumulate, log_every=log_every)
+        if batch_size is not None and not hasattr(data, "resize"):
+            raise ValueError("batch_size is a schedule, and the data cannot change its batches: give a "
+                             "fasttrain.data.Loader")
+        self.batch_size, self._unit = batch_size, 0 if batch_size is None else data.batch_size
         clock = PhaseClock(device_of(model))
         precision = precision or Precision("fp32", clock.device)
         scaler = precision.scaler()
@@ -172,6 +171,8 @@ class Loop:
 
     def _next(self, batches: Iterator[Any]) -> Any:
         with self.meter.clock("data"):
+            if self.batch_size is not None:
+                self.data.resize(round(self.batch_size(self.step)))
             self.keeper.taking()
             first = self._place()
             if (batch := next(batches, None)) is None:
@@ -231,8 +232,8 @@ class Loop:
 
     def _judge(self, numbers: Numbers) -> None:
         """What the guards make of a step."""
-        self.meter.add(numbers)
         first, count = self._places.pop(numbers.step)
+        self.meter.add(numbers, count / self._unit if self._unit else 1.0)
         judged = self.bad_steps.update(numbers.step, numbers.skipped, numbers.loss, norm=numbers.norm,
                                        batch=[first, count], scale=numbers.scale, names=numbers.names)
         if judged.kind == "bad":

@@ -1,9 +1,9 @@
-"""What an evaluation returned, as numbers of the host."""
+"""What an evaluation returned, as numbers of the host; and whether there will be any."""
 
 from __future__ import annotations
 
 import numbers
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 Record = dict[str, Any]
@@ -40,3 +40,29 @@ def _number(name: str, value: Any) -> int | float:
     if not isinstance(value, numbers.Real):
         raise TypeError(f"evaluate returned {name}={value!r:.80}, which is no number")
     return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
+def check_evaluations(evaluate: Any, every: int, asked: Iterable[Any]) -> None:
+    """Refuse evaluations that would never be made, or that somebody asks for and nobody makes.
+
+    Arguments:
+        asked: what looks at evaluations, or None.
+
+    Raises:
+        ValueError: says which.
+    """
+    if (evaluate is not None) != (every > 0):
+        raise ValueError(f"evaluate={evaluate!r} with evaluate_every={every}: nothing would be evaluated; give both")
+    if evaluate is None and any(one is not None for one in asked):
+        raise ValueError("early, gap and a plateau are asked after an evaluation: give evaluate and evaluate_every")
+
+
+def check_whole(**options: Any) -> None:
+    """Refuse options that are no whole numbers of at least 1.
+
+    Raises:
+        ValueError: the first of them.
+    """
+    for name, value in options.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
