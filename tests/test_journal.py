@@ -3,9 +3,12 @@
 import json
 import math
 
+import numpy as np
 import pytest
+import torch
 
-from fasttrain.train.journal import Journal, records
+from fasttrain.train.config import BadInput
+from fasttrain.train.journal import Journal, in_use, records
 
 
 def write(path, *given):
@@ -56,3 +59,35 @@ def test_a_line_that_is_no_record_is_an_error(tmp_path):
     (tmp_path / "log").write_text('{"event": "train", "step": 1}\nnothing\n')
     with pytest.raises(json.JSONDecodeError):
         records(tmp_path / "log")
+
+
+def test_values_of_all_kinds(tmp_path):
+    path = tmp_path / "ünï ☃"
+    write(path, step(1, a=np.float32(0.5), b=torch.tensor(2), c=[1, (math.nan, None)],
+                     d={"e": [torch.tensor(math.inf)]}))
+    (record,) = records(path)
+    assert record == step(1, a=0.5, b=2, c=[1, ["nan", None]], d={"e": ["inf"]})
+    journal = Journal(path)
+    with pytest.raises(TypeError, match=r"a record holds tensor\(\[1\., 1\.\]\), a Tensor: give numbers"):
+        journal.write(step(2, loss=torch.ones(2)))
+    journal.write(step(2))
+    journal.close()
+    assert records(path)[1:] == [step(2)]
+
+
+def test_a_second_writer_is_refused_and_changes_nothing(tmp_path):
+    path = tmp_path / "log"
+    assert not in_use(path)
+    journal = Journal(path)
+    journal.write(step(1))
+    with open(path, "ab") as file:
+        file.write(b'{"event": "tr')  # under way
+    before = path.read_bytes()
+    assert in_use(path)
+    with pytest.raises(BadInput, match="is being written by another process"):
+        Journal(path)
+    assert path.read_bytes() == before
+    journal.close()
+    assert not in_use(path)
+    write(path, step(2))
+    assert records(path) == [step(1), step(2)]

@@ -9,6 +9,7 @@ import pytest
 
 from fasttrain.train import report
 from fasttrain.train.config import BadInput, TrainConfig
+from fasttrain.train.journal import Journal
 
 
 def make_run(directory, *, optimizer="AdamW", losses=(3.0, 2.0), steps=20, sha="s", final=2.5, **options):
@@ -81,6 +82,40 @@ def test_a_run_goes_on_with_its_own_options(tmp_path):
         report.check_same(directory, {**header, "config": {**header["config"], "lr": 0.1}})
     with pytest.raises(BadInput, match="another text"):
         report.check_same(directory, {**header, "text": {**header["text"], "sha256": "t"}})
+
+
+def test_a_command_that_was_killed_at_its_beginning_can_be_given_again(tmp_path):
+    header = json.loads((make_run(tmp_path / "other") / "config.json").read_text())
+    config = TrainConfig(out=tmp_path / "run", resume="auto")
+    for left in ((), (".config.json",)):
+        (tmp_path / "run").mkdir(exist_ok=True)
+        for name in left:
+            (tmp_path / "run" / name).write_text("{")
+        assert report.begin(config, header) == tmp_path / "run"
+        assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
+        (tmp_path / "run" / "config.json").unlink()
+
+
+def test_a_run_that_still_goes_on_or_cannot_be_read_is_not_gone_on_with(tmp_path, monkeypatch):
+    directory = make_run(tmp_path / "run")
+    content = (directory / "config.json").read_bytes()
+    header = json.loads(content)
+    config = TrainConfig(out=directory, resume="auto")
+    monkeypatch.setattr(report, "ENDING_S", 0.2)
+    journal = Journal(directory / "log.jsonl")
+    with pytest.raises(BadInput, match="its run is still going on; end it first"):
+        report.begin(config, header)
+    journal.close()
+    assert report.begin(config, header) == directory
+    for spoilt in (b"", b"[]", b'{"config": {}}', b"\xff"):
+        (directory / "config.json").write_bytes(spoilt)
+        with pytest.raises(BadInput, match=r"config\.json is not what fasttrain train has written"):
+            report.begin(config, header)
+    (directory / "config.json").write_bytes(content)
+    (directory / ".config.json").mkdir()
+    with pytest.raises(BadInput, match="cannot be written: Is a directory"):
+        report.begin(config, header)
+    assert json.loads((directory / "config.json").read_text()) == header
 
 
 @pytest.mark.parametrize("spoil, message", [

@@ -15,6 +15,8 @@ from fasttrain.train.division import callable_of, divide
 from fasttrain.train.journal import Journal, records
 from fasttrain.train.loop import train
 from fasttrain.train.making import make
+from fasttrain.train.place import Place
+from fasttrain.train.rank import work
 
 JOB = dataclasses.replace(TINY, optimizer="AdamW", rows=64, ngrams=2, save_every=4, log_every=2, wire="ordered")
 
@@ -94,3 +96,19 @@ def test_another_number_of_ranks_and_another_stage_go_on(tmp_path, stages):
     assert losses(again) == pytest.approx(losses(log), rel=1e-5)
     for a, b in zip(whole, ended[0][1], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def work_again(wire, folder, config):
+    return work(config, Place(wire.rank, wire.size, wire.rank, wire.size), lambda wire: (make_text(), folder)).reason
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew_in_its_log(tmp_path):
+    config = dataclasses.replace(JOB, processes=1, save_every=0, steps=4)
+    journal = Journal(tmp_path / "log.jsonl")
+    for step in (2, 4):
+        journal.write({"event": "train", "step": step, "loss": 9.0})
+    journal.close()
+    assert ranks.run(work_again, 1, tmp_path, config) == ["done"]
+    told = [(r["event"], r["step"]) for r in records(tmp_path / "log.jsonl")]
+    assert told[:4] == [("begin", 0), ("validation", 0), ("train", 2), ("train", 4)]
+    assert 9.0 not in losses(records(tmp_path / "log.jsonl"))

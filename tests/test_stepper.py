@@ -99,6 +99,44 @@ def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_step_on_all(how):
         torch.testing.assert_close(a, b)
 
 
+def some_items(model, x):
+    """One rank may have none at all."""
+    rows = x[:, 0] > 0.7
+    return (model(x[rows]) - 1).square().sum(), int(rows.sum()) * 2
+
+
+@pytest.mark.parametrize("how", ["data", "zero2", "shard"])
+def test_a_rank_may_have_no_items(how):
+    expected = [run(None, "alone", some_items, micro=1)]
+    counts = [[some_items(made(), part)[1] for part in batch(step).chunk(2)] for step in range(STEPS)]
+    assert any(0 in one and any(one) for one in counts)
+    check(ranks.run(run, 2, how, some_items, None, 1), expected)
+
+
+def nan_loss(model, x):
+    """Not finite at one step, on one rank, with gradients that are."""
+    wrong = math.nan if torch.isinf(x).any() else 0.0
+    return (model(x.nan_to_num(posinf=0.0)) - 1).square().mean() + wrong
+
+
+def nan_loss_by_items(model, x):
+    return nan_loss(model, x) * x.numel(), x.numel()
+
+
+@pytest.mark.parametrize("how", [*DIVIDED, "data items", "zero2 items", "shard items"])
+def test_a_loss_that_is_not_finite_on_one_rank_skips_the_step_on_all(how):
+    loss = nan_loss_by_items if how.endswith("items") else nan_loss
+    found = ranks.run(run, 2, how.removesuffix(" items"), loss, 1)
+    for numbers, weights, _ in found:
+        assert [n.skipped for n in numbers] == [False, True, False]
+        assert math.isfinite(numbers[1].norm)
+        assert all(torch.equal(a, b) for a, b in zip(weights, found[0][1], strict=True))
+    expected = run(None, "alone" + how[-6:] * how.endswith("torch"), loss, 1, 4)
+    assert [n.skipped for n in expected[0]] == [False, True, False]
+    for a, b in zip(found[0][1], expected[1], strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def residuals(wire, growth_interval):
     model = made()
     parallel = DataParallel(model, mesh=wire, wire="int8")

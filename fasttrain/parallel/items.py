@@ -25,7 +25,8 @@ class Items(Passes):
         """
         self._items += items
 
-    def step(self, optimizer: Any, max_norm: float | None = None, scaler: LossScaler | None = None) -> Tensor:
+    def step(self, optimizer: Any, max_norm: float | None = None, scaler: LossScaler | None = None,
+             unusable: Tensor | None = None) -> Tensor:
         """Step with the mean over all items that were counted on all ranks: `p.grad` is their sum over ranks / ranks.
 
         The factor enters the step's coefficients; no gradient is rewritten. Where something is not finite every rank
@@ -35,6 +36,7 @@ class Items(Passes):
             optimizer: of this package.
             max_norm: clip the mean's norm to this.
             scaler: by which the losses were scaled, if they were; it is updated.
+            unusable: bool of shape (), the same on every rank: something else is not finite (the loss).
 
         Returns:
             The norm of the mean gradient before clipping, float32 of shape ().
@@ -57,4 +59,6 @@ class Items(Passes):
         if not items:
             raise RuntimeError("no items were counted: call count() before each backward pass, or optimizer.step()")
         scale = torch.tensor(items / self.wire.size, dtype=torch.float64, device=self.wire.device)
-        return step_divided(scale, self.statistics(), optimizer, max_norm, scaler)
+        squares, found = self.statistics()
+        found = found if unusable is None else found | unusable
+        return step_divided(scale, (squares, found), optimizer, max_norm, scaler)

@@ -135,13 +135,15 @@ class Sharded:
         """
         self._items += items
 
-    def step(self, optimizer: Any, max_norm: float | None = None, scaler: LossScaler | None = None) -> Tensor:
+    def step(self, optimizer: Any, max_norm: float | None = None, scaler: LossScaler | None = None,
+             unusable: Tensor | None = None) -> Tensor:
         """Step with the mean over all items that were counted on all ranks; every rank calls it.
 
         Arguments:
             optimizer: of this package, of the model's parameters.
             max_norm: clip the mean's norm to this.
             scaler: by which the losses were scaled, if they were; it is updated.
+            unusable: bool of shape (), the same on every rank: something else is not finite (the loss).
 
         Returns:
             The norm of the mean gradient before clipping, float32 of shape (). Where something is not finite every
@@ -159,7 +161,9 @@ class Sharded:
         if not items:
             raise RuntimeError("no items were counted on any rank: call count() before each backward pass, or "
                                "optimizer.step()")
-        return step_divided(items / self.everyone.size, optimizer.grad_statistics(), optimizer, max_norm, scaler)
+        squares, found = optimizer.grad_statistics()
+        found = found if unusable is None else found | unusable
+        return step_divided(items / self.everyone.size, (squares, found), optimizer, max_norm, scaler)
 
     def bytes_per_step(self, gradient: float, parameter: float, micro_batches: int = 1) -> float:
         """Bytes that this rank sends in a step, by the formula: see `fasttrain.dist.accounting.bytes_per_step`.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from fasttrain.checkpoint.checkpointer import Checkpointer
 from fasttrain.checkpoint.loading import Loaded
@@ -19,6 +21,7 @@ from fasttrain.train.batches import split
 from fasttrain.train.clock import PhaseClock
 from fasttrain.train.config import ASKED
 from fasttrain.train.keeper import Keeper
+from fasttrain.train.measured import check_evaluations, check_whole, measured
 from fasttrain.train.meter import Meter
 from fasttrain.train.stepper import Loss, Numbers, Stepper
 from fasttrain.train.traffic import Traffic
@@ -73,7 +76,8 @@ class Loop:
         batch_size: a schedule of the samples in a step, as `fasttrain.schedules.rounded` makes; the data is a
             `fasttrain.data.Loader`, whose own size `tokens` belongs to. None: it stays.
         clip: largest norm of the gradient; 0 does not clip.
-        schedule: what is stepped after each step: a `fasttrain.schedules.Scheduler`, or torch's.
+        schedule: what is stepped after each step: a `fasttrain.schedules.Scheduler`, or torch's. A `Plateau` in it, and
+            torch's ReduceLROnPlateau, are told the `metric` of each evaluation.
         precision: what the loss is computed in, and whether it is scaled; None: fp32.
         evaluate: from the number of steps to a dict of numbers, the same on every rank; called every `evaluate_every`.
         metric: the one of them that guards and `Keep(best=)` look at; lower is better unless a guard says otherwise.
@@ -104,6 +108,9 @@ class Loop:
         if spikes is not None and spikes.patience is not None and (checkpoints is None or not hasattr(data, "rewind")):
             raise ValueError("spikes with patience go back to a checkpoint and past batches: give checkpoints, and "
                              "data that can rewind (fasttrain.data.Loader), or LossSpikes(patience=None)")
+        self._plateau = schedule if isinstance(schedule, ReduceLROnPlateau) else getattr(schedule, "plateau", None)
+        check_evaluations(evaluate, evaluate_every, (early, gap, self._plateau))
+        check_whole(accumulate=accumulate, log_every=log_every)
         if batch_size is not None and not hasattr(data, "resize"):
             raise ValueError("batch_size is a schedule, and the data cannot change its batches: give a "
                              "fasttrain.data.Loader")
@@ -121,17 +128,18 @@ class Loop:
         parts = {"model": self.stepper.model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler,
                  "data": data, "stepper": self.stepper, "meter": self.meter, "bad_steps": self.bad_steps,
                  "spikes": spikes, "early": early, "gap": gap, "rng": Rng(),
-                 "wire": getattr(self.stepper.reducer, "method", None)}
+                 "wire": getattr(self.stepper.reducer, "method", None), "loop": self}
         self.keeper = Keeper(checkpoints, {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
                              | {"accumulate": accumulate} | dict(keeps or {}), self.stepper.wire)
         self.steps, self.step, self.ended, self.metrics = steps, 0, "", Record()
         self._places: dict[int, tuple[int, int]] = {}  # of steps under way: their batches' first sample, and how many
         self._spike: SpikeDecision | None = None
-        self._begun = False
+        self._begun = self._owes = False  # the evaluation that belongs after this step is not made yet
 
     def begin(self) -> Loaded | None:
         """Load the newest checkpoint that can be used, and return what was loaded; `run` does it if you do not."""
         self._begun = True
+        self.optimizer.zero_grad()  # what a run before, or an exception in it, has left
         if (loaded := self.keeper.resume()) is not None:
             self.step, self.metrics = self.stepper.steps, dict(loaded.metrics)
             self.meter.seconds = self.metrics.pop("seconds", 0.0)
@@ -149,10 +157,12 @@ class Loop:
             self.begin()
         batches = iter(self.data)
         try:
+            if self._owes:
+                self._evaluate()
             while self.step < self.steps and not self.ended:
                 self._make_step(self._next(batches))
                 self._look_around()
-            self._save()
+            self._save(last=True)
         except Exception as error:
             if not self.stepper.stepping:
                 self.keeper.save_after(error, self.step, self.metrics)
@@ -181,8 +191,8 @@ class Loop:
         self.stepper.run(split(batch, self.accumulate))
         self.keeper.taken()
         self.step = self.stepper.steps
-        self.rate = self.optimizer.param_groups[0]["lr"]
-        if self.schedule is not None:
+        self.rate = float(self.optimizer.param_groups[0]["lr"])
+        if self.schedule is not None and self.schedule is not self._plateau:
             self.schedule.step()
         if self.profile is not None:
             self.profile.step()
@@ -191,23 +201,24 @@ class Loop:
         """What belongs after this step: its numbers, a line of the log, an evaluation, a checkpoint."""
         last = self.step == self.steps
         log = last or self.step % self.log_every == 0
-        look = self.evaluate is not None and self.evaluate_every > 0 and (last or self.step % self.evaluate_every == 0)
+        look = self.evaluate is not None and (last or self.step % self.evaluate_every == 0)
+        self._owes = look
         for numbers in self.stepper.arrived(all_of_them=log or look):
             self._judge(numbers)
         if log:
             self.tell("train", lr=self.rate, skipped=self.bad_steps.skipped, **self.meter.read())
         if look:
             self._evaluate()
-        if self.keeper.due(self.step):
+        if self.keeper.due(self.step) and self._spike is None:
             self._save()
         if self._spike is not None:
             self._go_back(self._spike)
 
-    def _save(self) -> None:
+    def _save(self, last: bool = False) -> None:
         for numbers in self.stepper.arrived(all_of_them=True):
             self._judge(numbers)
         with self.meter.clock("checkpoint"):
-            self.keeper.save(self.step, {**self.metrics, "seconds": self.meter.total_s()})
+            self.keeper.save(self.step, {**self.metrics, "seconds": self.meter.total_s()}, last)
 
     def _go_back(self, spike: SpikeDecision) -> None:
         """Load the newest checkpoint from before a spike, and leave its batches out."""
@@ -226,9 +237,10 @@ class Loop:
         judged = self.bad_steps.update(numbers.step, numbers.skipped, numbers.loss, norm=numbers.norm,
                                        batch=[first, count], scale=numbers.scale, names=numbers.names)
         if judged.kind == "bad":
+            what = "a gradient" if judged.names or math.isfinite(numbers.loss) else "the loss"
             named = f" in {', '.join(judged.names)}" if judged.names else ""
             self.tell("skipped", text=f"skipped step {judged.step}, loss {judged.loss}, samples {first} to "
-                                      f"{first + count - 1}: a gradient is not finite{named}")
+                                      f"{first + count - 1}: {what} is not finite{named}")
         if numbers.stop:
             self.ended = ASKED
         if self.spikes is not None and judged.kind != "overflow":
@@ -244,7 +256,8 @@ class Loop:
     def _evaluate(self) -> None:
         assert self.evaluate is not None
         with self.meter.paused():
-            self.metrics = self.evaluate(self.step)
+            asked = self.early is not None or self._plateau is not None
+            self.metrics = measured(self.evaluate(self.step), self.metric if asked else None)
         told = dict(self.metrics)
         if self.gap is not None:
             told["gap"] = self.gap.update(self.meter.last_loss, self.metrics.get("loss", float("nan"))).gap
@@ -252,7 +265,26 @@ class Loop:
             decision = self.early.update(self.metrics[self.metric], self.step)
             told["patience_left"] = decision.patience_left
             self.ended = self.ended or decision.reason or ""
+        if isinstance(self._plateau, ReduceLROnPlateau):
+            self._plateau.step(self.metrics[self.metric])
+        elif self._plateau is not None:
+            self._plateau.update(self.metrics[self.metric])
+            self.schedule.step(self.schedule.last_epoch)  # the next step has it, as a resumed run's would
+        self._owes = False
         self.tell("validation", **told)
+
+    def state_dict(self) -> Record:
+        """JSON values: whether and why a guard has ended the run, and what is still to be done after this step."""
+        return {"ended": "" if self.ended == ASKED else self.ended, "limits": self._limits(), "owes": self._owes}
+
+    def load_state_dict(self, state: Record) -> None:
+        """Take over what `state_dict` returned. A run that a guard has ended stays so, unless its limits are others."""
+        self.ended = state["ended"] if state["limits"] == self._limits() else ""
+        self._owes = state["owes"] and self.evaluate is not None
+
+    def _limits(self) -> list[Any]:
+        early, spikes = self.early, self.spikes
+        return [early and [early.patience, early.goal, early.best.min_delta], spikes and [spikes.patience, spikes.most]]
 
     def tell(self, event: str, **values: Any) -> None:
         """Give a record to all callbacks."""

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import math
 import os
+import time
 from pathlib import Path
 from typing import Any
+
+from fasttrain.train.config import BadInput
 
 Record = dict[str, Any]
 
@@ -16,6 +21,9 @@ class Journal:
 
     Arguments:
         path: of the file; it may hold the records of an earlier part of the run.
+
+    Raises:
+        BadInput: another process writes into it; nothing was changed.
 
     Example:
         >>> import tempfile
@@ -34,18 +42,54 @@ class Journal:
 
     def __init__(self, path: Path):
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        if not _lock(self._file):
+            os.close(self._file)
+            raise BadInput(f"{path} is being written by another process: a run is still going on there; end it, or "
+                           "name another directory")
         content = _whole_lines(os.pread(self._file, os.fstat(self._file).st_size, 0))
         os.ftruncate(self._file, len(content))
 
     def write(self, record: Record) -> None:
-        """Append a record. What JSON cannot hold (NaN, infinity) becomes text."""
-        line = memoryview((json.dumps(_plain(record), allow_nan=False) + "\n").encode())
+        """Append a record. NaN and infinity, which JSON cannot hold, become text; single numbers of tensors are read.
+
+        Raises:
+            TypeError: a value is none of JSON's; nothing was written.
+        """
+        line = memoryview((json.dumps(_plain(record), allow_nan=False, default=_refuse) + "\n").encode())
         while line:
             line = line[os.write(self._file, line) :]
 
     def close(self) -> None:
         """Close the file."""
         os.close(self._file)
+
+
+def in_use(path: Path, patience_s: float = 0.0) -> bool:
+    """Whether a process writes into a journal, and goes on doing so.
+
+    Arguments:
+        patience_s: how long it may take to end, as the ranks of a command that was killed do.
+    """
+    try:
+        file = os.open(path, os.O_RDWR)
+    except (FileNotFoundError, PermissionError):
+        return False
+    end = time.monotonic() + patience_s
+    try:
+        while not (free := _lock(file)) and time.monotonic() < end:
+            time.sleep(0.1)
+        return not free
+    finally:
+        os.close(file)
+
+
+def _lock(file: int) -> bool:
+    """The kernel's lock, which ends with the process; where the file system has none, everybody gets it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
+    return True
 
 
 def records(path: Path) -> list[Record]:
@@ -73,7 +117,15 @@ def _whole_lines(content: bytes) -> bytes:
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _plain(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    if hasattr(value, "dtype") and hasattr(value, "item") and not getattr(value, "shape", ()):
+        value = value.item()  # of torch or numpy
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _refuse(value: Any) -> Any:
+    raise TypeError(f"a record holds {value!r:.80}, a {type(value).__name__}: give numbers, texts, lists and dicts")
 
 
 def _numbers(record: Record) -> Record:

@@ -58,13 +58,15 @@ def work(config: TrainConfig, here: Place, begin: Callable[[Wire], tuple[Source,
         parallel = divide(config, make(config, device, read.vocabulary), wire)
         optimizer = recipe.build(config, callable_of(parallel))
         restarts = attempt.current() - 1
+        log = directory / "log.jsonl"
+        again = restarts > 0 or (log.exists() and log.stat().st_size > 0)
         tell = stack.enter_context(telling(config, directory, wire.rank == 0, restarts))
         profile = None
         if config.profile and wire.rank == 0:
             (directory / "profile").mkdir(exist_ok=True)
             profile = stack.enter_context(Profile(directory / "profile", device=device))
         stopping = stack.enter_context(Stopping(wire))
-        ended = train(config, parallel, optimizer, read, tell, directory, restarts > 0, stopping, profile)
+        ended = train(config, parallel, optimizer, read, tell, directory, again, stopping, profile)
         if profile is not None and profile.text is not None:
             tell({"event": "profile", "step": PROFILED, "text": profile.text})
     watcher.close()

@@ -19,7 +19,7 @@ from fasttrain import __version__
 from fasttrain.data.dataset import TokenDataset
 from fasttrain.train.config import ASKED, BadInput, TrainConfig
 from fasttrain.train.console import sent
-from fasttrain.train.journal import Record, records
+from fasttrain.train.journal import Record, in_use, records
 from fasttrain.train.source import Extent, Source
 from fasttrain.train.tokens import cut
 
@@ -33,7 +33,7 @@ def make_directory(out: Path | None, optimizer: str) -> Path:
     try:
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
-            if any(out.iterdir()):
+            if any(path.name != FRESH for path in out.iterdir()):  # a command that was killed may have left that
                 raise BadInput(f"--out {out} is not empty; give a new directory, remove what is there, or go on with "
                                "the run in it by --resume auto")
         else:
@@ -45,7 +45,7 @@ def make_directory(out: Path | None, optimizer: str) -> Path:
                     break
                 except FileExistsError:
                     number += 1
-        probe = out / "config.json"
+        probe = out / FRESH
         probe.touch()
         probe.unlink()
     except OSError as error:
@@ -62,6 +62,8 @@ def header(config: TrainConfig, read: Source) -> Record:
     }
 
 
+ENDING_S = 5.0  # that processes of a command that was killed may take to end
+FRESH = ".config.json"
 FREE = ("processes", "text", "tokens", "out", "resume", "max_restarts", "threads", "log_every", "save_every", "keep")
 
 
@@ -76,9 +78,12 @@ def begin(config: TrainConfig, header: Record) -> Path:
         out = Path(tempfile.mkdtemp(prefix="fasttrain-dry-run-"))
     else:
         out = found or make_directory(config.out, config.optimizer)
-    fresh = out / ".config.json"  # of a run that goes on: options that do not change its numbers may be others now
-    fresh.write_text(json.dumps(header, indent=1) + "\n")
-    fresh.replace(out / "config.json")
+    fresh = out / FRESH  # of a run that goes on: options that do not change its numbers may be others now
+    try:
+        fresh.write_text(json.dumps(header, indent=1) + "\n")
+        fresh.replace(out / "config.json")
+    except OSError as error:
+        raise BadInput(f"--out {out}: cannot be written: {error.strerror}") from error
     return out
 
 
@@ -112,9 +117,16 @@ def check_same(directory: Path, header: Record) -> None:
     """Refuse to go on in a directory if the run in it is another one. The number of processes may have changed.
 
     Raises:
-        BadInput: it has other options or another text.
+        BadInput: it has other options or another text, is still going on, or cannot be read.
     """
-    found = json.loads((directory / "config.json").read_text())
+    path = directory / "config.json"
+    try:
+        found = json.loads(path.read_text())
+        found["config"].get, found["text"]["sha256"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f"{path} is not what fasttrain train has written ({error!r}); give a new directory") from error
+    if in_use(directory / "log.jsonl", patience_s=ENDING_S):
+        raise BadInput(f"--out {directory}: its run is still going on; end it first, or give a new directory")
     for name, value in header["config"].items():
         if name not in FREE and (there := found["config"].get(name)) != value:
             raise BadInput(f"--out {directory} holds a run with --{name.replace('_', '-')} {there}, not {value}; a run "

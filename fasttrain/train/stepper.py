@@ -109,14 +109,15 @@ class Stepper:
         if self.traffic is not None:
             self.traffic.begin()
         with self.clock("forward_backward"):
-            total, items = torch.zeros((), dtype=torch.float64, device=self.device), 0
+            total = torch.zeros((), dtype=torch.float64, device=self.device)
+            items: int | None = None  # losses are means; 0 are sums without an item on this rank
             for micro_batch in micro_batches:
                 with accumulate():
                     with self.context():
                         result = self.loss(self.model, micro_batch)
                     if isinstance(result, tuple):
                         loss, count = result
-                        items += self._count(count)
+                        items = (items or 0) + self._count(count)
                     else:
                         loss = result / len(micro_batches)
                     total += loss.detach()
@@ -144,11 +145,11 @@ class Stepper:
             owner.count(items)
         return items
 
-    def _finish(self, loss: Tensor, items: int) -> None:
+    def _finish(self, loss: Tensor, items: int | None) -> None:
         loss, stop = self._over_ranks(loss, items)
         scale = None if self.scaler is None else self.scaler.scale_on(self.device).clone()
         self.stepping = True
-        norm, bad = self._step(loss, items) if self.ours else self._step_of_torch()
+        norm, bad = self._step(loss, items) if self.ours else self._step_of_torch(loss)
         self.steps += 1
         self.stepping = False
         if self.scaler is not None and self.device.type == "cpu":
@@ -160,7 +161,7 @@ class Stepper:
                                   scale=scale)
         self._arrived += [arrived] if arrived else []
 
-    def _step(self, loss: Tensor, items: int) -> tuple[Tensor, Tensor]:
+    def _step(self, loss: Tensor, items: int | None) -> tuple[Tensor, Tensor]:
         """With an optimizer of this package: its norm, and whether it was skipped."""
         owner = self.sharded or self.reducer
         if self.reducer is None or isinstance(self.optimizer, Zero):
@@ -168,17 +169,18 @@ class Stepper:
         else:
             statistics = self.reducer.statistics()
         most = self.clip or None
-        if not items:
-            statistics = statistics[0], statistics[1] | ~torch.isfinite(loss)
+        unusable = ~torch.isfinite(loss)
+        statistics = statistics[0], statistics[1] | unusable
+        if items is None:
             norm = step_divided(self._one, statistics, self.optimizer, most, self.scaler)
         elif owner is not None:
-            norm = owner.step(self.optimizer, most, self.scaler)
+            norm = owner.step(self.optimizer, most, self.scaler, unusable)
         else:
             norm = step_divided(self._one * items, statistics, self.optimizer, most, self.scaler)
         return norm, statistics[1]
 
-    def _step_of_torch(self) -> tuple[Tensor, Tensor]:
-        """With an optimizer of torch: the host looks at the norm, and does not step if it is not finite."""
+    def _step_of_torch(self, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """With an optimizer of torch: the host looks at norm and loss, and does not step if one is not finite."""
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
         if isinstance(self.optimizer, Zero):
             norm = self.optimizer.grad_statistics()[0].sqrt().float()
@@ -187,7 +189,7 @@ class Stepper:
         else:
             norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
             norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        bad = ~torch.isfinite(norm)
+        bad = ~torch.isfinite(norm) | ~torch.isfinite(loss)
         if not bad:
             if self.clip and isinstance(self.optimizer, Zero):
                 self.optimizer.clip_grad_norm_(self.clip)
@@ -196,18 +198,18 @@ class Stepper:
             self.optimizer.step()
         return norm, bad
 
-    def _over_ranks(self, loss: Tensor, items: int) -> tuple[Tensor, Tensor]:
+    def _over_ranks(self, loss: Tensor, items: int | None) -> tuple[Tensor, Tensor]:
         """The mean loss and the wishes to stop, over all ranks; of the reducer's they came with the gradients."""
         stop = self._one * self.stop
         if self.sharded is not None:
             everyone = self.sharded.everyone
-            loss, stop, items_of_all = everyone.sum_(torch.stack([loss, stop, self._one * items]))
-            return loss / (items_of_all if items else everyone.size), stop
+            loss, stop, items_of_all = everyone.sum_(torch.stack([loss, stop, self._one * (items or 0)]))
+            return loss / (everyone.size if items is None else items_of_all), stop
         if self.reducer is not None and not self.reducer.idle:
             sums = self.reducer.sums
             assert sums is not None
-            return sums.loss / (sums.tokens if items else self.reducer.wire.size), sums.stop
-        return loss / (items or 1), stop
+            return sums.loss / (self.reducer.wire.size if items is None else sums.tokens), sums.stop
+        return loss / (1 if items is None else items), stop
 
     def state_dict(self) -> dict[str, int]:
         """How many steps were made."""
