@@ -177,6 +177,28 @@ def test_groups_whose_rates_are_tensors_may_be_joined_if_they_are_the_same(secon
             moved(tmp_path, {"model": model, "optimizer": apart}, {"model": model, "optimizer": joined})
 
 
+@pytest.mark.parametrize("options", [dict(state_dtype="bf16", state_rounding="stochastic"),
+                                     dict(ema_decay=0.9, ema_dtype="fp16")])
+def test_what_was_saved_before_its_first_step_begins_anew_in_one_that_has_stepped(options: Any, tmp_path: Path) -> None:
+    """The count of random draws is there from the first step on."""
+    def stepped(model: nn.Module, optimizer: Any, steps: int) -> None:
+        for step in range(steps):
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
+            optimizer.step()
+
+    (one, first), (other, second) = ((model, optim.AdamW(model.parameters(), **options))
+                                     for model in (nn.Linear(40, 40), nn.Linear(40, 40)))
+    stepped(other, second, 2)
+    moved(tmp_path, {"model": one, "optimizer": first}, {"model": other, "optimizer": second})
+    stepped(one, first, 3)
+    stepped(other, second, 3)
+    for p, q in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+        for key, value in first.state[p].items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(second.state[q][key])), key
+
+
 # --- Values -----------------------------------------------------------------------------------------------------------
 
 def test_tensors_under_keys_that_look_alike(tmp_path: Path) -> None:

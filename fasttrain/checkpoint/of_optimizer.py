@@ -22,6 +22,7 @@ from fasttrain.precision.codecs import code_dtype, codec
 from fasttrain.precision.storage import DEFAULTS, describe, is_plain
 
 OWN = ("params", "param_names")  # of a group: not its options
+STEPPED = ("draws",)  # what a group has from its first step on: one that was saved before it begins anew
 
 
 class OfOptimizer:
@@ -159,13 +160,10 @@ class OfOptimizer:
             ("missing in the checkpoint", missing), ("unexpected, the optimizer has no", unexpected)) if names]
 
     def _different_shapes(self, states: Mapping[str, Any], saved: Saved) -> list[str]:
-        """States of torch's optimizers that were shaped as their parameter, which has another shape here.
-
-        Not all of them are: L-BFGS keeps those of all parameters in a row with the first.
-        """
+        """States of torch's optimizers that were shaped as their parameter (L-BFGS's are flat), which is another here."""
+        found: list[str] = []
         if isinstance(self.inner, Optimizer):
-            return []
-        found = []
+            return found
         for p in self._numbers()[1]:
             for key, one in states.get(name := self.names[id(p)], {}).items():
                 if isinstance(one, Mapping) and "name" in one and (shape := saved.kinds[one["name"]].shape) != p.shape \
@@ -184,7 +182,7 @@ class OfOptimizer:
             if any(not encoding.same(one, options[0]) for one in options[1:]):
                 return (f"{self.key}: group {index} has parameters of the checkpoint's groups "
                         f"{', '.join(map(str, homes))}, whose options differ: make the groups as they were saved")
-            own = {key: value for key, value in group.items() if key not in OWN}
+            own = {key: value for key, value in group.items() if key not in (*OWN, *STEPPED)}
             loaded = options[0] if options else {}
             if not isinstance(self.inner, Optimizer):
                 kept = {key: value for key, value in loaded.items() if key in DEFAULTS}
