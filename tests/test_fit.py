@@ -12,7 +12,7 @@ from fasttrain.checkpoint.find import complete
 from fasttrain.data import Loader, Windows
 from fasttrain.guards import EarlyStopping, Gap, LossSpikes, NonFinite, TooManyBadSteps
 from fasttrain.optim import AdamW
-from fasttrain.schedules import Scheduler, warmup_cosine
+from fasttrain.schedules import Scheduler, linear, rounded, warmup_cosine
 from fasttrain.train.batches import split
 from fasttrain.train.fit import Loop, fit
 
@@ -177,6 +177,24 @@ def test_a_full_disk_is_foreseen_after_the_first_step(tmp_path, monkeypatch):
         with pytest.raises(NoSpace, match="1,000"):
             loop.run()
     assert loop.step <= 1
+
+
+def test_the_size_of_batches_follows_a_schedule_through_a_stop(tmp_path):
+    sizes = rounded(linear(20, start=4, end=12), 4)
+    weights, told = {}, {}
+    for folder, stops in (("whole", (STEPS,)), ("stopped", (9, STEPS))):
+        for stop in stops:
+            with Checkpointer(tmp_path / folder) as checkpoints:
+                loop, told[folder] = made(checkpoints=checkpoints, batch_size=sizes)
+                loop.steps = stop
+                loop.run()
+        weights[folder] = loop.stepper.bare.table.weight
+    assert loop.data.index == sum(round(sizes(step)) for step in range(STEPS))
+    assert {round(sizes(step)) for step in range(STEPS)} == {4, 8, 12}
+    assert torch.equal(weights["whole"], weights["stopped"])
+    model = Bigram()
+    with pytest.raises(ValueError, match="the data cannot change its batches"):
+        Loop(model, [], AdamW(model.parameters()), mean_loss, steps=1, batch_size=sizes)
 
 
 def test_data_that_ends_is_an_error_and_splits_are_even():

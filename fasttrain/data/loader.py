@@ -151,6 +151,19 @@ class Loader:
             self._close()
             self._ahead = None
 
+    def resize(self, batch_size: int) -> None:
+        """Take so many samples in a step from the next batch on; every rank calls it. If it is another number, what is
+        fetched ahead is dropped.
+
+        Raises:
+            TooSmall, DataError: as the constructor; nothing has changed.
+        """
+        if batch_size != self.batch_size:
+            _check(self.source, batch_size, self.rank, self.world, self.workers, self.processes, max(self.prefetch, 1),
+                   self.stop, None)
+            self.batch_size = batch_size
+            self._forget()
+
     def skip(self, first: int, count: int) -> None:
         """Never give these numbers again, whatever comes: those of batches after which the loss went up, say.
 

@@ -32,7 +32,8 @@ def compare(first: Path, second: Path) -> str:
     for phase, short in SHORT.items():
         if not any(phase in s for s in shares):
             continue
-        rows.append((f"ms per step, {short}", *(f"{ms * s.get(phase, 0.0):.2f}" for ms, s in zip(step_ms, shares, strict=True))))
+        cells = [f"{ms * share.get(phase, 0.0):.2f}" for ms, share in zip(step_ms, shares, strict=True)]
+        rows.append((f"ms per step, {short}", *cells))
     rows.append(("seconds of training", *(f"{r.train[-1]['seconds']:.1f}" for r in runs)))
     return "\n".join([table(rows), difference(a, b), *warnings(a, b)])
 

@@ -70,6 +70,8 @@ class Loop:
         loss: from (model, micro-batch) to the mean loss, or to (sum, number of items): see `Stepper`.
         steps: of the whole run.
         accumulate: micro-batches of a step (`split`).
+        batch_size: a schedule of the samples in a step, as `fasttrain.schedules.rounded` makes; the data is a
+            `fasttrain.data.Loader`, whose own size `tokens` belongs to. None: it stays.
         clip: largest norm of the gradient; 0 does not clip.
         schedule: what is stepped after each step: a `fasttrain.schedules.Scheduler`, or torch's.
         precision: what the loss is computed in, and whether it is scaled; None: fp32.
@@ -91,7 +93,7 @@ class Loop:
     """
 
     def __init__(self, model: Any, data: Any, optimizer: Any, loss: Loss, *, steps: int, accumulate: int = 1,
-                 clip: float = 1.0, schedule: Any = None,
+                 batch_size: Callable[[int], float] | None = None, clip: float = 1.0, schedule: Any = None,
                  precision: Precision | None = None,
                  evaluate: Callable[[int], Record] | None = None, evaluate_every: int = 0, metric: str = "loss",
                  bad_steps: NonFinite | None = None, spikes: LossSpikes | None = None,
@@ -102,6 +104,10 @@ class Loop:
         if spikes is not None and spikes.patience is not None and (checkpoints is None or not hasattr(data, "rewind")):
             raise ValueError("spikes with patience go back to a checkpoint and past batches: give checkpoints, and "
                              "data that can rewind (fasttrain.data.Loader), or LossSpikes(patience=None)")
+        if batch_size is not None and not hasattr(data, "resize"):
+            raise ValueError("batch_size is a schedule, and the data cannot change its batches: give a "
+                             "fasttrain.data.Loader")
+        self.batch_size, self._unit = batch_size, 0 if batch_size is None else data.batch_size
         clock = PhaseClock(device_of(model))
         precision = precision or Precision("fp32", clock.device)
         scaler = precision.scaler()
@@ -155,6 +161,8 @@ class Loop:
 
     def _next(self, batches: Iterator[Any]) -> Any:
         with self.meter.clock("data"):
+            if self.batch_size is not None:
+                self.data.resize(round(self.batch_size(self.step)))
             self.keeper.taking()
             first = self._place()
             if (batch := next(batches, None)) is None:
@@ -213,8 +221,8 @@ class Loop:
 
     def _judge(self, numbers: Numbers) -> None:
         """What the guards make of a step."""
-        self.meter.add(numbers)
         first, count = self._places.pop(numbers.step)
+        self.meter.add(numbers, count / self._unit if self._unit else 1.0)
         judged = self.bad_steps.update(numbers.step, numbers.skipped, numbers.loss, norm=numbers.norm,
                                        batch=[first, count], scale=numbers.scale, names=numbers.names)
         if judged.kind == "bad":

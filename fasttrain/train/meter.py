@@ -41,14 +41,14 @@ class Meter:
     def __init__(self, clock: PhaseClock, tokens: int, flops: float = 0.0, peak: float | None = None):
         self.clock, self.tokens, self.flops, self.peak = clock, tokens, flops, peak
         self.memory = Memory(clock.device)
-        self.loss_sum, self.losses, self.steps = 0.0, 0, 0
+        self.loss_sum, self.losses, self.steps, self.work = 0.0, 0, 0, 0.0
         self.norm = self.last_loss = float("nan")
         self.seconds = 0.0
         self.begun = time.perf_counter()
 
-    def add(self, numbers: Numbers) -> None:
-        """A step has come to these numbers."""
-        self.steps += 1
+    def add(self, numbers: Numbers, size: float = 1.0) -> None:
+        """A step has come to these numbers; it was so many times the size of the first."""
+        self.steps, self.work = self.steps + 1, self.work + size
         self.norm = numbers.norm
         if not numbers.skipped:
             self.loss_sum, self.losses = self.loss_sum + numbers.loss, self.losses + 1
@@ -65,7 +65,7 @@ class Meter:
         ``peak_gb``, ``mfu`` where the peak is known, and ``share`` of each phase."""
         phases, now = self.clock.take(), time.perf_counter()
         self.seconds += now - self.begun
-        each = (now - self.begun) / max(1, self.steps)
+        each = (now - self.begun) / (self.work or 1)
         self.last_loss = self.loss_sum / self.losses if self.losses else float("nan")
         record: Record = {"loss": self.last_loss, "grad_norm": self.norm, "tokens_per_s": self.tokens / each,
                           "seconds": self.seconds, **self.memory.now()}
@@ -73,7 +73,7 @@ class Meter:
             record["mfu"] = self.flops / each / self.peak
         total = sum(phases.values())
         record["share"] = {phase: seconds / total for phase, seconds in phases.items()}
-        self.loss_sum, self.losses, self.steps, self.begun = 0.0, 0, 0, now
+        self.loss_sum, self.losses, self.steps, self.work, self.begun = 0.0, 0, 0, 0.0, now
         return record
 
     def total_s(self) -> float:
@@ -87,5 +87,5 @@ class Meter:
     def load_state_dict(self, state: Record) -> None:
         """Take over what `state_dict` returned; speed and shares begin anew."""
         self.loss_sum, self.losses, self.last_loss = state["loss_sum"], state["losses"], state["last_loss"]
-        self.steps, self.begun = 0, time.perf_counter()
+        self.steps, self.work, self.begun = 0, 0.0, time.perf_counter()
         self.clock.take()
