@@ -23,7 +23,9 @@ from fasttrain.checkpoint import (
     export_dcp,
     export_torch,
     import_dcp,
+    load,
     load_torch,
+    loading,
 )
 
 
@@ -304,3 +306,35 @@ def test_which(tmp_path: Path) -> None:
                 checkpoints.load({"x": 0}, which)  # type: ignore[arg-type]
         with pytest.raises(NotACheckpoint, match="'best' is neither 'newest' nor a path"):
             checkpoints.load({"x": 0}, "best")
+
+
+def test_what_is_removed_while_it_is_loaded_gives_way_to_what_was_saved_since(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who evaluates loads beside who trains, and keeps one only."""
+    with Checkpointer(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, {"x": 1}).wait()
+        told = loading.complete
+
+        def then_another(directory: Path) -> Any:
+            found = told(directory)
+            if found[0].step == 1:
+                checkpoints.save(2, {"x": 2}).wait()
+            return found
+
+        monkeypatch.setattr(loading, "complete", then_another)
+        with pytest.warns(UserWarning, match="step-000000000001.* passed over"):
+            loaded = load(tmp_path, {"x": 0})
+    assert loaded is not None
+    assert loaded.step == 2
+
+
+def test_a_fork_does_not_write_into_what_its_parent_has_locked(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path) as checkpoints:
+        child = os.fork()
+        if not child:
+            try:
+                checkpoints.save(1, {"x": 1})
+            except RuntimeError as error:
+                os._exit(17 if "is a fork" in str(error) else 1)
+            os._exit(2)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 17

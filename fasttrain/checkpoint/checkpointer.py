@@ -196,6 +196,9 @@ class Checkpointer:
         begun = time.perf_counter()
         if self._closed:
             raise RuntimeError("this Checkpointer is closed: make a new one")
+        if self._lock is not None and not self._lock.held:
+            raise RuntimeError(f"{self.directory} is locked by the process that made this Checkpointer, of which this "
+                               "is a fork: save there, or make one for another directory here")
         step, metrics = checked(step, metrics)
         self.check()
         if self.when_busy == "skip" and self._busy_anywhere():

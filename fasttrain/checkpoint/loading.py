@@ -69,17 +69,21 @@ def load(directory: str | os.PathLike[str], state: Mapping[str, Any], which: str
     if found is None:
         return None
     skipped: list[tuple[Path, str]] = []
-    for path, reason in found:
-        if reason is None:
-            tried = _Trial(path, state, rank, everyone, verify)
-            reason = _agree(tried, wire)
-        if reason is None:
-            return tried.apply(skipped)
-        if which != "newest":
-            raise CheckpointError(f"{path} cannot be used: {reason}")
-        skipped.append((path, reason))
-        if rank == 0:
-            warnings.warn(f"{path} cannot be used, and is passed over for the one before it: {reason}", stacklevel=3)
+    while found:
+        for path, reason in found:
+            if reason is None:
+                tried = _Trial(path, state, rank, everyone, verify)
+                reason = _agree(tried, wire)
+            if reason is None:
+                return tried.apply(skipped)
+            if which != "newest":
+                raise CheckpointError(f"{path} cannot be used: {reason}")
+            skipped.append((path, reason))
+            if rank == 0:
+                warnings.warn(f"{path} cannot be used, and is passed over for the one before it: {reason}",
+                              stacklevel=3)
+        before = {path for path, _ in skipped}  # who writes here may have saved others meanwhile, and removed these
+        found = [one for one in _candidates(Path(directory), which, wire) or [] if one[0] not in before]
     raise CheckpointError(f"none of the {len(skipped)} checkpoints in {directory} can be used: move them away to begin "
                           f"anew. {'; '.join(reason for _, reason in skipped[:3])}")
 

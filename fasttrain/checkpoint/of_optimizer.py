@@ -160,7 +160,7 @@ class OfOptimizer:
             ("missing in the checkpoint", missing), ("unexpected, the optimizer has no", unexpected)) if names]
 
     def _different_shapes(self, states: Mapping[str, Any], saved: Saved) -> list[str]:
-        """States of torch's optimizers that had the shape of their parameter (L-BFGS's are flat): here it is another."""
+        """States of torch's optimizers that had the shape of their parameter (L-BFGS's are flat), which is another."""
         found: list[str] = []
         if isinstance(self.inner, Optimizer):
             return found
