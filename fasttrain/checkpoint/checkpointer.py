@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
 import secrets
 import time
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 
 from fasttrain import __version__
 from fasttrain.checkpoint import loading
 from fasttrain.checkpoint import state as whole
-from fasttrain.checkpoint.commit import publish
+from fasttrain.checkpoint.commit import checked, publish
 from fasttrain.checkpoint.errors import CheckpointError
 from fasttrain.checkpoint.loading import Loaded
 from fasttrain.checkpoint.lock import Lock
@@ -123,8 +124,10 @@ class Checkpointer:
                 raise ValueError(f"{name}={value!r} is none of {', '.join(map(repr, known))}")
         if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
             raise ValueError(f"every={every!r} must be a positive number of steps, or None")
-        self.directory, self.every, self.when_busy = Path(directory), every, when_busy
-        self.keep = Keep(last=keep) if isinstance(keep, int) else keep or Keep()
+        if not isinstance(keep, Keep | SupportsIndex | None) or isinstance(keep, bool):
+            raise TypeError(f"keep={keep!r} must be a Keep(...), a number of checkpoints, or None")
+        self.directory, self.every, self.when_busy = Path(directory).absolute(), every, when_busy
+        self.keep = keep if isinstance(keep, Keep) else Keep() if keep is None else Keep(last=operator.index(keep))
         self.deadline_s, self.wire = deadline_s, wire
         self.rank, self.size = (0, 1) if wire is None else (wire.rank, wire.size)
         self.skipped, self.cleaned = 0, list[Path]()
@@ -138,7 +141,7 @@ class Checkpointer:
 
     def _meet(self) -> str:
         """Lock, clean up, and agree on the name of this run's unfinished saves; the only meeting of the ranks."""
-        told: dict[str, Any] = {"directory": str(self.directory.absolute()), "every": self.every,
+        told: dict[str, Any] = {"directory": str(self.directory), "every": self.every,
                                 "keep": str(self.keep), "when_busy": self.when_busy,
                                 "staging": self._staging is not None, "version": __version__}
         error: Exception | None = None
@@ -193,6 +196,10 @@ class Checkpointer:
         begun = time.perf_counter()
         if self._closed:
             raise RuntimeError("this Checkpointer is closed: make a new one")
+        if self._lock is not None and not self._lock.held:
+            raise RuntimeError(f"{self.directory} is locked by the process that made this Checkpointer, of which this "
+                               "is a fork: save there, or make one for another directory here")
+        step, metrics = checked(step, metrics)
         self.check()
         if self.when_busy == "skip" and self._busy_anywhere():
             self.skipped += 1

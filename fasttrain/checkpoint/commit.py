@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any, SupportsIndex
 
 from fasttrain.checkpoint import manifest
 from fasttrain.checkpoint.disk import DISK, Files, empty, write_whole
@@ -16,6 +18,26 @@ from fasttrain.checkpoint.find import listed, step_name
 from fasttrain.checkpoint.space import room
 
 POLL_S = 0.01, 0.25  # first and longest
+
+
+def checked(step: Any, metrics: Mapping[str, Any] | None) -> tuple[int, dict[str, float]]:
+    """A step and metrics as a manifest has them; numpy's numbers and tensors of one element are numbers too.
+
+    Raises:
+        ValueError, TypeError: they are none.
+    """
+    if isinstance(step, bool) or not isinstance(step, SupportsIndex) or operator.index(step) < 0:
+        raise ValueError(f"step must be a non-negative integer, not {step!r}")
+    measured = {}
+    for name, value in (metrics or {}).items():
+        try:
+            number = value.item() if callable(getattr(value, "item", None)) else value
+            if not isinstance(number, int | float):
+                raise TypeError(f"a {type(number).__name__}")
+            measured[str(name)] = float(number)
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise TypeError(f"metrics are numbers, which retention compares; {name!r} is {value!r}") from error
+    return operator.index(step), measured
 
 
 def publish(directory: Path, part: Path, step: int, world: int, *, deadline_s: float = 600.0,
@@ -42,12 +64,7 @@ def publish(directory: Path, part: Path, step: int, world: int, *, deadline_s: f
         Damaged: a rank's manifest does not agree with itself, or a file of its has not the size it tells.
         NoSpace, OSError: the disk's error. What all ranks have written is removed, unless it was published already.
     """
-    if type(step) is not int or step < 0:
-        raise ValueError(f"step must be a non-negative integer, not {step!r}")
-    for name, value in (metrics or {}).items():
-        if not isinstance(value, int | float):
-            raise TypeError(f"metrics are numbers, which retention compares; {name!r} is {value!r}")
-    measured = {str(name): float(value) for name, value in (metrics or {}).items()}
+    step, measured = checked(step, metrics)
     directory = Path(directory)
     ranks = _wait(part, world, deadline_s, waiting)
     before = listed(directory)

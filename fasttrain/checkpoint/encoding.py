@@ -20,6 +20,7 @@ from torch import Tensor
 
 MARK = "$"
 EXACT = 2**53  # whole numbers up to here are doubles
+LONG = 4096  # bits: Python does not write much longer whole numbers with decimals
 Take = Callable[[str, Any], Mapping[str, Any]]  # path and tensor or array -> what refers to it
 Give = Callable[[Mapping[str, Any]], Any]
 
@@ -46,7 +47,10 @@ def encode(value: Any, take: Take | None = None, path: str = "") -> Any:
         return plain
 
     def inner(key: Any, one: Any) -> Any:
-        return encode(one, take, f"{path}/{key}" if path else str(key))
+        step = str(key)
+        if "/" in step or "%2F" in step:  # no two paths are the same
+            step = step.replace("%", "%25").replace("/", "%2F")
+        return encode(one, take, f"{path}/{step}" if path else step)
 
     kind = type(value)
     if kind is list:
@@ -58,7 +62,8 @@ def encode(value: Any, take: Take | None = None, path: str = "") -> Any:
     if isinstance(value, dict):
         if kind is not Counter and MARK not in value and all(type(key) is str for key in value):
             return {key: inner(key, one) for key, one in value.items()}
-        pairs = [[encode(key, None, f"{path}, a key"), inner(key, one)] for key, one in value.items()]
+        pairs = [[encode(key, None, f"{path}, a key"), inner(key if type(key) is str else f"{place}:{key}", one)]
+                 for place, (key, one) in enumerate(value.items())]
         return {MARK: "counter" if kind is Counter else "dict", "of": pairs}
     raise TypeError(f"{path or 'the value'} is a {kind.__module__}.{kind.__qualname__}, which a checkpoint cannot "
                     "hold: it holds tensors, arrays, numbers, texts, bytes, None, and lists, tuples, deques and dicts "
@@ -71,7 +76,9 @@ def _scalar(value: Any) -> Any:
     if kind in (bool, str):
         return value
     if kind is int:
-        return value if abs(value) <= EXACT else {MARK: "int", "of": str(value)}
+        if abs(value) <= EXACT:
+            return value
+        return {MARK: "int", "of": str(value) if value.bit_length() < LONG else hex(value)}
     if kind is float:
         if math.isfinite(value):
             return value
@@ -132,7 +139,7 @@ def _dtype(name: str) -> torch.dtype:
 
 
 LEAVES: dict[str, Callable[[Any], Any]] = {
-    "int": int, "float": _float, "bytes": base64.b64decode, "dtype": _dtype, "device": torch.device,
+    "int": lambda of: int(of, 0), "float": _float, "bytes": base64.b64decode, "dtype": _dtype, "device": torch.device,
     "complex": lambda of: complex(decode(of[0]), decode(of[1])),
 }
 
@@ -142,3 +149,12 @@ def references(tree: Any) -> list[Mapping[str, Any]]:
     found: list[Mapping[str, Any]] = []
     decode(tree, found.append)
     return found
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two values are the same: tensors among them, and NaN."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
+    return type(one) is type(other) and bool(one == other or (one != one and other != other))

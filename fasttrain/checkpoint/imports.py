@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from fasttrain.checkpoint import encoding
 from fasttrain.checkpoint import state as whole
 from fasttrain.checkpoint.names import Named, strip
-from fasttrain.checkpoint.of_model import OfModel
+from fasttrain.checkpoint.of_model import EXTRA, OfModel
 from fasttrain.checkpoint.of_optimizer import OWN
-from fasttrain.checkpoint.parts import Among
+from fasttrain.checkpoint.parts import Among, tensor_of
 from fasttrain.checkpoint.saved import OfTensors, Saved
 from fasttrain.checkpoint.state import Mismatch
 from fasttrain.dist.wire import Wire
@@ -102,14 +102,14 @@ def _source(tree: Mapping[str, Any], state: Mapping[str, Any]) -> OfTensors:
 
     def taker(prefix: str) -> encoding.Take:
         def take(path: str, value: Any) -> Mapping[str, Any]:
-            tensors[f"{prefix}/{path}"] = torch.as_tensor(value)
+            tensors[f"{prefix}/{path}"] = tensor_of(f"{prefix}/{path}", value)
             return {"name": f"{prefix}/{path}"}
         return take
 
     named = Named({key: value for key, value in state.items() if isinstance(value, nn.Module)})
     for key, value in state.items():
         if isinstance(value, nn.Module):
-            entries[key] = _model(key, tree[key], value, tensors)
+            entries[key] = _model(key, tree[key], value, tensors, taker)
         elif isinstance(value, torch.optim.Optimizer):
             entries[key] = _optimizer(key, tree[key], value, named.of(value, key), tensors, taker)
         else:
@@ -119,17 +119,19 @@ def _source(tree: Mapping[str, Any], state: Mapping[str, Any]) -> OfTensors:
     return OfTensors(tensors, entries)
 
 
-def _model(key: str, given: Mapping[str, Any], model: nn.Module, tensors: dict[str, Tensor]) -> Any:
+def _model(key: str, given: Mapping[str, Any], model: nn.Module, tensors: dict[str, Tensor], taker: Any) -> Any:
     """The entry of a model's state dict. What is tied in the model and equal in the file is one tensor in it."""
-    found = {strip(raw): value for raw, value in given.items() if isinstance(value, Tensor)}
+    clean = {strip(raw): value for raw, value in given.items()}
+    found = {name: value for name, value in clean.items()
+             if isinstance(value, Tensor) and name.rpartition(".")[2] != EXTRA}
     same: dict[str, str] = {}
     for other, name in OfModel(key, model, ALONE).ties().items():
         if other in found and name in found and found[other].dtype == found[name].dtype and torch.equal(
                 found[other], found[name]):
             same[other] = name
     tensors |= {f"{key}/{name}": value for name, value in found.items() if name not in same}
-    rest = {strip(raw): value for raw, value in given.items() if not isinstance(value, Tensor)}
-    return {"kind": "model", "same": same, "extra": encoding.encode(rest)}
+    rest = {name: value for name, value in clean.items() if name not in found}
+    return {"kind": "model", "same": same, "extra": encoding.encode(rest, taker(key))}
 
 
 def _optimizer(key: str, given: Mapping[str, Any], optimizer: Any, names: Mapping[int, str], tensors: dict[str, Tensor],

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 from fasttrain.checkpoint import state as whole
 from fasttrain.checkpoint.errors import CheckpointError, NotACheckpoint
@@ -50,7 +50,7 @@ def load(directory: str | os.PathLike[str], state: Mapping[str, Any], which: str
     Arguments:
         directory: of all checkpoints.
         state: as `Checkpointer.save` takes it, or some entries of it. Plain values in it say only that they are wanted.
-        which: "newest"; a step; or the path of one checkpoint.
+        which: "newest"; a step; or the path of one checkpoint, which may be its name in the directory.
         wire: to the other ranks, which load too.
         verify: compare what is read with its checksums.
 
@@ -62,22 +62,28 @@ def load(directory: str | os.PathLike[str], state: Mapping[str, Any], which: str
         CheckpointError: those that there are cannot be used. With `which` "newest" one that is damaged is passed over,
             with a warning; if it was named, it raises.
     """
+    if isinstance(which, bool) or not isinstance(which, str | os.PathLike | SupportsIndex):
+        raise TypeError(f"which={which!r}: give 'newest', a step, or the path of one checkpoint")
     rank, everyone = (0, Among(0, 1)) if wire is None else (wire.rank, Among(wire.rank, wire.size))
     found = _candidates(Path(directory), which, wire)
     if found is None:
         return None
     skipped: list[tuple[Path, str]] = []
-    for path, reason in found:
-        if reason is None:
-            tried = _Trial(path, state, rank, everyone, verify)
-            reason = _agree(tried, wire)
-        if reason is None:
-            return tried.apply(skipped)
-        if which != "newest":
-            raise CheckpointError(f"{path} cannot be used: {reason}")
-        skipped.append((path, reason))
-        if rank == 0:
-            warnings.warn(f"{path} cannot be used, and is passed over for the one before it: {reason}", stacklevel=3)
+    while found:
+        for path, reason in found:
+            if reason is None:
+                tried = _Trial(path, state, rank, everyone, verify)
+                reason = _agree(tried, wire)
+            if reason is None:
+                return tried.apply(skipped)
+            if which != "newest":
+                raise CheckpointError(f"{path} cannot be used: {reason}")
+            skipped.append((path, reason))
+            if rank == 0:
+                warnings.warn(f"{path} cannot be used, and is passed over for the one before it: {reason}",
+                              stacklevel=3)
+        before = {path for path, _ in skipped}  # who writes here may have saved others meanwhile, and removed these
+        found = [one for one in _candidates(Path(directory), which, wire) or [] if one[0] not in before]
     raise CheckpointError(f"none of the {len(skipped)} checkpoints in {directory} can be used: move them away to begin "
                           f"anew. {'; '.join(reason for _, reason in skipped[:3])}")
 
@@ -152,7 +158,11 @@ def _candidates(directory: Path, which: str | int | os.PathLike[str],
 
 def _named(directory: Path, which: str | int | os.PathLike[str]) -> list[tuple[Path, str | None]]:
     if isinstance(which, os.PathLike) or (isinstance(which, str) and which != "newest"):
-        return [(Path(which), None)]
+        for path in (Path(which), directory / which):
+            if path.exists():
+                return [(path, None)]
+        raise NotACheckpoint(f"which={which!r} is neither 'newest' nor a path that exists, here or in {directory}; a "
+                             "step is given as a number")
     all_of_them: list[Found] = complete(directory)
     if which == "newest":
         return [(one.path, one.reason) for one in all_of_them]

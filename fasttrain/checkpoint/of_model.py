@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from fasttrain.checkpoint import encoding
 from fasttrain.checkpoint.names import bare, names_in
-from fasttrain.checkpoint.parts import DTYPES, Among, Part, first_writes, parts_of
+from fasttrain.checkpoint.parts import DTYPES, Among, Part, first_writes, need_memory, parts_of, tensor_of
 from fasttrain.checkpoint.saved import Plan, Saved, given, refuse, whole_reads
 from fasttrain.optim.local import local
 
 LISTED = 20  # names in an error
+EXTRA = nn.modules.module._EXTRA_STATE_KEY_SUFFIX  # what `get_extra_state` gives: of any shape, if it is a tensor
 
 
 class OfModel:
@@ -36,7 +37,7 @@ class OfModel:
         return self._tensors()[1]
 
     def _tensors(self) -> tuple[dict[str, Any], dict[str, str], dict[str, Any]]:
-        """Tensors by name; other names of the same; what is no tensor."""
+        """Tensors by name; other names of the same; extra state and what else is no tensor, by name."""
         state_dict = self.module.state_dict()
         names = names_in(self.module, state_dict)
         tensors: dict[str, Any] = {}
@@ -45,9 +46,10 @@ class OfModel:
         seen: dict[Any, str] = {}
         for raw, value in state_dict.items():
             name = names[raw]
-            if not isinstance(value, Tensor):
-                rest[raw] = value
+            if not isinstance(value, Tensor) or name.rpartition(".")[2] == EXTRA:
+                rest[name] = value
                 continue
+            need_memory(f"{self.key}/{name}", value)
             held = local(value)
             same = (held.data_ptr(), held.dtype, tuple(held.shape), held.stride(), tuple(value.shape))
             if held.numel() and same in seen:
@@ -75,10 +77,9 @@ class OfModel:
         extra: list[Part] = []
 
         def take(path: str, value: Any) -> Mapping[str, Any]:
-            name = f"{self.key}/{path}"
-            extra.extend(first_writes(part, self.everyone)
-                         for part in parts_of(name, torch.as_tensor(value), self.everyone))
-            return {"name": name}
+            name, value = f"{self.key}/{path}", tensor_of(f"{self.key}/{path}", value)
+            extra.extend(first_writes(part, self.everyone) for part in parts_of(name, value, self.everyone))
+            return {"name": name, **({"device": "cuda"} if value.is_cuda else {})}
 
         told = {"kind": "model", "same": others, "extra": encoding.encode(rest, take)}
         return parts + extra, told
@@ -119,6 +120,7 @@ class OfModel:
             if here != (kind.shape, kind.dtype):
                 different.append(f"{name} {here[0]} {here[1]} (the checkpoint's is {kind.shape} {kind.dtype})")
         lost = sorted(set(rest) - set(told.get("extra", {})))
+        unexpected += sorted(set(told.get("extra", {})) - set(rest))
         problems = [f"{self.key}: {what}: {listed(names)}" for what, names in (
             ("missing in the checkpoint", missing + lost), ("unexpected, the model has no", unexpected),
             ("different", different), ("tied in the model and apart in the checkpoint", apart)) if names]
@@ -130,7 +132,8 @@ class OfModel:
             with torch.no_grad():
                 for part, address in reads:
                     saved.read_into(part.memory, address, part.region)
-            self._written(tensors, others, encoding.decode(told.get("extra", {}), given(saved)))
+            self._written(tensors, others, encoding.decode(
+                told.get("extra", {}), given(saved, next((p.device for p in self.module.parameters()), "cpu"))))
 
         return Plan([], [(address, part.region) for part, address in reads] + whole_reads(told.get("extra", {}), saved),
                     apply)
@@ -146,7 +149,8 @@ class OfModel:
         raw = {clean: name for name, clean in names_in(self.module, self.module.state_dict()).items()}
         whole = {raw[name]: value for name, value in tensors.items()}
         whole |= {raw[other]: tensors[name] for other, name in others.items()}
-        self.module.load_state_dict({**whole, **extra})
+        whole |= {raw[name]: value for name, value in extra.items()}
+        self.module.load_state_dict(whole)
 
 
 def listed(names: list[str]) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fasttrain.checkpoint import encoding
-from fasttrain.checkpoint.parts import ALONE, Among, Part, first_writes, parts_of
+from fasttrain.checkpoint.parts import ALONE, Among, Part, first_writes, parts_of, tensor_of
 from fasttrain.checkpoint.saved import Plan, Saved, given, refuse, whole_reads
 
 SCHEDULED = ("lr", "initial_lr", "max_lr", "min_lr", "momentum", "base_momentum", "max_momentum", "betas",
@@ -141,7 +141,7 @@ class OfValue:
 def taker(prefix: str, parts: list[Part], everyone: Among, each: bool) -> encoding.Take:
     """For `encoding.encode`: gives tensors their addresses, and puts them into `parts`."""
     def take(path: str, value: Any) -> Mapping[str, Any]:
-        name, value = f"{prefix}{path}", torch.as_tensor(value)
+        name, value = f"{prefix}{path}", tensor_of(f"{prefix}{path}", value)
         among = ALONE if each else everyone
         parts.extend(first_writes(part, everyone) for part in parts_of(name, value, among))
         return {"name": name, **({"device": "cuda"} if value.is_cuda else {})}

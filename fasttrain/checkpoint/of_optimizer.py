@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,8 +11,8 @@ from torch import Tensor
 
 from fasttrain.checkpoint import encoding, of_zero
 from fasttrain.checkpoint.homes import home, reference
-from fasttrain.checkpoint.of_model import listed
-from fasttrain.checkpoint.parts import BY_NAME, DTYPES, Among, Part, parts_of
+from fasttrain.checkpoint.of_model import LISTED, listed
+from fasttrain.checkpoint.parts import BY_NAME, DTYPES, Among, Part, need_memory, parts_of, tensor_of
 from fasttrain.checkpoint.regions import Region
 from fasttrain.checkpoint.saved import Plan, Saved, given, refuse, states_of, whole_reads
 from fasttrain.optim import Optimizer, statedict
@@ -21,6 +22,7 @@ from fasttrain.precision.codecs import code_dtype, codec
 from fasttrain.precision.storage import DEFAULTS, describe, is_plain
 
 OWN = ("params", "param_names")  # of a group: not its options
+STEPPED = ("draws",)  # what a group has from its first step on: one that was saved before it begins anew
 
 
 class OfOptimizer:
@@ -73,7 +75,7 @@ class OfOptimizer:
 
         def take(path: str, value: Any) -> Mapping[str, Any]:
             name = f"{self.key}/{path}"
-            value = torch.as_tensor(value)
+            value = tensor_of(name, value)
             parts.extend(parts_of(name, value, self.everyone))
             return {"name": name, **({"device": "cuda"} if value.is_cuda else {})}
 
@@ -105,8 +107,8 @@ class OfOptimizer:
     def _encoded(self, p: Tensor, state: Mapping[str, Any], parts: list[Part]) -> Any:
         """A parameter's state as JSON; its tensors go to `parts`."""
         def take(path: str, value: Any) -> Mapping[str, Any]:
-            value = torch.as_tensor(value)
             name = self._address(p, path)
+            value = tensor_of(name, value)
             parts.extend(parts_of(name, value, self.everyone))
             return reference(name, value, p)
 
@@ -122,16 +124,18 @@ class OfOptimizer:
         if told["class"] != self.class_name:
             return refuse(f"{self.key}: the checkpoint's is {told['class']}, the one to load is {self.class_name}")
         states = states_of(saved, self.key)
-        if problems := self._different_names(told, states):
+        if problems := self._different_names(told, states) or self._different_shapes(states, saved):
             return refuse(*problems)
         groups = self._groups(told, saved)
         if isinstance(groups, str):
             return refuse(groups)
         numbers, params = self._numbers()
+        for p in params:
+            need_memory(f"{self.key}: {self.names[id(p)]}", p)
         metas = {numbers[id(p)]: encoding.decode(states[name], lambda one: self._meta(one, saved))
                  for p in params if (name := self.names[id(p)]) in states}
         try:
-            self._check(metas, groups, params, numbers)
+            self._check(metas, groups, numbers)
         except (ValueError, TypeError) as error:
             return refuse(f"{self.key}: {error}")
         if isinstance(self.optimizer, Zero):
@@ -155,18 +159,31 @@ class OfOptimizer:
         return [f"{self.key}: {what}: {listed(names)}" for what, names in (
             ("missing in the checkpoint", missing), ("unexpected, the optimizer has no", unexpected)) if names]
 
+    def _different_shapes(self, states: Mapping[str, Any], saved: Saved) -> list[str]:
+        """States of torch's optimizers that had the shape of their parameter (L-BFGS's are flat), which is another."""
+        found: list[str] = []
+        if isinstance(self.inner, Optimizer):
+            return found
+        for p in self._numbers()[1]:
+            for key, one in states.get(name := self.names[id(p)], {}).items():
+                if isinstance(one, Mapping) and "name" in one and (shape := saved.kinds[one["name"]].shape) != p.shape \
+                        and (one.get("like") or (len(shape) == p.dim() and math.prod(shape) == p.numel() > 1)):
+                    found.append(f"{self.key}: {name}: its state {key!r} has shape {shape} in the checkpoint, the "
+                                 f"parameter {tuple(p.shape)}")
+        return found[:LISTED]
+
     def _groups(self, told: Mapping[str, Any], saved: Saved) -> list[dict[str, Any]] | str:
         """The options of every group of ours, by the names of its parameters; or what is wrong."""
         home = {name: index for index, group in enumerate(told["groups"]) for name in group["names"]}
         made = []
         for index, group in enumerate(self.optimizer.param_groups):
             homes = sorted({home[name] for p in group["params"] if (name := self.names[id(p)]) in home})
-            options = [told["groups"][one]["options"] for one in homes]
-            if any(one != options[0] for one in options[1:]):
+            options = [encoding.decode(told["groups"][one]["options"], given(saved, self._device())) for one in homes]
+            if any(not encoding.same(one, options[0]) for one in options[1:]):
                 return (f"{self.key}: group {index} has parameters of the checkpoint's groups "
                         f"{', '.join(map(str, homes))}, whose options differ: make the groups as they were saved")
-            own = {key: value for key, value in group.items() if key not in OWN}
-            loaded = encoding.decode(options[0], given(saved, self._device())) if options else {}
+            own = {key: value for key, value in group.items() if key not in (*OWN, *STEPPED)}
+            loaded = options[0] if options else {}
             if not isinstance(self.inner, Optimizer):
                 kept = {key: value for key, value in loaded.items() if key in DEFAULTS}
                 if not is_plain(kept):
@@ -186,22 +203,14 @@ class OfOptimizer:
         kind = saved.kinds[one["name"]]
         return torch.empty(kind.shape, dtype=BY_NAME[kind.dtype], device="meta")
 
-    def _check(self, metas: Mapping[int, Any], groups: list[dict[str, Any]], params: list[Any],
-               numbers: Mapping[int, int]) -> None:
+    def _check(self, metas: Mapping[int, Any], groups: list[dict[str, Any]], numbers: Mapping[int, int]) -> None:
         """Refuse shapes, dtypes and storages that are not this optimizer's.
 
         Raises:
             ValueError: which.
         """
         pattern: Any = self.optimizer._pattern if isinstance(self.optimizer, Zero) else self.optimizer
-        of = [(p, number, metas[number]) for p in params if (number := numbers[id(p)]) in metas]
         if not isinstance(pattern, Optimizer):
-            for p, _, state in of:
-                for key, value in state.items():
-                    if isinstance(value, Tensor) and value.dim() and value.numel() > 1 and value.shape != p.shape and \
-                            value.shape.numel() == p.shape.numel():
-                        raise ValueError(f"{self.names[id(p)]}: its state {key!r} has shape {tuple(value.shape)} in "
-                                         f"the checkpoint, the parameter {tuple(p.shape)}")
             return
         start = 0
         described = []
@@ -287,4 +296,3 @@ class OfOptimizer:
                 if isinstance(value, Tensor) and isinstance(loaded, Tensor) and loaded.dtype != value.dtype \
                         and key != "step":
                     self.optimizer.state[p][key] = value.to(p.device)
-

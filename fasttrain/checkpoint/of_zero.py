@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fasttrain.checkpoint import encoding
-from fasttrain.checkpoint.parts import ALONE, BY_NAME, Part, in_memory_order, parts_of
+from fasttrain.checkpoint.parts import ALONE, BY_NAME, Part, in_memory_order, parts_of, tensor_of
 from fasttrain.checkpoint.regions import Region
 from fasttrain.checkpoint.saved import Saved
 from fasttrain.parallel import Zero
@@ -38,7 +38,7 @@ def save(zero: Zero, key: str, names: Mapping[int, str]) -> tuple[dict[str, Any]
 
         def take(path: str, value: Any, piece: Piece = piece, name: str = name,
                  known: Mapping[str, Array] = known) -> Mapping[str, Any]:
-            address, value = f"{key}/{name}/{path}", torch.as_tensor(value)
+            address, value = f"{key}/{name}/{path}", tensor_of(f"{key}/{name}/{path}", value)
             parts.extend(_parts(address, value, piece, known.get(path)))
             return _reference(address, value, piece, known.get(path))
 

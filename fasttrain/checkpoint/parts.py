@@ -8,8 +8,11 @@ from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fasttrain.checkpoint.regions import Box, Region
 from fasttrain.optim.local import is_dtensor, local, positions
@@ -70,6 +73,53 @@ class Part:
     @property
     def nbytes(self) -> int:
         return self.memory.numel() * self.memory.element_size()
+
+
+def tensor_of(name: str, value: Any) -> Tensor:
+    """A tensor or an array of a state as a tensor.
+
+    Raises:
+        TypeError: an array of what tensors do not hold.
+    """
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, np.ma.MaskedArray) or value.dtype.kind not in "biufc":
+        raise TypeError(f"{name} is a {type(value).__name__} of {value.dtype}, which a checkpoint cannot hold: it "
+                        "holds arrays of numbers without a mask")
+    if not value.flags.c_contiguous or not value.flags.writeable or not value.dtype.isnative:
+        value = value.astype(value.dtype.newbyteorder("="), order="C", copy=True)
+    try:
+        return torch.as_tensor(value)
+    except TypeError as error:
+        raise TypeError(f"{name}: {error}") from error
+
+
+def need_memory(name: str, tensor: Tensor) -> None:
+    """Refuse what has no elements in memory: there is nothing to save, and nowhere to load it.
+
+    Raises:
+        ValueError: it is on the meta device, or of a lazy module that has not run.
+        TypeError: its elements are those of other tensors, which it keeps in a way of its own.
+    """
+    if is_lazy(tensor):
+        raise ValueError(f"{name} has no shape yet (a lazy module): run a batch through the model before it is saved "
+                         "or loaded")
+    if tensor.is_meta:
+        raise ValueError(f"{name} is on the meta device: give the model memory (model.to_empty(device=...)) before it "
+                         "is saved or loaded; what is not in its state dict is to be set then too")
+    if not is_dtensor(tensor) and is_traceable_wrapper_subclass(tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}, a tensor that is made of others: save those "
+                        "that it is made of (tensor.__tensor_flatten__), or tensor.dequantize()")
+
+
+def is_plain_memory(tensor: Tensor) -> bool:
+    """Whether the bytes at its address are its elements, in order: on the host, and nothing to be done to them."""
+    return tensor.device.type == "cpu" and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+
+
+def resolved(tensor: Tensor) -> Tensor:
+    """Its elements themselves, where it is marked as the conjugate or the negative of others."""
+    return tensor.resolve_conj().resolve_neg()
 
 
 def parts_of(name: str, tensor: Any, everyone: Among) -> list[Part]:

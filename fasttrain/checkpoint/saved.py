@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fasttrain.checkpoint import encoding
 from fasttrain.checkpoint.errors import Incomplete
-from fasttrain.checkpoint.parts import BY_NAME, DTYPES
+from fasttrain.checkpoint.parts import BY_NAME, DTYPES, is_plain_memory, resolved
 from fasttrain.checkpoint.pieces import SIZES
 from fasttrain.checkpoint.read import Reader
 from fasttrain.checkpoint.regions import Region, intersection
@@ -89,7 +89,7 @@ class OfTensors:
 
     def read(self, name: str, region: Region, out: memoryview) -> None:
         whole = self.tensors[name].detach().cpu()
-        held = region_of(whole, region).contiguous()
+        held = resolved(region_of(whole, region)).contiguous()
         np.frombuffer(out, np.uint8)[:] = bytes_of(held)
 
 
@@ -104,7 +104,8 @@ def region_of(whole: Tensor, region: Region) -> Tensor:
 
 def bytes_of(tensor: Tensor) -> np.ndarray:
     """The bytes of a contiguous tensor on the host, as an array of the same memory."""
-    return tensor.reshape(-1).view(torch.uint8).numpy()
+    # One element is contiguous with any stride, and is no bytes before it has that of one.
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()
 
 
 class Saved:
@@ -129,11 +130,16 @@ class Saved:
     def read_into(self, memory: Tensor, name: str, region: Region) -> None:
         """Read elements into where they lie in this process: of the region's extent or flat, with any strides."""
         self.bytes_read += memory.numel() * memory.element_size()
-        if memory.device.type == "cpu" and memory.is_contiguous():
+        if is_plain_memory(memory):
             self.source.read(name, region, memoryview(bytes_of(memory)))  # type: ignore[arg-type]
             return
         held = torch.empty(region.extent, dtype=memory.dtype)
         self.source.read(name, region, memoryview(bytes_of(held)))  # type: ignore[arg-type]
+        if 0 in memory.stride():  # expanded: what was saved of it says the same again and again
+            held = held.view(memory.shape)
+            for dim, stride in enumerate(memory.stride()):
+                if not stride and memory.shape[dim] > 1:
+                    memory, held = memory.narrow(dim, 0, 1), held.narrow(dim, 0, 1)
         memory.copy_(held.view(memory.shape))
 
     def read(self, name: str, device: torch.device | str = "cpu") -> Tensor:

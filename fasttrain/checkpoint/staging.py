@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttrain.checkpoint.parts import Part
+from fasttrain.checkpoint.parts import Part, is_plain_memory, resolved
 from fasttrain.checkpoint.pieces import Piece
 from fasttrain.checkpoint.saved import bytes_of
 
@@ -38,7 +38,7 @@ class Staged:
 
 def live(parts: Sequence[Part]) -> Staged:
     """The parts where they are; only what is strided or on a GPU is copied. Nobody may change them meanwhile."""
-    return Staged(parts, [part.memory.to("cpu").contiguous() for part in parts])
+    return Staged(parts, [resolved(part.memory.to("cpu")).contiguous() for part in parts])
 
 
 class Staging:
@@ -88,7 +88,7 @@ class Staging:
         for part, view in zip(parts, views, strict=True):
             if not part.nbytes:
                 continue
-            if part.memory.device.type == "cpu" and part.memory.is_contiguous():
+            if is_plain_memory(part.memory):
                 moves.append((view.data_ptr(), part.memory.data_ptr(), part.nbytes))
                 continue
             into = view.view(part.memory.dtype).view(part.memory.shape)

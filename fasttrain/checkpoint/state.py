@@ -15,8 +15,8 @@ from fasttrain.checkpoint.names import Named
 from fasttrain.checkpoint.of_model import OfModel
 from fasttrain.checkpoint.of_object import OfObject, OfValue, is_object
 from fasttrain.checkpoint.of_optimizer import OfOptimizer
-from fasttrain.checkpoint.parts import Among, Part, mine
-from fasttrain.checkpoint.saved import Plan, Saved, given
+from fasttrain.checkpoint.parts import Among, Part, mine, need_memory
+from fasttrain.checkpoint.saved import Plan, Saved, given, whole_reads
 
 Entry = OfModel | OfOptimizer | OfObject | OfValue
 
@@ -39,6 +39,9 @@ def entries(state: Mapping[str, Any], rank: int, everyone: Among) -> dict[str, E
     Raises:
         TypeError, ValueError: a key that is no plain name; parameters without names.
     """
+    if not isinstance(state, Mapping):
+        raise TypeError(f"a state is a dict by keys of your choice, not a {type(state).__name__}: "
+                        '{"model": model, "optimizer": optimizer}')
     for key in state:
         if not isinstance(key, str) or not key or "/" in key:
             raise ValueError(f"{key!r} is no key of a state: give a text without '/'")
@@ -70,14 +73,16 @@ def out(state: Mapping[str, Any], rank: int, everyone: Among) -> tuple[list[Part
     Raises:
         TypeError, ValueError: something cannot be kept; which, and why.
     """
+    entered = entries(state, rank, everyone)
     gather(state)
     parts: list[Part] = []
     told: dict[str, Any] = {}
     with torch.no_grad():
-        for key, entry in entries(state, rank, everyone).items():
+        for key, entry in entered.items():
             own, told[key] = entry.save()
             parts += own
     for part in parts:
+        need_memory(part.name, part.memory)
         _ = part.dtype  # raises where there is none for it
     return mine(parts), {
         "entries": told, "versions": {"fasttrain": __version__, "torch": str(torch.__version__),
@@ -93,11 +98,15 @@ def plans(state: Mapping[str, Any], saved: Saved, rank: int, everyone: Among) ->
                 made.append(entry.plan(saved))
             elif (saved.entry(key) or {}).get("kind") != "value":
                 made.append(Plan([f"{key}: the checkpoint has no value of this name"], [], lambda: None))
+    made.append(Plan([], whole_reads(_values(saved), saved), lambda: None))
     return sorted(made, key=lambda plan: plan.order), [line for plan in made for line in plan.problems]
 
 
 def values(saved: Saved) -> dict[str, Any]:
     """Every plain value of a checkpoint, as the first rank had it."""
-    return {key: encoding.decode(told["value"], given(saved)) for key, told in
-            saved.source.values(0).get("entries", {}).items()
+    return {key: encoding.decode(told, given(saved)) for key, told in _values(saved).items()}
+
+
+def _values(saved: Saved) -> dict[str, Any]:
+    return {key: told["value"] for key, told in saved.source.values(0).get("entries", {}).items()
             if isinstance(told, Mapping) and told.get("kind") == "value"}
