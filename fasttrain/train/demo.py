@@ -86,8 +86,7 @@ def _begin(config: TrainConfig, out: Path) -> Path:
 def _kill_in_a_save(run: Path, config: TrainConfig, say: Callable[[str], None]) -> None:
     """Run, and kill every process as soon as the second save begins; again, if the save was quicker."""
     for _ in range(TRIES):
-        already = len(list((run / "checkpoints").glob("step-*")))
-        with _hunting(run, already + 1) as found:
+        with _hunting(run, _newest(run)) as found:
             try:
                 launch(run, config.processes, config.threads)
             except RunFailed:
@@ -105,15 +104,14 @@ def _kill_in_a_save(run: Path, config: TrainConfig, say: Callable[[str], None]) 
 
 
 @contextlib.contextmanager
-def _hunting(run: Path, complete_ones: int) -> Iterator[list[int]]:
-    """While it lasts, kill the processes of a run when it begins a save after so many complete checkpoints."""
+def _hunting(run: Path, newest: int) -> Iterator[list[int]]:
+    """While it lasts, kill the processes of a run when it begins a save after one that is newer than this step's."""
     killed: list[int] = []
     over = threading.Event()
 
     def hunt() -> None:
         while not over.is_set():
-            folder = run / "checkpoints"
-            if any(folder.glob(".part-*")) and len(list(folder.glob("step-*"))) >= complete_ones:
+            if any((run / "checkpoints").glob(".part-[0-9]*")) and _newest(run) > newest:
                 for process in _processes(run):
                     os.kill(process, signal.SIGKILL)
                     killed.append(process)
@@ -127,6 +125,11 @@ def _hunting(run: Path, complete_ones: int) -> Iterator[list[int]]:
     finally:
         over.set()
         thread.join()
+
+
+def _newest(run: Path) -> int:
+    """The step of the newest complete checkpoint; -1 if there is none."""
+    return max((int(path.name.split("-")[1]) for path in (run / "checkpoints").glob("step-*")), default=-1)
 
 
 def _processes(run: Path) -> list[int]:

@@ -127,8 +127,9 @@ def check_same(directory: Path, header: Record) -> None:
         raise BadInput(f"{path} is not what fasttrain train has written ({error!r}); give a new directory") from error
     if in_use(directory / "log.jsonl", patience_s=ENDING_S):
         raise BadInput(f"--out {directory}: its run is still going on; end it first, or give a new directory")
+    defaults = TrainConfig().as_json()  # an older run did not know of options that came later
     for name, value in header["config"].items():
-        if name not in FREE and (there := found["config"].get(name)) != value:
+        if name not in FREE and (there := found["config"].get(name, defaults[name])) != value:
             raise BadInput(f"--out {directory} holds a run with --{name.replace('_', '-')} {there}, not {value}; a run "
                            "that is started again needs its own options, a new one a new directory")
     if found["text"]["sha256"] != header["text"]["sha256"]:
