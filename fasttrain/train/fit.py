@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from fasttrain.checkpoint.checkpointer import Checkpointer
@@ -191,7 +192,8 @@ class Loop:
         self.stepper.run(split(batch, self.accumulate))
         self.keeper.taken()
         self.step = self.stepper.steps
-        self.rate = float(self.optimizer.param_groups[0]["lr"])
+        rate = self.optimizer.param_groups[0]["lr"]
+        self.rate = rate.clone() if isinstance(rate, Tensor) else rate  # read for the log only: it may lie on a device
         if self.schedule is not None and self.schedule is not self._plateau:
             self.schedule.step()
         if self.profile is not None:
@@ -206,7 +208,7 @@ class Loop:
         for numbers in self.stepper.arrived(all_of_them=log or look):
             self._judge(numbers)
         if log:
-            self.tell("train", lr=self.rate, skipped=self.bad_steps.skipped, **self.meter.read())
+            self.tell("train", lr=float(self.rate), skipped=self.bad_steps.skipped, **self.meter.read())
         if look:
             self._evaluate()
         if self.keeper.due(self.step) and self._spike is None:
