@@ -1,11 +1,13 @@
 """What is used of the machine, against what can be counted by hand."""
 
+import ctypes
+
 import pytest
 import torch
 from torch import nn
 
 from fasttrain.train.model import GPT
-from fasttrain.train.usage import Memory, count_flops, peak_flops, weights_table
+from fasttrain.train.usage import Memory, Tidy, count_flops, peak_flops, weights_table
 
 
 def test_operations_of_a_gpt_are_those_of_its_formula():
@@ -41,3 +43,18 @@ def test_weights():
     model = nn.Linear(10, 5, dtype=torch.bfloat16)
     model.bias.requires_grad_(False)
     assert weights_table(model) == {"parameters": 110, "gradients": 100, "buffers": 0}
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="this C library has no malloc_trim")
+def test_memory_that_is_kept_free_is_given_back():
+    """Blocks of 64 KiB come from the heap, and a block at its end keeps it from shrinking by itself."""
+    memory, tidy = Memory(torch.device("cpu")), Tidy()
+    tidy._before = round(memory.now()["memory_gb"] * 2**30)
+    blocks = [torch.ones(64 << 10, dtype=torch.uint8) for _ in range(16384)]
+    last = blocks[-1]
+    del blocks
+    grown = memory.now()["memory_gb"]
+    assert tidy.look()
+    assert memory.now()["memory_gb"] < grown - 0.5
+    assert not tidy.look()
+    assert last.all()

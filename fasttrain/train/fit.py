@@ -26,6 +26,7 @@ from fasttrain.train.measured import check_evaluations, check_whole, measured
 from fasttrain.train.meter import Meter
 from fasttrain.train.stepper import Loss, Numbers, Stepper
 from fasttrain.train.traffic import Traffic
+from fasttrain.train.usage import Tidy
 
 Record = dict[str, Any]
 
@@ -121,7 +122,7 @@ class Loop:
         scaler = precision.scaler()
         self.stepper = Stepper(model, optimizer, loss, clip=clip, context=precision.autocast, scaler=scaler,
                                clock=clock)
-        self.meter = Meter(clock, tokens, flops, peak)
+        self.meter, self.tidy = Meter(clock, tokens, flops, peak), Tidy()
         self.data, self.optimizer, self.schedule, self.accumulate = data, optimizer, schedule, accumulate
         self.evaluate, self.evaluate_every, self.metric = evaluate, evaluate_every, metric
         self.bad_steps, self.spikes, self.early, self.gap = bad_steps or NonFinite(), spikes, early, gap
@@ -208,6 +209,7 @@ class Loop:
         for numbers in self.stepper.arrived(all_of_them=log or look):
             self._judge(numbers)
         if log:
+            self.tidy.look()
             self.tell("train", lr=float(self.rate), skipped=self.bad_steps.skipped, **self.meter.read())
         if look:
             self._evaluate()

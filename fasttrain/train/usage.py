@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import sys
 from collections.abc import Callable
@@ -85,6 +86,36 @@ class Memory:
             most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
             used = _resident() or most
         return {"memory_gb": used / GB, "peak_gb": most / GB}
+
+
+class Tidy:
+    """Has the C library give memory back that it keeps free, where a process on a CPU has grown by a quarter.
+
+    Gradients that are made and packed in every step, among small objects that live longer, leave gaps that the next
+    ones do not fit: what glibc keeps for the process then grows for hours, though no more is in use. To give it back
+    costs some milliseconds, and is done seldom: what was found before the growth is the measure.
+
+    Example:
+        >>> tidy = Tidy()
+        >>> tidy.look()         # nothing has grown since
+        False
+    """
+
+    GROWTH, LEAST = 1.25, 64 << 20
+
+    def __init__(self) -> None:
+        libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+        self._trim = getattr(libc, "malloc_trim", None)  # glibc has it, others do not need it
+        self._before = _resident()
+
+    def look(self) -> bool:
+        """Look, and return whether memory was given back. Some microseconds if not."""
+        now = _resident()
+        if self._trim is None or now < max(self.GROWTH * self._before, self._before + self.LEAST):
+            return False
+        self._trim(0)
+        self._before = _resident()
+        return True
 
 
 def _resident() -> int:
