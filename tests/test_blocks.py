@@ -8,6 +8,7 @@ from torch import nn
 
 from fasttrain.train.blocks import compile_blocks, recompute
 from fasttrain.train.model import GPT, loss_of
+from fasttrain.train.usage import count_flops
 
 
 def made():
@@ -44,6 +45,18 @@ def test_recomputing_keeps_less_and_changes_no_bit(how, blocks):
     results, kept = trained(model)
     assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
     assert kept < (0.8 if how == "2" else 0.6) * whole, (kept, whole)
+
+
+def operations(how):
+    """Of matrix products and attention in a forward and backward pass."""
+    model = made()
+    if how is not None:
+        recompute(model, how)
+    return count_flops(lambda: loss_of(model, torch.arange(4 * 17).view(4, 17) % 251).backward())[1]
+
+
+def test_products_and_attention_are_computed_once_only_where_they_are_kept():
+    assert operations("selective") == operations(None) < operations("2") < operations("full")
 
 
 class Counting(nn.Module):

@@ -58,8 +58,7 @@ def export_torch(checkpoint: Where, path: Where, model: str = "model", optimizer
     """
     with opened(checkpoint) as reader:
         saved = Saved(OfReader(reader))
-        weights, same = _model(saved, model)
-        found: dict[str, Any] = {"model": weights | {other: weights[name] for other, name in same.items()}}
+        found: dict[str, Any] = {"model": _with_ties(saved, model)}
         if optimizer is not None:
             states, groups, more = _optimizer(saved, optimizer)
             numbers = {name: number for number, name in enumerate(name for group in groups for name in group["names"])}
@@ -88,13 +87,18 @@ def export_dcp(checkpoint: Where, path: Where, model: str = "model", optimizer: 
 
     with opened(checkpoint) as reader:
         saved = Saved(OfReader(reader))
-        weights, same = _model(saved, model)
-        found: dict[str, Any] = {"model": weights | {other: weights[name] for other, name in same.items()}}
+        found: dict[str, Any] = {"model": _with_ties(saved, model)}
         if optimizer is not None:
             states, groups, more = _optimizer(saved, optimizer)
             found["optimizer"] = {**more, "state": states, "param_groups": [
                 {**group["options"], "params": group["names"], "param_names": group["names"]} for group in groups]}
         dcp.save(found, checkpoint_id=path, no_dist=True)
+
+
+def _with_ties(saved: Saved, model: str) -> dict[str, Any]:
+    """The weights of a model, tied ones under all of their names."""
+    weights, same = _model(saved, model)
+    return weights | {other: weights[name] for other, name in same.items()}
 
 
 def opened(checkpoint: Where) -> Reader:

@@ -79,13 +79,14 @@ class OfOptimizer:
             parts.extend(parts_of(name, value, self.everyone))
             return {"name": name, **({"device": "cuda"} if value.is_cuda else {})}
 
-        told = {"kind": "optimizer", "class": self.class_name, "state": states, "digits": digits,
-                "more": encoding.encode(more, take, "more"),
-                "groups": [{"names": [self.names[id(p)] for p in own], "options": encoding.encode(
-                    {key: group[key] for key in sorted(group) if key not in OWN}, take, f"groups/{index}")}
-                    for index, (group, own) in enumerate(zip(groups, params, strict=True))]}
+        told: dict[str, Any] | None = {
+            "kind": "optimizer", "class": self.class_name, "state": states, "digits": digits,
+            "more": encoding.encode(more, take, "more"),
+            "groups": [{"names": [self.names[id(p)] for p in own], "options": encoding.encode(
+                {key: group[key] for key in sorted(group) if key not in OWN}, take, f"groups/{index}")}
+                for index, (group, own) in enumerate(zip(groups, params, strict=True))]}
         if self.everyone.index > 0:
-            told = {"kind": "optimizer", "state": states} if isinstance(self.optimizer, Zero) else None  # type: ignore
+            told = {"kind": "optimizer", "state": states} if isinstance(self.optimizer, Zero) else None
         return parts, told
 
     def _digits(self, parts: list[Part]) -> dict[str, Any]:

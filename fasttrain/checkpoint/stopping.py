@@ -48,14 +48,15 @@ class Stopping:
                  signals: Sequence[signal.Signals] = (signal.SIGTERM, signal.SIGINT)):
         self.signals = tuple(signals)
         self.reason: str | None = None
-        reducer = over.reducer if isinstance(over, DataParallel) else over
-        self.reducer = reducer if isinstance(reducer, Reducer) else None
-        self.wire: Wire | None = self.reducer.wire if self.reducer is not None else reducer  # type: ignore[assignment]
-        if self.wire is not None and not isinstance(self.wire, Wire):
+        over = over.reducer if isinstance(over, DataParallel) else over
+        if over is not None and not isinstance(over, (Reducer, Wire)):
             raise TypeError(f"Stopping takes a DataParallel, a Reducer, a Wire or None, not a {type(over).__name__}")
-        alone = self.wire is None or self.wire.size == 1
-        self._control = None if alone or self.reducer is not None else Control(self.wire, agreed=("step",))  # type: ignore
-        self._alone = alone
+        self.reducer = over if isinstance(over, Reducer) else None
+        self.wire: Wire | None = over.wire if isinstance(over, Reducer) else over
+        self._alone = self.wire is None or self.wire.size == 1
+        self._control: Control | None = None
+        if self.wire is not None and self.reducer is None and not self._alone:
+            self._control = Control(self.wire, agreed=("step",))
         self._pending: Pending | None = None
         self._before: dict[signal.Signals, Any] = {}
 

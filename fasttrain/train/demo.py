@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import os
 import signal
-import subprocess
 import tempfile
 import threading
 import time
@@ -134,8 +133,11 @@ def _newest(run: Path) -> int:
 
 def _processes(run: Path) -> list[int]:
     """The ranks of a run, by what they were started with."""
-    listed = subprocess.run(["ps", "-eo", "pid=,args="], capture_output=True, text=True, check=True).stdout
-    mark = f"fasttrain.train.rank {run.absolute()}"
-    lines = [line.split(None, 1) for line in listed.splitlines()]
-    return [int(line[0]) for line in lines if len(line) == 2 and line[1].rstrip().endswith(mark)
-            and "torch.distributed" not in line[1] and "fasttrain.train.launch" not in line[1]]
+    mark = ["-m", "fasttrain.train.rank", str(run.absolute())]
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended since
+            words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
+            if words[-3:] == mark and "fasttrain.train.launch" not in words and "torchrun" not in words[:2]:
+                found.append(int(folder.name))
+    return found
