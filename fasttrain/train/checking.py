@@ -17,8 +17,8 @@ def check(config: TrainConfig, here: int | None = None) -> None:
         BadInput: names the option, what it was, and what to do.
     """
     for name in ("steps", "batch", "sequence", "layers", "width", "heads", "ngrams", "rows", "processes", "threads",
-                 "accumulate", "log_every", "validate_every", "max_skips", "keep", "tensor", "pipeline", "stages", "expert",
-                 "context", "top_k"):
+                 "accumulate", "log_every", "validate_every", "max_skips", "keep", "tensor", "pipeline", "stages",
+                 "expert", "context", "top_k"):
         if getattr(config, name) < 1:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 1")
     for name in ("lr", "weight_decay", "clip", "warmup", "seed", "max_restarts", "patience", "save_every",
@@ -150,18 +150,17 @@ def _check_pipeline(config: TrainConfig) -> None:
 
 
 def _check_processes(config: TrainConfig, here: int) -> None:
-    replicas, which = config.replicas, "" if not config.model_parallel else " that read different sequences"
+    replicas, which = config.replicas, "processes"
+    if config.model_parallel:
+        which = "processes that read different sequences"
     if config.batch % replicas:
         raise BadInput(
             f"--processes {config.processes} with --batch {config.batch}: a step must give every process the same "
-            f"number of sequences, and there are {replicas}{which}; use a batch that is a multiple of {replicas}"
-            if which else
-            f"--processes {config.processes} with --batch {config.batch}: a step must give every process the same "
-            f"number of sequences; use a batch that is a multiple of {config.processes}"
+            f"number of sequences; use a batch that is a multiple of {replicas} ({which})"
         )
     if config.batch // replicas % config.accumulate:
         raise BadInput(
-            f"--accumulate {config.accumulate} with --batch {config.batch} on {replicas} processes{which}: every "
+            f"--accumulate {config.accumulate} with --batch {config.batch} on {replicas} {which}: every "
             f"backward pass must have the same number of sequences; use a batch that is a multiple of "
             f"{replicas * config.accumulate}"
         )

@@ -16,7 +16,7 @@ import numpy as np
 
 from fasttrain.checkpoint.find import complete
 from fasttrain.checkpoint.read import Reader
-from fasttrain.train import report, text
+from fasttrain.train import checking, report, text
 from fasttrain.train.config import BadInput, TrainConfig
 from fasttrain.train.launch import RunFailed, launch
 
