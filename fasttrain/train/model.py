@@ -160,7 +160,8 @@ class GPT(nn.Module):
         super().__init__()
         if heads % (kv_heads or heads):
             raise ValueError(f"{heads} heads cannot share {kv_heads} heads of keys: give a divisor of {heads}")
-        self.positions, self._context = positions, None
+        self.positions = positions
+        self._context: ContextParallel | None = None
         embedding, head = Embedding(width, ngrams, rows, vocabulary), nn.Linear(width, vocabulary, bias=False)
         if tied:
             head.weight = embedding.bytes.weight
