@@ -1,9 +1,10 @@
 """The parallel floor: how one training step is divided over processes."""
 
 from fasttrain.dist.control import Disagreement
+from fasttrain.dist.mesh import Mesh
 from fasttrain.parallel.data import DataParallel
 from fasttrain.parallel.reducer import Reducer
 from fasttrain.parallel.sharded import shard
 from fasttrain.parallel.zero import Zero
 
-__all__ = ["DataParallel", "Disagreement", "Reducer", "Zero", "shard"]
+__all__ = ["DataParallel", "Disagreement", "Mesh", "Reducer", "Zero", "shard"]

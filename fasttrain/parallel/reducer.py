@@ -19,6 +19,7 @@ from fasttrain.dist.control import Outcome
 from fasttrain.dist.fingerprint import agree, fingerprint
 from fasttrain.dist.layout import Entry, FlatLayout
 from fasttrain.dist.watcher import Watcher
+from fasttrain.dist.watching import wire_over
 from fasttrain.kernels import norm
 from fasttrain.parallel import blame, reduced, steps
 from fasttrain.parallel.buckets import Bucket
@@ -26,7 +27,6 @@ from fasttrain.parallel.hierarchy import ranks_and_method
 from fasttrain.parallel.items import Items
 from fasttrain.parallel.timeline import Timeline
 from fasttrain.parallel.vouching import Vouching
-from fasttrain.parallel.watching import wire_over
 from fasttrain.parallel.wires import Method
 
 MIB = 1 << 20

@@ -18,13 +18,13 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from fasttrain.dist import accounting
 from fasttrain.dist.watcher import Watcher
+from fasttrain.dist.watching import wire_over
 from fasttrain.dist.wire import Wire
 from fasttrain.optim.arrival import Arrival
 from fasttrain.parallel import replaced, shardable
 from fasttrain.parallel.accumulate import Accumulation
 from fasttrain.parallel.scattered import Gathered, Scattered
 from fasttrain.parallel.unfinished import Watched
-from fasttrain.parallel.watching import wire_over
 from fasttrain.precision.loss_scale import LossScaler, step_divided
 
 

@@ -24,13 +24,14 @@ def wire_over(mesh: Any, device: torch.device, timeout_s: float, watch: Watcher 
         return mesh
     wire = Wire(device, timeout_s, mesh)
     if watch is True:
-        wire.watch = _watcher()
+        wire.watch = watcher_of_process()
     elif watch:
         wire.watch = watch
     return wire
 
 
-def _watcher() -> Watcher:
+def watcher_of_process() -> Watcher:
+    """The one watcher of this process, made when first needed; every rank makes one at the same time."""
     store = dist.distributed_c10d._get_default_store()
     if not _watchers or _watchers[0][0] is not store:
         for _, old in _watchers:
