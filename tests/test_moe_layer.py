@@ -198,8 +198,9 @@ def test_bias_brings_balance() -> None:
         layer.router.weight[0] += 1
         layer(x)
         before = metrics(layer)[""].counts
+        rebalance(layer, 0.01)
         for _ in range(200):
-            layer(x)
+            layer.router.load += layer.router(x).counts
             rebalance(layer, 0.01)
         layer(x)
     after = metrics(layer)[""].counts
