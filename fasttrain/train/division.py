@@ -1,4 +1,4 @@
-"""How the model lies on the processes, by `--zero`, `--tensor` and the other axes, and what that changes for the loop."""
+"""How the model lies on the processes, by `--zero`, `--tensor` and the rest, and what that changes for the loop."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from fasttrain.dist.mesh import Mesh
 from fasttrain.dist.watcher import Watcher
-from fasttrain.parallel import DataParallel, shard
+from fasttrain.parallel import ContextParallel, DataParallel, shard
 from fasttrain.parallel.sharded import Sharded
-from fasttrain.precision.loss_scale import LossScaler
 from fasttrain.train import making
 from fasttrain.train.config import TrainConfig
-from fasttrain.train.model import IGNORED, VOCABULARY, loss_of_logits, nats_of_logits, own_positions
-from fasttrain.train.validation import Sums, summed
+from fasttrain.train.model import VOCABULARY
+from fasttrain.train.objective import IGNORED, loss_of_logits, nats_of_logits, own_positions
+from fasttrain.train.validation import Sums
 
 FLOAT = 4  # bytes of a parameter, and of its gradient unless --wire says otherwise
 
@@ -36,21 +36,24 @@ class Divided(NamedTuple):
 
 def divide(config: TrainConfig, mesh: Mesh, vocabulary: int = VOCABULARY) -> Divided:
     """Make the model of a run, each process only what it has of it; the optimizer afterwards (`recipe.build`)."""
-    model: nn.Module = making.blank(config, mesh, vocabulary)
+    made: Any = making.blank(config, mesh, vocabulary)
+    if config.context > 1:
+        made.context = ContextParallel(mesh)
     if config.tensor > 1 or config.pipeline > 1:
-        model = _cut(config, mesh, model)
-    model = making.filled(config, model, mesh.device)
+        made = _cut(config, mesh, made)
+    model = making.finish(config, making.precision_of(config, mesh.device).cast(made.to(mesh.device)))
     if config.zero < 3:
-        wrapped = DataParallel(model, mesh=mesh, wire=config.wire, broadcast_buffers=False, init_sync=False)
+        wrapped = DataParallel(model, mesh=mesh, wire=config.wire, broadcast_buffers=False)
         return Divided(wrapped, mesh, wrapped)
     watch = mesh.wire().watch
-    sharded = shard(model, mesh, blocks="blocks", wire=config.wire, init_sync=False,
+    sharded = shard(model, mesh, blocks="blocks", wire=config.wire, timeout_s=mesh.timeout_s,
                     watch=watch if isinstance(watch, Watcher) else False)
     return Divided(sharded, mesh, sharded.module)
 
 
 def _cut(config: TrainConfig, mesh: Mesh, model: nn.Module) -> nn.Module:
-    from fasttrain.parallel.pipeline import counted, split
+    from fasttrain.parallel.pipeline import split
+    from fasttrain.parallel.pipeline.costs import counted
     from fasttrain.parallel.tensor import tensor_parallel
 
     sample = torch.zeros(1, config.sequence, dtype=torch.long, device="meta")
@@ -68,8 +71,9 @@ class Pipelines(NamedTuple):
     validating: Any
 
     @classmethod
-    def of(cls, config: TrainConfig, divided: Divided, scaler: LossScaler | None) -> Pipelines:
+    def of(cls, config: TrainConfig, divided: Divided) -> Pipelines:
         """Made on every process, after the optimizer."""
+        from fasttrain.parallel.experts import carry
         from fasttrain.parallel.pipeline import Pipeline
 
         module = divided.called.module if isinstance(divided.called, DataParallel) else divided.called
@@ -81,11 +85,12 @@ class Pipelines(NamedTuple):
             own = own_positions(module, targets)
             return nats_of_logits(logits, own), int((own != IGNORED).sum())
 
+        if config.experts:
+            carry(module, 1 / config.accumulate)  # only the last stage has a loss to which theirs could be added
         context = making.precision_of(config, divided.mesh.device).autocast
-        return cls(Pipeline(divided.model, divided.mesh, loss, config.pipeline_schedule, config.accumulate,
-                            context=context, scaler=scaler),
-                   Pipeline(divided.model, divided.mesh, nats, config.pipeline_schedule, config.accumulate,
-                            context=context))
+        training, validating = (Pipeline(divided.model, divided.mesh, how, config.pipeline_schedule, config.accumulate,
+                                         context=context) for how in (loss, nats))
+        return cls(training, validating)
 
     def sums(self, inputs: Tensor, targets: Tensor) -> Sums:
         """As `fasttrain.train.validation.summed`."""
