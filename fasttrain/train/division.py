@@ -36,12 +36,12 @@ class Divided(NamedTuple):
 
 def divide(config: TrainConfig, mesh: Mesh, vocabulary: int = VOCABULARY) -> Divided:
     """Make the model of a run, each process only what it has of it; the optimizer afterwards (`recipe.build`)."""
-    made: Any = making.blank(config, mesh, vocabulary)
+    made: Any = making.precision_of(config, mesh.device).cast(making.blank(config, mesh, vocabulary).to(mesh.device))
     if config.context > 1:
         made.context = ContextParallel(mesh)
     if config.tensor > 1 or config.pipeline > 1:
         made = _cut(config, mesh, made)
-    model = making.finish(config, making.precision_of(config, mesh.device).cast(made.to(mesh.device)))
+    model = making.finish(config, made)
     if config.zero < 3:
         wrapped = DataParallel(model, mesh=mesh, wire=config.wire, broadcast_buffers=False)
         return Divided(wrapped, mesh, wrapped)
@@ -56,7 +56,9 @@ def _cut(config: TrainConfig, mesh: Mesh, model: nn.Module) -> nn.Module:
     from fasttrain.parallel.pipeline.costs import counted
     from fasttrain.parallel.tensor import tensor_parallel
 
-    sample = torch.zeros(1, config.sequence, dtype=torch.long, device="meta")
+    sample = None  # with experts, whose rows depend on numbers: parameters are counted in the place of operations
+    if not config.experts:
+        sample = torch.zeros(1, config.sequence, dtype=torch.long, device="meta")
     costs = counted(model, sample) if config.pipeline > 1 else None
     model = tensor_parallel(model, mesh, sequence=config.sequence_parallel)
     if costs is None:
