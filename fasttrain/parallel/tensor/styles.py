@@ -18,7 +18,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from fasttrain.parallel.tensor import partial
-from fasttrain.parallel.tensor.cut import distributed, local, locally
+from fasttrain.parallel.tensor.cut import distributed, local, shown
 from fasttrain.parallel.tensor.moves import ADDENDS, CUT, JOIN, Move, first_moved
 
 
@@ -55,9 +55,15 @@ class Site(NamedTuple):
     name: str
     gradients: dict[str, Placement]
 
+    def owner(self, name: str) -> tuple[nn.Module, str]:
+        """The module that has a parameter, and the last part of its name."""
+        path, _, last = name.rpartition(".")
+        return self.module.get_submodule(path) if path else self.module, last
+
     def local(self, name: str) -> Tensor:
         """What this rank has of a parameter, in the autograd graph; a plain one as it is."""
-        p = self.module._parameters[name]
+        module, last = self.owner(name)
+        p = module._parameters[last]
         return local(p, self.gradients[name]) if name in self.gradients else p
 
 
@@ -93,12 +99,12 @@ class Style(ParallelStyle):
 
     def compute(self, at: Site, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """The local output of local inputs."""
-        with locally(at.module, at.gradients, self.others(at)):
+        with shown(self.values(at)):
             return forward(*args, **kwargs)
 
-    def others(self, at: Site) -> dict[str, Any]:
-        """Attributes that are otherwise while the module runs."""
-        return {}
+    def values(self, at: Site) -> list[tuple[nn.Module, str, Any]]:
+        """What modules have in the place of their attributes, while they run."""
+        return [(*at.owner(name), at.local(name)) for name in at.gradients]
 
     def finish(self, at: Site, output: Any) -> Any:
         """The output as it leaves the module."""
@@ -157,11 +163,12 @@ class Column(Style):
         self.pieces, self.unit, self.units = pieces, unit, units
 
     def cuts(self, module: nn.Module) -> dict[str, Placement]:
-        def cut(dim: int) -> Placement:
-            return Shard(dim) if self.pieces == 1 else _StridedShard(dim, split_factor=self.pieces)
-
-        placed = {"weight": cut(1 if transposed(module) else 0)}
-        return {**placed, "bias": cut(0)} if getattr(module, "bias", None) is not None else placed
+        """A bias in pieces is whole on every rank, which uses its part: `fully_shard` cannot cut such a part again."""
+        dim, biased = 1 if transposed(module) else 0, getattr(module, "bias", None) is not None
+        if self.pieces > 1:
+            placed: dict[str, Placement] = {"weight": _StridedShard(dim, split_factor=self.pieces)}
+            return {**placed, "bias": Replicate()} if biased else placed
+        return {"weight": Shard(dim), **({"bias": Shard(0)} if biased else {})}
 
     def problem(self, module: nn.Module, size: int) -> str | None:
         if not linear(module):
@@ -174,8 +181,17 @@ class Column(Style):
                     f"ranks cannot divide: choose a tensor size that divides them, or another number of {self.units}")
         return None
 
-    def others(self, at: Site) -> dict[str, Any]:
-        return {"nf": at.module.nf // at.mesh.size()} if transposed(at.module) else {}
+    def values(self, at: Site) -> list[tuple[nn.Module, str, Any]]:
+        found = super().values(at)
+        if transposed(at.module):
+            found.append((at.module, "nf", at.module.nf // at.mesh.size()))
+        if self.pieces == 1:
+            return found
+        return [(module, name, self.part(value, at.mesh) if name == "bias" else value) for module, name, value in found]
+
+    def part(self, bias: Tensor, mesh: Any) -> Tensor:
+        """What this rank uses of a bias in pieces."""
+        return bias.view(self.pieces, mesh.size(), -1)[:, mesh.get_local_rank()].flatten()
 
 
 class Row(Style):
