@@ -56,8 +56,9 @@ class Own(nn.Module):
         return self.head(self.last(self.mixing(x + self.feed(self.second(x)))))
 
 
-PLAN = {"[qkv]": "column", "o": "row", "feed.0": "column", "feed.2": "row", "tokens": "vocabulary", "head": "vocabulary",
-        "first": "sequence", "second": "sequence", "last": "sequence", "positions": "replicate", "mixing": "replicate"}
+PLAN = {"[qkv]": "column", "o": "row", "feed.0": "column", "feed.2": "row", "tokens": "vocabulary",
+        "head": "vocabulary", "first": "sequence", "second": "sequence", "last": "sequence", "positions": "replicate",
+        "mixing": "replicate"}
 
 
 def own(dtype: torch.dtype, tokens: int, padding: int | None = None) -> nn.Module:

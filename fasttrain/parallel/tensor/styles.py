@@ -20,6 +20,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from fasttrain.parallel.tensor import partial
 from fasttrain.parallel.tensor.cut import distributed, local, shown
 from fasttrain.parallel.tensor.moves import ADDENDS, CUT, JOIN, Move, first_moved
+from fasttrain.parallel.tensor.shared import Shared
 
 
 def transposed(module: nn.Module) -> bool:
@@ -158,9 +159,16 @@ class Column(Style):
         unit: features of what cannot be divided, as a head, and `units`: how errors call several.
     """
 
-    def __init__(self, input: Move | None, pieces: int = 1, unit: int = 1, units: str = "features that go out"):
+    def __init__(self, input: Move | None, pieces: int = 1, unit: int = 1, units: str = ""):
         super().__init__(input)
         self.pieces, self.unit, self.units = pieces, unit, units
+        self.shared: Shared | None = None  # with other columns of the module around this one
+
+    def enter(self, at: Site, x: Any) -> Any:
+        def bring(x: Any) -> Any:
+            return Style.enter(self, at, x)
+
+        return bring(x) if self.shared is None else self.shared.bring(x, bring)
 
     def cuts(self, module: nn.Module) -> dict[str, Placement]:
         """A bias in pieces is whole on every rank, which uses its part: `fully_shard` cannot cut such a part again."""
@@ -177,8 +185,9 @@ class Column(Style):
         _, out = features(module)
         count, rest = divmod(out, self.unit * self.pieces)
         if rest or count % size:
-            return (f"its {out} features that go out are {out / self.unit / self.pieces:g} {self.units}, which {size} "
-                    f"ranks cannot divide: choose a tensor size that divides them, or another number of {self.units}")
+            whole = f", of {out / self.unit / self.pieces:g} {self.units}," if self.units else ""
+            return (f"its {out} features that go out{whole} cannot be divided by {size}: choose a tensor size that "
+                    f"divides the {self.units or 'features'}, or another number of them")
         return None
 
     def values(self, at: Site) -> list[tuple[nn.Module, str, Any]]:
