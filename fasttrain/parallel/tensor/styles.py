@@ -35,10 +35,10 @@ def linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or transposed(module)
 
 
-def features(module: nn.Module) -> tuple[int, int]:
+def features(module: Any) -> tuple[int, int]:
     """Features that go into a linear layer, and out."""
-    into, out = module.weight.shape if transposed(module) else reversed(module.weight.shape)  # type: ignore[union-attr, arg-type]
-    return into, out
+    first, second = module.weight.shape
+    return (first, second) if transposed(module) else (second, first)
 
 
 class Site(NamedTuple):
@@ -61,7 +61,7 @@ class Site(NamedTuple):
         path, _, last = name.rpartition(".")
         return self.module.get_submodule(path) if path else self.module, last
 
-    def local(self, name: str) -> Tensor:
+    def local(self, name: str) -> Any:
         """What this rank has of a parameter, in the autograd graph; a plain one as it is."""
         module, last = self.owner(name)
         p = module._parameters[last]
@@ -98,7 +98,7 @@ class Style(ParallelStyle):
         """The first input as the module gets it."""
         return first_moved(x, at.mesh, self.input, at.name)
 
-    def compute(self, at: Site, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def compute(self, at: Site, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The local output of local inputs."""
         with shown(self.values(at)):
             return forward(*args, **kwargs)
@@ -135,7 +135,7 @@ class Style(ParallelStyle):
                 kwargs = {**kwargs, first: self.enter(at, kwargs[first])}
             return self.finish(at, self.compute(at, own, args, kwargs))
 
-        module.forward = types.MethodType(run, module)  # type: ignore[method-assign]
+        module.forward = types.MethodType(run, module)
         return module
 
     def _apply(self, module: nn.Module, device_mesh: Any) -> nn.Module:
@@ -230,13 +230,13 @@ class Row(Style):
                     "them, or another width")
         return None
 
-    def compute(self, at: Site, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def compute(self, at: Site, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x, = (*args, *kwargs.values())
         return x @ at.local("weight") if transposed(at.module) else F.linear(x, at.local("weight"))
 
     def finish(self, at: Site, output: Any) -> Any:
         output = super().finish(at, output)
-        return output if getattr(at.module, "bias", None) is None else output + at.local("bias")
+        return output if getattr(at.module, "bias", None) is None else output + at.local("bias").to(output.dtype)
 
 
 class Whole(Style):
