@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import ranks
 import torch
-from meshed import term_of, whole
+from onmesh import term_of, whole
 from torch import Tensor, nn
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.testing import assert_close

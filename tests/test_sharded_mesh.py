@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import meshed
+import onmesh
 import pytest
 import ranks
 import torch
-from meshed import Model, loss_of, parallelized, term_of, tokens_of, whole
+from onmesh import Model, loss_of, parallelized, term_of, tokens_of, whole
 from shards import assert_same_parts, compare, gradients, placed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -43,7 +43,7 @@ def trained(wire: Any, sizes: dict[str, int], sequence: bool, tied: bool, blocks
                 loss = loss_of(model, tokens_of(step, term_of(mesh), micro)) / micros
                 loss.backward()
                 total += loss.detach()
-        wanted = meshed.gradients(alone, step, mesh.terms, micros)
+        wanted = onmesh.gradients(alone, step, mesh.terms, micros)
         assert_close(sharded.losses(total, stop=float(wire.rank == 1))[0], wanted.double(), **CLOSE)
         assert sharded.losses(total, stop=float(wire.rank == 1))[1] == 1
         for name, p in alone.named_parameters():
