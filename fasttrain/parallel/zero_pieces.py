@@ -78,9 +78,9 @@ def divisible(pattern: Any, params: Sequence[Sequence[Tensor]]) -> bool:
     for index, group in enumerate(pattern.param_groups):
         if not pattern.takes_storage(group) or group.get("clip_each") is not None:
             return False
-        for place, p in enumerate(params[index]):
-            if not row_major(p) and any(codec(number).block or number & STOCHASTIC
-                                        for number in codecs_of(pattern, (index, place))):
+        for number, p in enumerate(params[index]):
+            if not row_major(p) and any(codec(one).block or one & STOCHASTIC
+                                        for one in codecs_of(pattern, (index, number))):
                 return False
     return True
 
@@ -140,8 +140,9 @@ def pieces(rank_of: Mapping[str, int], buckets: Sequence[Bucket], cuts: Sequence
     return sorted(found, key=lambda piece: piece.where)
 
 
-def parts_of(p: Any, name: str, first: int, numel: int, identity: int, stochastic: bool) -> list[tuple[int, int, Part]]:
-    """An interval of what this rank holds of a parameter, as parts of the whole: first element, length and part of each.
+def parts_of(p: Any, name: str, first: int, numel: int, identity: int,
+             stochastic: bool) -> list[tuple[int, int, Part]]:
+    """An interval of what this rank holds of a parameter, as parts of the whole: first element, length, and the part.
 
     It is one, but where random draws need to know where in the whole each element lies, and the interval begins within
     a row of a tensor that is cut by columns: then the rest of that row is a part of its own.
@@ -165,6 +166,15 @@ def parts_of(p: Any, name: str, first: int, numel: int, identity: int, stochasti
         found.append((first + head, numel - head, Part(identity, begin + (first + head) // run * pitch, elements, run,
                                                        pitch, blocks)))
     return found
+
+
+def slot_of(value: Tensor, piece: Piece) -> Tensor:
+    """What lies in the slot of a piece's parameter: values of the shape of what this rank holds, flat."""
+    if row_major(piece.whole):
+        return value.reshape(-1)
+    flat = torch.empty(value.numel(), dtype=value.dtype, device=value.device)
+    view_of(flat, piece.held, 0).copy_(value)
+    return flat
 
 
 def give(piece: Piece, grad: Tensor) -> None:
