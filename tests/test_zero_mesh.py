@@ -11,7 +11,7 @@ import torch
 from onmesh import Model, loss_of, parallelized, term_of, tokens_of, whole
 from torch.testing import assert_close
 
-from fasttrain.optim import AdamW, Muon
+from fasttrain.optim import AdamW
 from fasttrain.optim.local import local
 from fasttrain.parallel import DataParallel, Mesh, Zero
 
