@@ -37,7 +37,7 @@ def seen(routing: Routing, wire: Wire | None) -> Seen:
 
 
 def load_balancing_loss(routing: Routing, of: Seen) -> Tensor:
-    r"""The load-balancing loss, 1 where all experts get alike, up to the number of experts where one gets all.
+    r"""The load-balancing loss, 1 where all experts get alike, E / top_k where as few as possible get all.
 
     .. math:: E \sum_i f_i P_i
 

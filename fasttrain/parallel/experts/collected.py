@@ -149,6 +149,7 @@ def carry(model: nn.Module, scale: float | Tensor | None = 1.0) -> None:
             A tensor is read in backward: write to it what has changed. None: losses are for `auxiliary` again.
 
     Example:
+        >>> from fasttrain.parallel.experts import MoE
         >>> layer = MoE(8, 16, experts=4)
         >>> carry(layer, 1 / 4)
         >>> layer(torch.randn(5, 8)).sum().backward()

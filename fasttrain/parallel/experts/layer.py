@@ -91,6 +91,7 @@ class MoE(Boxed):
         ValueError: numbers that do not fit, with the numbers.
 
     Example:
+        >>> from fasttrain.parallel.experts import MoE, auxiliary
         >>> layer = MoE(width=16, hidden=32, experts=4, top_k=2)
         >>> x = torch.randn(2, 5, 16)
         >>> loss = layer(x).square().mean() + auxiliary(layer)
