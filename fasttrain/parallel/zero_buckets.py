@@ -78,6 +78,7 @@ class Rotating(Bucket):
         self.plan, self.params, self.names = plan, params, names
         self.data = memory[: plan.elements]
         self.slots = Slots(self.data, [p.detach() for p in params], [slot.start for slot in plan.slots])
+        self.shown = self.kept = self.slots.views
         ends = [0, *(slot.start + slot.numel for slot in plan.slots)]
         starts = [*(slot.start for slot in plan.slots), plan.elements]
         self.staged = self._staging = None
