@@ -200,7 +200,7 @@ def test_bias_brings_balance() -> None:
         before = metrics(layer)[""].counts
         rebalance(layer, 0.01)
         for _ in range(200):
-            layer.router.load += layer.router(x).counts
+            layer.router.count(layer.router(x).counts)
             rebalance(layer, 0.01)
         layer(x)
     after = metrics(layer)[""].counts
@@ -208,6 +208,7 @@ def test_bias_brings_balance() -> None:
     assert int(after.max() - after.min()) <= 30  # 0.01 of a score at a time: 512 tokens change over a few at a time
     layer.eval()(x)
     assert int(layer.router.load.sum()) == 1024  # of the last pass in training: evaluation does not count
+    assert [name for name, _ in layer.named_buffers()] == list(layer.state_dict())[1:2] == ["router.bias"]
 
 
 def test_balance_of_equal_and_of_one() -> None:

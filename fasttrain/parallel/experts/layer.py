@@ -200,8 +200,8 @@ class MoE(Boxed):
         if torch._C._current_graph_task_id() == -1:
             choices = max(routing.chosen.numel(), 1)
             self.metrics = Metrics(routing.counts, (dropped / choices).float(), *(loss.detach() for loss in losses))
-            if self.router.load is not None and self.training:
-                self.router.load += routing.counts
+            if self.training:
+                self.router.count(routing.counts)
         return self.box.attach(output, self.balance * losses[0] + self.z * losses[1]) if self.weighted else output
 
     def extra_repr(self) -> str:
