@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from fasttrain.dist.mesh import MEAN, Mesh
 from fasttrain.dist.wire import Wire
 from fasttrain.parallel.experts import balance
-from fasttrain.parallel.experts.collected import Box, Boxed
+from fasttrain.parallel.experts.collected import Box, Boxed, shaped
 from fasttrain.parallel.experts.moved import entering, exchanged, gathered, leaving, spread
 from fasttrain.parallel.experts.plan import by_expert, capacity_of, capped, dropless
 from fasttrain.parallel.experts.router import Router, Routing
@@ -148,7 +148,7 @@ class MoE(Boxed):
             tokens, weights = (entering(tensor, self.ranks.tensor) for tensor in (tokens, routing.weights))
         output, dropped = self._mixed(tokens, routing, weights)
         output = leaving(output, self.ranks.tensor).to(x.dtype)
-        return self._told(output, routing, dropped).view(x.shape)
+        return shaped(self._told(output, routing, dropped), x.shape)
 
     def _mixed(self, tokens: Tensor, routing: Routing, weights: Tensor) -> tuple[Tensor, Tensor]:
         """(what the experts make of the tokens, how many choices found no room)."""
