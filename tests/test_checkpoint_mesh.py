@@ -9,8 +9,8 @@ import pytest
 import ranks
 import torch
 from checkpointed import flat
+from cutmeshes import MESHES, STORED, Run, ranks_of, taken
 from helpers import assert_same_bits
-from meshed import MESHES, STORED, Run, ranks_of, taken
 from torch import Tensor
 
 from fasttrain.checkpoint import Checkpointer, Reader, verify

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fasttrain.checkpoint.parts import Part, boxes
 from fasttrain.checkpoint.regions import Region
-from fasttrain.optim.local import is_dtensor, local, place, positions
+from fasttrain.optim.local import is_dtensor, local, positions
+from fasttrain.optim.placing import place
 
 
 def in_memory_order(name: str, flat: Tensor, whole: Any, first: int) -> list[Part]:
