@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fasttrain.parallel.pipeline import held
 from fasttrain.parallel.wrapped import bare, clean_name, inside_of, names_in, strip
 
 __all__ = ["Named", "bare", "names_in", "strip"]
@@ -15,8 +16,9 @@ __all__ = ["Named", "bare", "names_in", "strip"]
 def ties_of_whole(model: nn.Module) -> Mapping[str, str]:
     """The first names of parameters that were tied to others in the model which this is a part of, by their own names.
 
-    A pipeline's stage that has the head, and not the embedding to which it was tied, has an attribute `whole_ties`
-    that says so: ``{"head.weight": "embedding.weight"}``. What the part has under its first name too is tied there.
+    What `fasttrain.parallel.pipeline.split` has made knows them. A stage that was made in another way, and has the head
+    but not the embedding to which it was tied, has an attribute `whole_ties` that says so:
+    ``{"head.weight": "embedding.weight"}``. What the part has under its first name too is tied there.
 
     Example:
         >>> stage = nn.Linear(2, 2, bias=False)
@@ -26,6 +28,8 @@ def ties_of_whole(model: nn.Module) -> Mapping[str, str]:
     """
     inner = bare(model)
     told: Mapping[str, str] = getattr(inner, "whole_ties", {})
+    if hasattr(inner, held.MARK):
+        told = held.names_of_whole(inner)
     own = set(names_in(inner, [name for name, _ in inner.named_parameters(remove_duplicate=False)]).values())
     return {name: first for name, first in told.items() if first not in own}
 
