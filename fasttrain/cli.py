@@ -87,11 +87,11 @@ def _first_section(box: str) -> str:
 def train(config: TrainConfig, here: Place | None) -> int:
     """Check everything, run the processes, and report; or, where torchrun has started this one, be one of them."""
     begun = time.perf_counter()
-    from fasttrain.train import recipe, report, source
+    from fasttrain.train import checking, recipe, report, source
 
     if here is not None:
         config.check_started_by_torchrun(here.world, here.most_restarts)
-    config.check(None if here is None else here.here)
+    checking.check(config, None if here is None else here.here)
     recipe.check(config)
     if here is not None:
         from fasttrain.train import rank

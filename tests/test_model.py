@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from fasttrain.train.model import GPT, Embedding, loss_of, rotary, rotate
 
@@ -107,3 +108,88 @@ def test_every_parameter_learns(model):
     loss_of(model, torch.randint(0, 256, (2, 17))).backward()
     for name, p in model.named_parameters():
         assert p.grad.any(), name
+
+
+def fresh(**options):
+    torch.manual_seed(0)
+    model = GPT(layers=3, width=32, heads=4, positions=16, ngrams=2, rows=64, vocabulary=32, **options)
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.1)
+    return model.double()
+
+
+def test_shared_heads_of_keys_are_as_many_equal_ones():
+    few, many = fresh(kv_heads=2), fresh()
+    with torch.no_grad():
+        for block, other in zip(few.blocks, many.blocks, strict=True):
+            rows = block.qkv.weight.view(2, 4, 8, 32)  # of each head of keys: two of queries, the key, the value
+            for head in range(4):
+                key = rows[head // 2]
+                other.qkv.weight.view(4, 3, 8, 32)[head] = torch.stack([key[head % 2], key[2], key[3]])
+            for name in ("out", "up", "down"):
+                getattr(other, name).weight.copy_(getattr(block, name).weight)
+        many.embedding.load_state_dict(few.embedding.state_dict())
+        many.head.load_state_dict(few.head.state_dict())
+        for block, other in zip([*few.blocks, few], [*many.blocks, many], strict=True):
+            for name, child in block.named_children():
+                if isinstance(child, nn.RMSNorm):
+                    getattr(other, name).load_state_dict(child.state_dict())
+    text = torch.randint(0, 32, (2, 16))
+    torch.testing.assert_close(few(text), many(text), rtol=1e-12, atol=1e-12)
+
+
+def test_attention_is_that_of_its_equation():
+    model = fresh()
+    block, x = model.blocks[0], torch.randn(2, 16, 32, dtype=torch.float64)
+    rows = block.qkv.weight.view(4, 3, 8, 32)
+    heads = []
+    for q, k, v in ((x @ head.mT for head in heads) for heads in rows):
+        q, k = (rotate(part[:, None], model.cos, model.sin)[:, 0] for part in (q, k))
+        later = torch.ones(16, 16).triu(1).bool()
+        heads.append((q @ k.mT / math.sqrt(8)).masked_fill(later, -math.inf).softmax(-1) @ v)
+    by_hand = torch.cat(heads, -1) @ block.out.weight.T
+    torch.testing.assert_close(block.attention(x, model.cos, model.sin), by_hand, rtol=1e-12, atol=1e-12)
+
+
+def test_a_gate_multiplies_what_goes_up():
+    model = fresh(gated=True)
+    block, x = model.blocks[0], torch.randn(2, 16, 32, dtype=torch.float64)
+    assert block.up.weight.shape == block.gate.weight.shape == (128, 32)
+    by_hand = (F.silu(x @ block.gate.weight.T) * (x @ block.up.weight.T)) @ block.down.weight.T
+    torch.testing.assert_close(block.feed(x), by_hand, rtol=1e-12, atol=1e-12)
+
+
+def test_a_tied_head_is_the_embedding():
+    model = fresh(tied=True)
+    assert model.head.weight is model.embedding.bytes.weight
+    assert model.tied == {"head.weight": "embedding.bytes.weight"}
+    first = GPT(layers=2, width=64, heads=2, positions=8, tied=True)
+    assert first(torch.randint(0, 256, (2, 8))).std() < 2  # a first guess that is not far from every byte alike
+
+
+@pytest.mark.parametrize("options", [{}, {"tied": True, "gated": True}], ids=str)
+def test_parts_one_after_the_other_are_the_model_and_keep_their_names(options):
+    whole = fresh(**options)
+    names = dict(whole.named_parameters(remove_duplicate=False))
+    x = text = torch.randint(0, 32, (2, 16))
+    found = set()
+    for parts in (["embedding", "blocks.0"], ["blocks.2", "head"], ["blocks.1"]):
+        stage = fresh(**options)
+        stage.keep(parts)
+        assert stage.parts() == parts
+        own = dict(stage.named_parameters(remove_duplicate=False))
+        found |= set(own)
+        assert all(torch.equal(p, names[name]) for name, p in own.items())
+        if parts[0] == "blocks.2":
+            last = stage
+        else:
+            x = stage(x)
+    assert found == set(names)
+    assert torch.equal(last(x), whole(text))
+
+
+def test_unknown_parts_and_heads_that_cannot_share_are_refused():
+    with pytest.raises(ValueError, match=r"\['blocks.7'\] are no parts of this model, which has embedding, blocks.0"):
+        fresh().keep(["blocks.0", "blocks.7"])
+    with pytest.raises(ValueError, match="4 heads cannot share 3 heads of keys"):
+        fresh(kv_heads=3)

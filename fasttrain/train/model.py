@@ -6,6 +6,8 @@ Shapes: B sequences, T positions, C features, H heads, D = C / H features of a h
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,25 +35,62 @@ def rotate(x_BHTD: Tensor, cos_TD2: Tensor, sin_TD2: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """Attention, then two linear layers; each reads a normalised copy of the stream and adds to it."""
+    """Attention, then a feed-forward part; each reads a normalised copy of the stream and adds to it.
 
-    def __init__(self, width: int, heads: int):
+    Args:
+        width: features.
+        heads: of queries.
+        kv_heads: of keys and values, each of which serves ``heads / kv_heads`` of queries.
+        gated: multiply what goes up by a gate, in place of squaring it.
+
+    The rows of `qkv` lie in the order of key heads: queries of the first, its key, its value, then those of the next.
+    So ranks that divide the rows (`fasttrain.parallel.tensor_parallel`) have whole heads, and the same code.
+
+    Reference: grouped queries, Ainslie et al., arXiv 2305.13245; gates, Shazeer, arXiv 2002.05202.
+    """
+
+    context: Any = None  # by what positions are divided over ranks, if they are
+
+    def __init__(self, width: int, heads: int, kv_heads: int | None = None, gated: bool = False):
         super().__init__()
-        self.heads = heads
+        self.features, self.shared = width // heads, heads // (kv_heads or heads)
+        hidden = feed_width(width, gated)
         self.norm_attention = nn.RMSNorm(width)
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.qkv = nn.Linear(width, (self.shared + 2) * (kv_heads or heads) * self.features, bias=False)
         self.out = nn.Linear(width, width, bias=False)
         self.norm_feed = nn.RMSNorm(width)
-        self.up = nn.Linear(width, 4 * width, bias=False)
-        self.down = nn.Linear(4 * width, width, bias=False)
+        self.gate = nn.Linear(width, hidden, bias=False) if gated else None
+        self.up = nn.Linear(width, hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x_BTC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        B, T, C = x_BTC.shape
-        qkv = self.qkv(self.norm_attention(x_BTC))
-        q, k, v = qkv.view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-        y = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True)
-        x_BTC = x_BTC + self.out(y.transpose(1, 2).reshape(B, T, C))
-        return x_BTC + self.down(F.relu(self.up(self.norm_feed(x_BTC))).square())
+        x_BTC = x_BTC + self.attention(self.norm_attention(x_BTC), cos, sin)
+        return x_BTC + self.feed(self.norm_feed(x_BTC))
+
+    def attention(self, x_BTC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        qkv = self.qkv(x_BTC)
+        B, T, _ = qkv.shape  # all T of this rank, where the stream between blocks is divided
+        q, k, v = qkv.view(B, T, -1, self.shared + 2, self.features).split([self.shared, 1, 1], dim=3)
+        q, k, v = (part.flatten(2, 3).transpose(1, 2) for part in (q, k, v))  # each (B, its heads, T, D)
+        if self.context is None:
+            q, k = (rotate(part, cos[:T], sin[:T]) for part in (q, k))
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.shared > 1)
+        else:
+            cos, sin = (self.context.cut(table[: T * self.context.size], 0) for table in (cos, sin))
+            y = self.context.attention(rotate(q, cos, sin), rotate(k, cos, sin), v)
+        return self.out(y.transpose(1, 2).reshape(B, T, -1))
+
+    def feed(self, x_BTC: Tensor) -> Tensor:
+        up = self.up(x_BTC)
+        return self.down(F.relu(up).square() if self.gate is None else F.silu(self.gate(x_BTC)) * up)
+
+
+def feed_width(width: int, gated: bool) -> int:
+    """Features within the feed-forward part: four times the width, or with a gate 8/3, rounded up to a multiple of 64.
+
+    So there are as many parameters with a gate as without, or a few more.
+    """
+    return -(-8 * width // (3 * 64)) * 64 if gated else 4 * width
 
 
 class Embedding(nn.Module):
@@ -91,23 +130,39 @@ class GPT(nn.Module):
         layers, width, heads, ngrams, rows: as in `fasttrain.train.config.TrainConfig`.
         positions: the longest sequence.
         vocabulary: how many tokens there are.
+        kv_heads, gated: of the blocks; see `Block`.
+        tied: the last layer has the weight of the single tokens' embedding.
+
+    It is a chain of `parts`, of which a rank of a pipeline may `keep` some; `forward` runs those that there are.
 
     Example:
         >>> model = GPT(layers=1, width=16, heads=2, positions=8)
         >>> model(torch.zeros(3, 8, dtype=torch.long)).shape
         torch.Size([3, 8, 256])
+        >>> model.parts()
+        ['embedding', 'blocks.0', 'head']
     """
 
     cos: Tensor
     sin: Tensor
+    embedding: Embedding | None
+    norm: nn.RMSNorm | None
+    head: nn.Linear | None
 
     def __init__(self, layers: int, width: int, heads: int, positions: int, ngrams: int = 1, rows: int = 0,
-                 vocabulary: int = VOCABULARY):
+                 vocabulary: int = VOCABULARY, kv_heads: int | None = None, gated: bool = False, tied: bool = False):
         super().__init__()
-        self.embedding = Embedding(width, ngrams, rows, vocabulary)
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        if heads % (kv_heads or heads):
+            raise ValueError(f"{heads} heads cannot share {kv_heads} heads of keys: give a divisor of {heads}")
+        self.positions = positions
+        embedding, head = Embedding(width, ngrams, rows, vocabulary), nn.Linear(width, vocabulary, bias=False)
+        if tied:
+            head.weight = embedding.bytes.weight
+        self.tied = {"head.weight": "embedding.bytes.weight"} if tied else {}
+        self.embedding = embedding
+        self.blocks = nn.ModuleList(Block(width, heads, kv_heads, gated) for _ in range(layers))
         self.norm = nn.RMSNorm(width)
-        self.head = nn.Linear(width, vocabulary, bias=False)
+        self.head = head
         cos, sin = rotary(positions, width // heads)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -121,17 +176,44 @@ class GPT(nn.Module):
             elif ".endings." in name:
                 nn.init.normal_(p, std=0.02)  # most endings are rare: let a row speak once it has learnt something
             elif "embedding" in name:
-                nn.init.normal_(p)
+                nn.init.normal_(p, std=1 / math.sqrt(p.shape[1]) if self.tied else 1.0)
             elif p.ndim == 2:
                 nn.init.normal_(p, std=1 / math.sqrt(p.shape[1]))
 
-    def forward(self, bytes_BT: Tensor) -> Tensor:
-        """Logits of the next byte, shape (B, T, V), from integers of shape (B, T)."""
-        x = self.embedding(bytes_BT)
-        T = bytes_BT.shape[1]
-        for block in self.blocks:
-            x = block(x, self.cos[:T], self.sin[:T])
-        return self.head(self.norm(x))
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of the next byte, shape (B, T, V), from integers of shape (B, T), if all parts are here."""
+        return self.run(self.parts(), x)
+
+    def parts(self) -> list[str]:
+        """The parts that are here, in the order in which they run."""
+        blocks = [f"blocks.{name}" for name, _ in self.blocks.named_children()]
+        return ["embedding"] * (self.embedding is not None) + blocks + ["head"] * (self.head is not None)
+
+    def keep(self, parts: Sequence[str]) -> None:
+        """Drop all parts but these; what stays has the names that it had."""
+        if unknown := set(parts) - set(self.parts()):
+            raise ValueError(f"{sorted(unknown)} are no parts of this model, which has {', '.join(self.parts())}")
+        for part in set(self.parts()) - set(parts):
+            if part == "embedding":
+                self.embedding = None
+            elif part == "head":
+                self.norm = self.head = None
+            else:  # `del` of a ModuleList would give those behind other names
+                self.blocks._modules.pop(part.removeprefix("blocks."))
+
+    def run(self, parts: Sequence[str], x: Tensor) -> Tensor:
+        """The output of some parts that follow one another, from that of the part before them."""
+        for part in parts:
+            if part == "embedding":
+                assert self.embedding is not None
+                x = self.embedding(x)
+            elif part == "head":
+                assert self.norm is not None
+                assert self.head is not None
+                x = self.head(self.norm(x))
+            else:
+                x = self.blocks._modules[part.removeprefix("blocks.")](x, self.cos, self.sin)
+        return x
 
 
 def loss_of(model: nn.Module, windows_BT1: Tensor, label_smoothing: float = 0.0, z_loss: float = 0.0) -> Tensor:
