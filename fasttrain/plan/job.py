@@ -17,7 +17,7 @@ Recompute = Literal["none", "selective", "full"]
 RECOMPUTES: tuple[Recompute, ...] = ("none", "selective", "full")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # one object is one job: what is counted of it is kept by it
 class Job:
     """A training, however it is divided.
 

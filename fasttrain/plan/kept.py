@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 from fasttrain.plan.job import Job, Way
 from fasttrain.plan.shapes import Shape
-from fasttrain.plan.tensors import of_part, on_rank
+from fasttrain.plan.tensors import Stage, of_part, on_rank
 
 Divided = Literal["tensor", "stream", "input", ""]
 FP32, INT64 = 4, 8
@@ -179,13 +179,12 @@ def of_head(job: Job, way: Way) -> float:
     return tokens * total(norms, way) + logits
 
 
-def of_parts(parts: Sequence[str], job: Job, way: Way) -> tuple[float, float]:
-    """Bytes that a rank's parts keep of a micro-batch, and those of them that are the head's."""
-    blocks = sum(part.startswith("blocks.") for part in parts)
-    found = blocks * of_block(job, way)
-    if "embedding" in parts:
+def of_stage(here: Stage, job: Job, way: Way) -> tuple[float, float]:
+    """Bytes that a rank's parts keep of a micro-batch, without the head, and those of the head."""
+    found = here.blocks * of_block(job, way)
+    if "embedding" in here.parts:
         found += of_embedding(job, way)
-    return found, of_head(job, way) if "head" in parts else 0.0
+    return found, of_head(job, way) if "head" in here.parts else 0.0
 
 
 def formula(shape: Shape, sequence: int, batch: int, tensor: int = 1, sequence_parallel: bool = False) -> float:

@@ -13,7 +13,7 @@ from fasttrain import optim
 from fasttrain.dist.layout import Entry, FlatLayout
 from fasttrain.optim.part import Part, declare
 from fasttrain.plan.job import PRECISIONS, Job, Way
-from fasttrain.plan.tensors import Held
+from fasttrain.plan.tensors import Held, Stage
 from fasttrain.precision.codecs import code_dtype, codec
 from fasttrain.precision.storage import PRESETS, is_plain, preset
 from fasttrain.train.config import BadInput
@@ -40,57 +40,57 @@ class Kept(NamedTuple):
     gathered: int = 0
 
 
-def kept(held: Sequence[Held], job: Job, way: Way) -> Kept:
-    """What a rank keeps of its parameters and of all that belongs to them.
+def kept(here: Stage, job: Job, way: Way) -> Kept:
+    """What a rank keeps of its parameters and of all that belongs to them."""
+    return _kept(here, job, way.zero, way.shard, way.terms, way.expert)
+
+
+@functools.lru_cache(None)
+def _kept(here: Stage, job: Job, zero: int, shard: int, terms: int, expert: int) -> Kept:
+    if zero == 3 and shard > 1:
+        return _sharded(here.held, job, shard)
+    if zero in (1, 2) and terms > 1:
+        return _divided(here, job, zero, terms, expert)
+    if terms == 1 and job.grad == job.param:  # nothing to average: gradients stay where autograd puts them
+        gradients = here.elements * job.grad
+    else:
+        gradients = sum(bucket.bytes for bucket in buckets(here, job, terms, expert).buckets)
+    return Kept(here.elements * job.param, gradients, sum(states(one.shape, one.numel, job) for one in here.held))
+
+
+@functools.lru_cache(None)
+def buckets(here: Stage, job: Job, terms: int, expert: int = 1) -> FlatLayout:
+    """The buckets in which the gradients of a rank travel, exactly as `Reducer` lays them out.
 
     Arguments:
-        held: what the rank has of each parameter before ZeRO divides it.
+        terms: ranks over which gradients are averaged, those that have other experts among them.
+        expert: of them, the ranks that have different experts.
     """
-    if way.zero == 3 and way.shard > 1:
-        return _sharded(held, job, way)
-    if way.zero in (1, 2) and way.terms > 1:
-        return _divided(held, job, way)
-    weights = sum(one.numel for one in held) * job.param
-    if way.terms == 1 and job.grad == job.param:  # nothing to average: gradients stay where autograd puts them
-        gradients = sum(one.numel for one in held) * job.grad
-    else:
-        gradients = sum(bucket.bytes for bucket in buckets(tuple(held), job, way).buckets)
-    return Kept(weights, gradients, sum(states(one.shape, one.numel, job) for one in held))
+    entries = [Entry(one.name, one.shape, DTYPES[job.param], group="expert" if one.expert else "data")
+               for one in here.held]
+    return FlatLayout.of(entries, {"data": terms, "expert": terms // expert}, bucket_bytes=job.bucket_bytes,
+                         first_bucket_bytes=job.first_bucket_bytes,
+                         bucket_dtype=None if job.grad == job.param else DTYPES[job.grad])
 
 
-@functools.lru_cache(256)
-def _layout(entries: tuple[tuple[str, tuple[int, ...], bool], ...], worlds: tuple[tuple[str, int], ...], param: int,
-            grad: int, first: int, limit: int) -> FlatLayout:
-    made = [Entry(name, shape, DTYPES[param], group="expert" if expert else "data") for name, shape, expert in entries]
-    return FlatLayout.of(made, dict(worlds), bucket_bytes=limit, first_bucket_bytes=first,
-                         bucket_dtype=None if grad == param else DTYPES[grad])
-
-
-def buckets(held: tuple[Held, ...], job: Job, way: Way) -> FlatLayout:
-    """The buckets in which the gradients of a rank travel, exactly as `Reducer` lays them out."""
-    worlds = {"data": way.terms, "expert": way.terms // way.expert}
-    return _layout(tuple((one.name, one.shape, one.expert) for one in held), tuple(worlds.items()), job.param, job.grad,
-                   job.first_bucket_bytes, job.bucket_bytes)
-
-
-def _divided(held: Sequence[Held], job: Job, way: Way) -> Kept:
+def _divided(here: Stage, job: Job, zero: int, terms: int, expert: int) -> Kept:
     """Stages 1 and 2: parameters lie in flat memory as padded as the buckets, states are the first rank's."""
-    layout = buckets(tuple(held), job, way)
-    whole = {one.name: one.numel for one in held}
+    layout = buckets(here, job, terms, expert)
+    whole = {one.name: one.numel for one in here.held}
     owned = [piece for group, _ in layout.worlds for piece in layout.owned(0, group)]
     mine = sum(states((piece.numel,), whole[piece.name], job) for piece in owned)
     weights = sum(bucket.elements for bucket in layout.buckets) * job.param
     gradients = sum(bucket.bytes for bucket in layout.buckets)
-    if way.zero == 2:
+    if zero == 2:
         largest = max(bucket.bytes for bucket in layout.buckets)
         shards = sum(bucket.shard for bucket in layout.buckets) * job.grad
         gradients = shards + min(ROTATING, len(layout.buckets)) * largest
     return Kept(weights, gradients, mine)
 
 
-def _sharded(held: Sequence[Held], job: Job, way: Way) -> Kept:
+def _sharded(held: Sequence[Held], job: Job, shard: int) -> Kept:
     """Stage 3: `fully_shard` cuts dimension 0 of each parameter; the first rank has no smaller part than others."""
-    cut = [one._replace(shape=(-(-one.shape[0] // way.shard), *one.shape[1:])) for one in held]
+    cut = [one._replace(shape=(-(-one.shape[0] // shard), *one.shape[1:])) for one in held]
     elements = sum(one.numel for one in cut)
     blocks: dict[str, int] = {}
     for one in held:
@@ -101,7 +101,7 @@ def _sharded(held: Sequence[Held], job: Job, way: Way) -> Kept:
     return Kept(elements * job.param, elements * job.grad, sum(states(one.shape, one.numel, job) for one in cut), gathered)
 
 
-@functools.lru_cache(4096)
+@functools.lru_cache(None)
 def states(shape: tuple[int, ...], whole: int, job: Job) -> int:
     """Bytes of the optimizer's states of one parameter, or of a part of one that has `whole` elements.
 
@@ -130,7 +130,12 @@ def states(shape: tuple[int, ...], whole: int, job: Job) -> int:
     return total
 
 
-@functools.lru_cache(64)
+def check(job: Job) -> None:
+    """Raise BadInput if there is no such optimizer, or it cannot keep such parameters as the job says."""
+    _pattern(job.optimizer, job.storage, job.precision)
+
+
+@functools.lru_cache(None)
 def _pattern(optimizer: str, storage: str, precision: str) -> Any:
     """An optimizer of a single element, for what its class and options say of any other.
 

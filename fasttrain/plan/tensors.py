@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
@@ -164,3 +166,45 @@ def count(shape: Shape) -> int:
         '124,439,808'
     """
     return sum(held.numel for held in held_by(shape, parts(shape), 1, 1))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stage:
+    """A rank's part of a pipeline: one object for each, so that what is counted of it is kept beside it.
+
+    Attributes:
+        rank: its place in the pipeline.
+        parts: of the model.
+        held: what it has of each parameter, before ZeRO divides it.
+    """
+
+    rank: int
+    parts: tuple[str, ...]
+    held: tuple[Held, ...]
+
+    @functools.cached_property
+    def blocks(self) -> int:
+        return sum(part.startswith("blocks.") for part in self.parts)
+
+    @functools.cached_property
+    def elements(self) -> int:
+        return sum(one.numel for one in self.held)
+
+
+@functools.lru_cache(None)
+def stage(shape: Shape, rank: int = 0, pipeline: int = 1, chunks: int = 1, v_shaped: bool = False, tensor: int = 1,
+          expert: int = 1) -> Stage:
+    """What a rank of a pipeline has."""
+    mine = stages(shape, pipeline, chunks, v_shaped)[rank]
+    return Stage(rank, tuple(mine), tuple(held_by(shape, mine, tensor, expert)))
+
+
+@functools.lru_cache(None)
+def used(shape: Shape, parts: tuple[str, ...]) -> float:
+    """Elements of the matrices with which each token is multiplied in these parts."""
+    found = 0.0
+    for part in parts:
+        for held in of_part(shape, part):
+            if held.product:
+                found += held.numel * shape.top_k / shape.experts if held.expert else held.numel
+    return found
