@@ -80,6 +80,24 @@ def _clean(name: str, inside: Sequence[str]) -> str:
     return name
 
 
+def ties_of_whole(model: nn.Module) -> Mapping[str, str]:
+    """The first names of parameters that were tied to others in the model which this is a part of, by their own names.
+
+    A pipeline's stage that has the head, and not the embedding to which it was tied, has an attribute `whole_ties`
+    that says so: ``{"head.weight": "embedding.weight"}``. What the part has under its first name too is tied there.
+
+    Example:
+        >>> stage = nn.Linear(2, 2, bias=False)
+        >>> stage.whole_ties = {"weight": "embedding.weight"}
+        >>> ties_of_whole(stage)
+        {'weight': 'embedding.weight'}
+    """
+    inner = bare(model)
+    told: Mapping[str, str] = getattr(inner, "whole_ties", {})
+    own = set(names_in(inner, [name for name, _ in inner.named_parameters(remove_duplicate=False)]).values())
+    return {name: first for name, first in told.items() if first not in own}
+
+
 class Named:
     """The names of parameters, by the models of one state.
 
@@ -91,9 +109,10 @@ class Named:
         self._known: dict[int, tuple[str, str]] = {}  # by id: key of the model, name in it
         for key, model in models.items():
             inner = bare(model)
-            inside = _inside(inner)
+            inside, ties = _inside(inner), ties_of_whole(inner)
             for name, p in inner.named_parameters():
-                self._known.setdefault(id(p), (key, _clean(name, inside)))
+                clean = _clean(name, inside)
+                self._known.setdefault(id(p), (key, ties.get(clean, clean)))
 
     def of(self, optimizer: Any, key: str) -> dict[int, str]:
         """The name of every parameter of an optimizer, by the parameter's id.
