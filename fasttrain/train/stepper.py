@@ -92,27 +92,39 @@ class Stepper:
         self.optimizer, self.loss, self.clip, self.context, self.scaler = optimizer, loss, clip, context, scaler
         self.sharded = model if isinstance(model, Sharded) else None
         self.reducer = model.reducer if isinstance(model, DataParallel) else None
-        owner = self.sharded.everyone if self.sharded else self.reducer.wire if self.reducer else None
-        self.wire: Wire | None = owner
+        self.wire: Wire | None = None  # to all ranks
+        if self.sharded is not None:
+            self.wire = self.sharded.everyone
+        elif self.reducer is not None:
+            self.wire = self.reducer.wire if self.reducer.reach.across is None else self.reducer.reach.mesh.wire()
         self.device = next(self.model.parameters()).device
         self.ours = hasattr(optimizer, "step_scaled") and getattr(optimizer, "_pattern", True) is not None
         if scaler is not None and not self.ours:
             raise TypeError(f"a loss scale needs an optimizer of fasttrain.optim: {type(optimizer).__name__} is not")
         self.pipeline = pipeline
         if pipeline is not None:
-            if owner is None:
+            if self.wire is None:
                 raise TypeError(f"a pipeline of a {type(model).__name__}: wrap the model first, in DataParallel(model, "
                                 "mesh=mesh) or shard(model, mesh), also where nobody has a copy of it")
             pipeline.context, pipeline.scaler = context, scaler
         self.steps = 0
         self.stop = False
         self.clock = clock or PhaseClock(self.device)
-        self.traffic = Traffic(self.wire) if self.wire is not None else None
+        self.traffic = Traffic(self._wires()) if self.wire is not None else None
         self.stepping = False
         self._scale: float | None = None if scaler is None else scaler.get_scale()
         self._later = Later(delay=int(self.device.type == "cuda"))
         self._arrived: list[Arrived] = []
         self._one = torch.ones((), dtype=torch.float64, device=self.device)
+
+    def _wires(self) -> list[Wire]:
+        """Those that a step uses."""
+        found = list(self.reducer.reach.everyone) if self.reducer is not None else []
+        if self.sharded is not None:
+            found += [self.sharded.wire, self.sharded.everyone]
+        if self.pipeline is not None:
+            found.append(self.pipeline.wire)
+        return list({id(wire): wire for wire in found}.values())
 
     def run(self, micro_batches: Sequence[Any]) -> None:
         """One step. Every rank gives as many micro-batches, of its own part of the data; a pipeline takes one batch."""
@@ -230,7 +242,7 @@ class Stepper:
         if self.reducer is not None and not self.reducer.idle:
             sums = self.reducer.sums
             assert sums is not None
-            return sums.loss / (self.reducer.terms if items is None else sums.tokens), sums.stop
+            return sums.loss / (self.reducer.reach.terms if items is None else sums.tokens), sums.stop
         return loss / (1 if items is None else items), self._one * self.stop
 
     def state_dict(self) -> dict[str, int]:

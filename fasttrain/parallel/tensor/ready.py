@@ -37,7 +37,7 @@ def first_like(model: nn.Module, pattern: str) -> Any:
 
 
 def gpt(model: nn.Module, sequence: bool, whole: bool) -> Ready | None:
-    """`fasttrain.train.model.GPT`: `qkv` in the order of key heads, a gate or none, experts or none, the head tied or not.
+    """`fasttrain.train.model.GPT`: `qkv` by key heads, a gate or experts or neither, the head tied or not.
 
     What leaves a norm goes to columns only, so it is brought to them there, once. A mixture of experts divides its own
     matrices, and takes and gives all positions whole.
