@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from fasttrain.parallel.tensor.dropout import Dropped
 from fasttrain.parallel.tensor.moves import CUT, JOIN, enter, leave
 from fasttrain.parallel.tensor.names import matches
 from fasttrain.parallel.tensor.styles import Column, Row, Style
@@ -60,6 +61,7 @@ def gpt(model: nn.Module, sequence: bool, whole: bool) -> Ready | None:
         "blocks.*.qkv": Column(None, unit=(block.shared + 2) * block.features, units="heads of keys"),
         "blocks.*.out": Row(leave(sequence), sequence), **feed,
         "norm": norm, "head": Head(None, whole),
+        **({"drop*": Dropped(), "blocks.*.drop*": Dropped()} if sequence else {}),
     }, ("blocks.*",))
 
 
@@ -109,6 +111,7 @@ def gpt2(model: nn.Module, sequence: bool, whole: bool) -> Ready | None:
     }
     if sequence:
         plan |= {f"{base}h.0": Style(CUT), f"{block}.ln_[12]": Style(addends=True),
+                 f"{block}.attn.resid_dropout": Dropped(), f"{block}.mlp.dropout": Dropped(),
                  f"{base}ln_f": Style(output=JOIN, addends=True)}
     return Ready("GPT-2", plan, (block,) if sequence else (f"{block}.attn", f"{block}.mlp", f"{block}.crossattention"))
 
