@@ -76,9 +76,10 @@ def cut(wire: Any, path: str) -> None:
 
     wholes = load_file(path)
     stored.AT_ONCE = 100
+    meshes = {shape: init_device_mesh("cpu", shape) for shape in ((4,), (2, 2))}
     for number, name in enumerate(KEPT):
         mesh_shape, placements = LAYOUTS[name]
-        mesh = init_device_mesh("cpu", mesh_shape)
+        mesh = meshes[mesh_shape]
         model = nn.ParameterDict()
         for key, value in wholes.items():
             part = torch.zeros(value.shape)
