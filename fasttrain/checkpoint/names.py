@@ -7,9 +7,31 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fasttrain.parallel.pipeline import held
 from fasttrain.parallel.wrapped import bare, clean_name, inside_of, names_in, strip
 
 __all__ = ["Named", "bare", "names_in", "strip"]
+
+
+def ties_of_whole(model: nn.Module) -> Mapping[str, str]:
+    """The first names of parameters that were tied to others in the model which this is a part of, by their own names.
+
+    What `fasttrain.parallel.pipeline.split` has made knows them. A stage that was made in another way, and has the head
+    but not the embedding to which it was tied, has an attribute `whole_ties` that says so:
+    ``{"head.weight": "embedding.weight"}``. What the part has under its first name too is tied there.
+
+    Example:
+        >>> stage = nn.Linear(2, 2, bias=False)
+        >>> stage.whole_ties = {"weight": "embedding.weight"}
+        >>> ties_of_whole(stage)
+        {'weight': 'embedding.weight'}
+    """
+    inner = bare(model)
+    told: Mapping[str, str] = getattr(inner, "whole_ties", {})
+    if hasattr(inner, held.MARK):
+        told = held.names_of_whole(inner)
+    own = set(names_in(inner, [name for name, _ in inner.named_parameters(remove_duplicate=False)]).values())
+    return {name: first for name, first in told.items() if first not in own}
 
 
 class Named:
@@ -23,9 +45,10 @@ class Named:
         self._known: dict[int, tuple[str, str]] = {}  # by id: key of the model, name in it
         for key, model in models.items():
             inner = bare(model)
-            inside = inside_of(inner)
+            inside, ties = inside_of(inner), ties_of_whole(inner)
             for name, p in inner.named_parameters():
-                self._known.setdefault(id(p), (key, clean_name(name, inside)))
+                clean = clean_name(name, inside)
+                self._known.setdefault(id(p), (key, ties.get(clean, clean)))
 
     def of(self, optimizer: Any, key: str) -> dict[int, str]:
         """The name of every parameter of an optimizer, by the parameter's id.
