@@ -23,7 +23,7 @@ _lock = threading.Lock()
 @contextmanager
 def by_members(ranks: Sequence[int]) -> Iterator[None]:
     """Let the group of these ranks that torch makes within have a name that all of them come to."""
-    torchs = dist.distributed_c10d
+    torchs: Any = dist.distributed_c10d
     store = torchs._get_default_store()
     with _lock:
         if not _made or _made[0][0] is not store:
