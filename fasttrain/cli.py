@@ -16,14 +16,15 @@ import tyro
 from tyro.conf import subcommand
 
 from fasttrain.commands import Compare, Demo, Doctor, DrawSchedule, Inspect, Report, Tokenize, Verify, say
+from fasttrain.plan.command import Plan
 from fasttrain.train.config import BadInput, TrainConfig
 from fasttrain.train.options import config_argument, from_file
 from fasttrain.train.place import Place, place
 
-COMMANDS = (("tokenize", Tokenize), ("compare", Compare), ("report", Report), ("schedule", DrawSchedule),
+COMMANDS = (("tokenize", Tokenize), ("compare", Compare), ("report", Report), ("schedule", DrawSchedule), ("plan", Plan),
             ("verify", Verify), ("inspect", Inspect), ("demo", Demo),
             ("doctor", Doctor))
-Command = Tokenize | Compare | Report | DrawSchedule | Verify | Inspect | Demo | Doctor
+Command = Tokenize | Compare | Report | DrawSchedule | Plan | Verify | Inspect | Demo | Doctor
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -87,11 +88,11 @@ def _first_section(box: str) -> str:
 def train(config: TrainConfig, here: Place | None) -> int:
     """Check everything, run the processes, and report; or, where torchrun has started this one, be one of them."""
     begun = time.perf_counter()
-    from fasttrain.train import recipe, report, source
+    from fasttrain.train import checking, recipe, report, source
 
     if here is not None:
         config.check_started_by_torchrun(here.world, here.most_restarts)
-    config.check(None if here is None else here.here)
+    checking.check(config, None if here is None else here.here)
     recipe.check(config)
     if here is not None:
         from fasttrain.train import rank

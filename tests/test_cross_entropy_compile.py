@@ -42,3 +42,15 @@ def test_ones_are_constants(name: str, ones: tuple[str, ...]) -> None:
     """Triton compiles a version of its own for an integer that is one."""
     compiled = triton_cross_entropy.compile_ahead(name, 2, 90, True, ones)
     assert disassembly.read(compiled.asm["cubin"])[0].local == 0
+
+
+@pytest.mark.parametrize("storage, arch", [
+    pytest.param(storage, arch, marks=() if storage * 10 + arch in (80, 110, 130) else pytest.mark.slow)
+    for storage in losses.STORAGES for arch in losses.ARCHITECTURES])
+@pytest.mark.parametrize("smooth", [False, True])
+def test_parts_of_rows(storage: int, arch: int, smooth: bool) -> None:
+    """Where classes are divided over ranks only five numbers are written: no spill, and a quarter of the threads."""
+    code = disassembly.read(triton_cross_entropy.compile_ahead(
+        "measure_row", storage, arch, smooth, finish=False).asm["cubin"])[0]
+    assert (code.local, code.stack) == (0, 0)
+    assert code.registers <= 65536 / (2048 / 4)

@@ -102,10 +102,11 @@ def test_in_place(dtype: torch.dtype) -> None:
     assert bool((whole[..., 131:] == 7).all())
 
 
-def pieces_of(logits: Tensor, targets: Tensor, backend: str, scales: Tensor) -> tuple[Tensor, Tensor]:
+def pieces_of(logits: Tensor, targets: Tensor, backend: str, scales: Tensor,
+              smooth: bool = True) -> tuple[Tensor, Tensor]:
     """Losses and derivatives by way of three ranks' parts."""
     cut, classes = [0, 20, 20, 130], logits.shape[1]
-    terms = [Terms(first, classes, -100, 0.1, 1e-3) for first in cut[:3]]
+    terms = [Terms(first, classes, -100, 0.1 * smooth, 1e-3 * smooth) for first in cut[:3]]
     shards = [logits[:, first:last] for first, last in itertools.pairwise(cut)]
     parts = torch.stack([kernel.measure_part(x, targets, t, backend) for x, t in zip(shards, terms, strict=True)])
     found = kernel.finish(kernel.combine(parts), targets, terms[0])
@@ -123,6 +124,20 @@ def test_parts_of_rows() -> None:
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
     whole = measured(logits, targets, Numbers(0.1, 1e-3), scales, "triton")
     torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("offset", [-INF, 1e4, 0.0])
+def test_parts_of_extreme_rows(offset: float) -> None:
+    """A shard all of -inf, one around 10,000, and all logits equal: as of the whole."""
+    logits, _ = draw((4, 130), torch.float32, 4)
+    logits[:, 20:] += offset
+    if offset == 0:
+        logits.zero_()
+    targets, scales, smooth = torch.tensor([0, 3, 19, 7]), torch.ones(4), offset > 0
+    for one, other in zip(pieces_of(logits, targets, "triton", scales, smooth),
+                          measured(logits, targets, Numbers(0.1 * smooth, 1e-3 * smooth), scales, "reference"),
+                          strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_totals() -> None:

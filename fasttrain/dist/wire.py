@@ -205,8 +205,9 @@ class Wire:
         if self.backend == "gloo":
             return exchange.all_to_all(self, into, sends)
         away = sum(t.nbytes for t in sends) - sends[self.rank].nbytes
-        return self._single("all_to_all", away, away, lambda: dist.all_to_all(
-            list(into), list(sends), group=self.group, async_op=True))
+        self.issue("all_to_all", 0, away)  # sizes may differ, and who has nothing to send takes part
+        return Single(self._post(), "all_to_all", away, self._try("all_to_all", lambda: dist.all_to_all(
+            list(into), list(sends), group=self.group, async_op=True)), polled=False)
 
     # --- What the exchange is made of ---------------------------------------------------------------------------------
 

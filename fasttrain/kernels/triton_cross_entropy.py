@@ -225,16 +225,19 @@ def _start(name: str, logits: Tensor, classes: Tensor, *arguments: Any, **consta
             interpreted=interpreted, **options)
 
 
-def compile_ahead(name: str, storage: int, arch: int, smooth: bool = False, ones: Sequence[str] = ()) -> Any:
-    """Compile `measure_row`, whole, or `differentiate_row` for a GPU that need not be here.
+def compile_ahead(name: str, storage: int, arch: int, smooth: bool = False, ones: Sequence[str] = (),
+                  finish: bool = True) -> Any:
+    """Compile `measure_row` or `differentiate_row` for a GPU that need not be here.
 
-    `ones`: the integers that are 1, for which Triton compiles a version of its own.
+    Arguments:
+        ones: the integers that are 1, for which Triton compiles a version of its own.
+        finish: measure whole rows; else the columns of some classes.
     """
     function = kernels(interpreted=False)[name]
     numbers = {"smoothing": "fp32", "z_loss": "fp32", "first": "i32", "vocabulary": "i32", "ignore": "i32"}
     pointers = {"logits": POINTERS[storage], "out": POINTERS[storage], "targets": "*i64", "parts": "*fp32",
                 "losses": "*fp32", "zs": "*fp32", "scales": "*fp32"}
-    constants = {"storage": storage, "smooth": smooth, "finish": True, "one": True, "block": BLOCK,
+    constants = {"storage": storage, "smooth": smooth, "finish": finish, "one": True, "block": BLOCK,
                  "interpreted": False}
     constants |= dict.fromkeys(ones, 1)
     types = {argument: (pointers | numbers).get(argument, "i32") for argument in function.arg_names

@@ -22,8 +22,8 @@ def check_numbers(label_smoothing: float, z_loss: float, reduction: str) -> None
 def check_logits(logits: Tensor, name: str = "logits") -> None:
     """Raise TypeError for tensors that the kernels do not take."""
     if hasattr(logits, "placements"):
-        raise TypeError(f"{name} are a DTensor: give each rank's own classes, {name}.to_local(), to "
-                        "fasttrain.losses.vocab_parallel_cross_entropy, or the whole, full_tensor(), to cross_entropy")
+        raise TypeError(f"{name} are a DTensor: give cross_entropy the DTensor, or vocab_parallel_cross_entropy each "
+                        f"rank's own classes, {name}.to_local()")
     if logits.dtype not in SUPPORTED:
         raise TypeError(f"{name} are {spelled(logits)}; cross-entropy takes "
                         f"{', '.join(str(dtype).removeprefix('torch.') for dtype in SUPPORTED)}")

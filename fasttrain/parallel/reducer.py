@@ -210,7 +210,7 @@ class Reducer(Vouching, Items, Told):
         if hasattr(self, "method") and self.method.final:
             raise RuntimeError(f"gradients travel as {self.method.name!r}, on which an optimizer relies: give the wire "
                                "when the model is wrapped, before the optimizer is made")
-        method = method if self.reach.single else grouped(method, self.reach)
+        method = method if self.reach.single or method.final else grouped(method, self.reach)
         method.prepare(self.wire, self.layout)
         self.method = method
         for bucket in self.buckets:

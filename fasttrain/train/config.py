@@ -1,4 +1,4 @@
-"""The options of ``fasttrain train``: one dataclass, checked before anything is started or written."""
+"""The options of ``fasttrain train``: one dataclass; `fasttrain.train.checking` says which cannot work."""
 
 from __future__ import annotations
 
@@ -53,6 +53,17 @@ class TrainConfig:
     """Another way of the learning rate, in shares of the highest: "warmup(50) + linear(950)", say; drawn by the
     command schedule."""
 
+    kv_heads: int | None = None
+    """Heads of keys and values, each for several heads of queries. Without it: as many as heads."""
+    gated: bool = False
+    """Multiply by a gate in the feed-forward parts, in place of squaring."""
+    tied: bool = False
+    """Predict with the embedding of single bytes (or tokens)."""
+    experts: int = 0
+    """Experts in the feed-forward part of every block, of which each position uses --top-k; 0: one for all."""
+    top_k: int = 2
+    """Experts for each position."""
+
     steps: int = 1000
     """Optimizer steps."""
     batch: int = 16
@@ -71,7 +82,24 @@ class TrainConfig:
     """Rows of the embedding of each length of run; runs share them by hash."""
 
     processes: int = 2
-    """Data-parallel processes. Under torchrun: as many as it has started."""
+    """Processes. Those that no option below lets divide the model divide the batch. Under torchrun: as many as it has
+    started."""
+    tensor: int = 1
+    """Processes that divide every matrix."""
+    sequence_parallel: bool = False
+    """Let those divide what lies between the matrices, too, by positions."""
+    pipeline: int = 1
+    """Processes that divide the blocks, one stage or more for each; --accumulate is the number of micro-batches."""
+    stages: int = 1
+    """Stages for each of them."""
+    pipeline_schedule: Literal["gpipe", "1f1b", "interleaved", "zero-bubble", "zbv"] = "1f1b"
+    """In which order a pipeline works (docs/pipeline.md)."""
+    expert: int = 1
+    """Processes that divide the experts, and the batch."""
+    context: int = 1
+    """Processes that divide each sequence."""
+    copies: int | None = None
+    """Of the sharded model of --zero 3. Without it: one."""
     max_restarts: int = 0
     """How often all processes are started again when one of them fails."""
     threads: int = 1
@@ -132,120 +160,29 @@ class TrainConfig:
         """Steps of the warmup."""
         return min(50, self.steps // 10) if self.warmup is None else self.warmup
 
-    def check(self, here: int | None = None) -> None:
-        """Refuse what cannot work. Imports torch only where the answer depends on it.
+    @property
+    def axes(self) -> dict[str, int | None]:
+        """Sizes for `fasttrain.parallel.Mesh`: what options do not divide divides the batch."""
+        rest = self.processes // max(1, self.tensor * self.pipeline * self.expert * self.context)
+        data = (1 if self.zero == 3 else rest) if self.copies is None else self.copies
+        return {"pipeline": self.pipeline, "data": data, "shard": rest // max(1, data) if self.zero == 3 else 1,
+                "expert": self.expert, "context": self.context, "tensor": self.tensor}
 
-        Args:
-            here: how many of the processes are on this machine; None: all.
+    @property
+    def replicas(self) -> int:
+        """How many processes read different sequences."""
+        return self.processes // max(1, self.tensor * self.pipeline * self.context)
 
-        Raises:
-            BadInput: names the option, what it was, and what to do.
-        """
-        for name in ("steps", "batch", "sequence", "layers", "width", "heads", "ngrams", "rows", "processes", "threads",
-                     "accumulate", "log_every", "validate_every", "max_skips", "keep"):
-            if getattr(self, name) < 1:
-                raise BadInput(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
-        for name in ("lr", "weight_decay", "clip", "warmup", "seed", "max_restarts", "patience", "save_every",
-                     "spikes", "z_loss"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < float("inf"):
-                raise BadInput(f"--{name.replace('_', '-')} {value}: must be finite and not negative")
-        if self.schedule is not None:
-            self._check_schedule(self.schedule)
-        if self.spikes and not self.save_every:
-            raise BadInput(f"--spikes {self.spikes} with --save-every 0: there would be no checkpoint to go back to")
-        if self.rise > self.steps:
-            raise BadInput(f"--steps {self.steps} is shorter than --warmup {self.warmup}: the run would end in its "
-                           f"warmup; use a warmup of at most {self.steps} steps, or a longer run")
-        if self.seed >= 1 << 63:
-            raise BadInput(f"--seed {self.seed}: must be below 2**63")
-        if not 0 < self.held_out < 1:
-            raise BadInput(f"--held-out {self.held_out}: must be a share between 0 and 1")
-        if not 0 <= self.label_smoothing < 1:
-            raise BadInput(f"--label-smoothing {self.label_smoothing}: must be a share, at least 0 and less than 1")
-        if self.tokens is not None:
-            self._check_tokens()
-        if self.sequence < 2:
-            raise BadInput(f"--sequence {self.sequence}: must be at least 2, for there to be something to predict from")
-        if self.width % (2 * self.heads):
-            raise BadInput(
-                f"--width {self.width} with --heads {self.heads}: each head needs an even number of features; "
-                f"use a width that is a multiple of {2 * self.heads}"
-            )
-        if self.recompute is not None and self.recompute not in ("full", "selective") and not (
-                self.recompute.isdecimal() and int(self.recompute) > 0):
-            raise BadInput(f"--recompute {self.recompute}: it is full, selective, or every how many blocks")
-        if self.profile and self.steps < PROFILED:
-            raise BadInput(f"--profile with --steps {self.steps}: it records steps 11 to {PROFILED}; use more steps")
-        ours = not self.optimizer.startswith("torch.")
-        if self.precision not in ("fp32", "bf16") and not ours:
-            raise BadInput(f"--precision {self.precision} with --optimizer {self.optimizer}: it needs loss scales or "
-                           f"masters, which torch's has not; use {self.optimizer.removeprefix('torch.')}")
-        if self.ema is not None and not ours:
-            raise BadInput(f"--ema with --optimizer {self.optimizer}: torch's keeps no average; use "
-                           f"{self.optimizer.removeprefix('torch.')}")
-        if self.ema is not None and not 0 < self.ema < 1:
-            raise BadInput(f"--ema {self.ema}: a decay lies between 0 and 1, like 0.999")
-        self._check_processes(self.processes if here is None else here)
-
-    def _check_tokens(self) -> None:
-        if self.text is not None:
-            raise BadInput(f"--text {self.text} with --tokens {self.tokens}: a run reads text or tokens; leave one out")
-        if self.held_out != type(self).held_out:
-            raise BadInput(f"--held-out {self.held_out} with --tokens {self.tokens}: what is held out was chosen when "
-                           f"the tokens were made; leave it out, or give it to fasttrain tokenize")
-
-    def _check_schedule(self, given: str) -> None:
-        from fasttrain.schedules import parse
-
-        if self.warmup is not None:
-            raise BadInput(f"--schedule {given!r} with --warmup {self.warmup}: say the warmup in the schedule, as "
-                           f"warmup({self.warmup}) + ...")
-        try:
-            parse(given).check(self.steps)
-        except ValueError as error:
-            raise BadInput(f"--schedule: {error}") from error
-
-    def _check_processes(self, here: int) -> None:
-        if self.batch % self.processes:
-            raise BadInput(
-                f"--processes {self.processes} with --batch {self.batch}: a step must give every process the same "
-                f"number of sequences; use a batch that is a multiple of {self.processes}"
-            )
-        if self.batch // self.processes % self.accumulate:
-            raise BadInput(
-                f"--accumulate {self.accumulate} with --batch {self.batch} on {self.processes} processes: every "
-                f"backward pass must have the same number of sequences; use a batch that is a multiple of "
-                f"{self.processes * self.accumulate}"
-            )
-        if self.zero and self.wire == "int8":
-            raise BadInput("--zero with --wire int8: shards of gradients do not travel in 8 bits; use bf16")
-        if self.zero == 3 and self.wire == "ordered":
-            raise BadInput("--zero 3 with --wire ordered: the order of a sharded model's sums is its backend's; use "
-                           "--zero 2, or --wire same")
-        if self.device == "cpu":
-            places, kind = usable_processors(), "processor"
-            if self.threads > places:
-                raise BadInput(f"--threads {self.threads} on {places} processors: use at most {places}")
-            most = max(2, places)  # two share a single processor, so that the default runs everywhere
-        else:
-            import torch
-
-            most = places = torch.cuda.device_count()
-            kind = "GPU"
-            if places == 0:
-                raise BadInput("--device cuda: this torch finds no GPU; use --device cpu")
-        if here > most:
-            raise BadInput(
-                f"--processes {here} on {places} {kind}{'s' if places > 1 else ''}: they would only wait for each "
-                f"other; use at most {most}"
-            )
+    @property
+    def model_parallel(self) -> bool:
+        """Whether processes divide more than the batch and what belongs to it."""
+        return self.tensor * self.pipeline * self.expert * self.context > 1
 
     def check_started_by_torchrun(self, world: int, most_restarts: int) -> None:
         """Refuse options that contradict torchrun, which has started this process as one of `world`.
 
         Raises:
-            BadInput: as `check`.
+            BadInput: as `fasttrain.train.checking.check`.
         """
         if self.processes != world:
             raise BadInput(f"--processes {self.processes} under torchrun, which has started {world}: leave it out, or "

@@ -16,7 +16,7 @@ import numpy as np
 
 from fasttrain.checkpoint.find import complete
 from fasttrain.checkpoint.read import Reader
-from fasttrain.train import report, text
+from fasttrain.train import checking, report, text
 from fasttrain.train.config import BadInput, TrainConfig
 from fasttrain.train.launch import RunFailed, launch
 
@@ -46,7 +46,7 @@ def demo(directory: Path | None, processes: int, say: Callable[[str], None] = pr
         elif directory.exists():
             raise BadInput(f"--out {directory} exists; give a new directory")
         config = dataclasses.replace(JOB, processes=processes)
-        config.check()
+        checking.check(config)
         say(f"1. {config.steps} steps in {processes} processes, which nobody disturbs")
         whole = _begin(config, directory / "undisturbed")
         launch(whole, processes, config.threads)

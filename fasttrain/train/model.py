@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,11 @@ from torch import Tensor, nn
 
 from fasttrain.losses import cross_entropy
 
+if TYPE_CHECKING:
+    from fasttrain.parallel.context import ContextParallel
+
 VOCABULARY = 256  # of bytes
+IGNORED = -100       # a target that does not count
 
 
 def rotary(positions: int, features: int) -> tuple[Tensor, Tensor]:
@@ -49,7 +53,7 @@ class Block(nn.Module):
     Reference: grouped queries, Ainslie et al., arXiv 2305.13245; gates, Shazeer, arXiv 2002.05202.
     """
 
-    context: Any = None  # by what positions are divided over ranks, if they are
+    context: ContextParallel | None = None  # by what positions are divided over ranks, if they are
 
     def __init__(self, width: int, heads: int, kv_heads: int | None = None, gated: bool = False):
         super().__init__()
@@ -108,6 +112,8 @@ class Embedding(nn.Module):
     Reference: hash n-gram embeddings of Pagnoni et al., Byte Latent Transformer, arXiv 2412.09871, section 3.2.1.
     """
 
+    context: ContextParallel | None = None  # endings reach over its cuts: positions are left out when all is looked up
+
     def __init__(self, width: int, ngrams: int, rows: int, vocabulary: int = VOCABULARY):
         super().__init__()
         self.rows = rows
@@ -120,7 +126,7 @@ class Embedding(nn.Module):
             earlier_BT = F.pad(bytes_BT, (n, 0))[:, : bytes_BT.shape[1]]  # the byte n places before
             ending_BT = ending_BT * (self.bytes.num_embeddings + 1) + earlier_BT
             x_BTC = x_BTC + table((ending_BT * 2654435761 >> 16) % self.rows)  # an overflow only mixes more
-        return x_BTC
+        return x_BTC if self.context is None else self.context.cut(x_BTC, 1)
 
 
 class GPT(nn.Module):
@@ -155,6 +161,7 @@ class GPT(nn.Module):
         if heads % (kv_heads or heads):
             raise ValueError(f"{heads} heads cannot share {kv_heads} heads of keys: give a divisor of {heads}")
         self.positions = positions
+        self._context: ContextParallel | None = None
         embedding, head = Embedding(width, ngrams, rows, vocabulary), nn.Linear(width, vocabulary, bias=False)
         if tied:
             head.weight = embedding.bytes.weight
@@ -183,6 +190,18 @@ class GPT(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits of the next byte, shape (B, T, V), from integers of shape (B, T), if all parts are here."""
         return self.run(self.parts(), x)
+
+    @property
+    def context(self) -> ContextParallel | None:
+        """By what positions are divided over ranks; None: they are not."""
+        return self._context
+
+    @context.setter
+    def context(self, context: ContextParallel | None) -> None:
+        self._context = context
+        for module in self.modules():
+            if isinstance(module, (Block, Embedding)):
+                module.context = context
 
     def parts(self) -> list[str]:
         """The parts that are here, in the order in which they run."""
@@ -217,13 +236,37 @@ class GPT(nn.Module):
 
 
 def loss_of(model: nn.Module, windows_BT1: Tensor, label_smoothing: float = 0.0, z_loss: float = 0.0) -> Tensor:
-    """Mean cross-entropy in nats per byte (or token), over windows of shape (B, T + 1).
+    """Mean cross-entropy in nats per byte (or token), over windows of shape (B, T + 1): see `loss_of_logits`.
 
-    Inputs and targets overlap by T - 1. With label smoothing or a z-loss, which are in the mean then, it is
-    `fasttrain.losses.cross_entropy`, whose derivative is written over the logits; without, torch's.
+    Inputs and targets overlap by T - 1. Where ranks divide positions it is the mean over those of this rank.
     """
-    logits = model(windows_BT1[:, :-1])
-    if label_smoothing or z_loss:
-        return cross_entropy(logits, windows_BT1[:, 1:], label_smoothing=label_smoothing, z_loss=z_loss,
+    logits, targets = model(windows_BT1[:, :-1]), windows_BT1[:, 1:]
+    return loss_of_logits(logits, own_positions(model, targets), label_smoothing, z_loss)
+
+
+def own_positions(model: nn.Module, targets_BT: Tensor) -> Tensor:
+    """The targets of the positions that this rank computes: all, unless ranks divide them (`GPT.context`)."""
+    context = getattr(model, "context", None)
+    return targets_BT if context is None else context.cut(targets_BT, 1)
+
+
+def loss_of_logits(logits: Tensor, targets_BT: Tensor, label_smoothing: float = 0.0, z_loss: float = 0.0) -> Tensor:
+    """Mean cross-entropy of a model's logits.
+
+    With label smoothing or a z-loss, which are in the mean then, and of logits that ranks divide by vocabulary, it is
+    `fasttrain.losses.cross_entropy`, whose derivative is written over the logits; else torch's.
+    """
+    if label_smoothing or z_loss or hasattr(logits, "placements"):
+        return cross_entropy(logits, targets_BT, label_smoothing=label_smoothing, z_loss=z_loss,
                              inplace_backward=torch.is_grad_enabled())
-    return F.cross_entropy(logits.flatten(0, 1).float(), windows_BT1[:, 1:].flatten())
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets_BT.flatten())
+
+
+def nats_of_logits(logits: Tensor, targets_BT: Tensor) -> Tensor:
+    """The sum of the cross-entropies of all positions whose target is none of `IGNORED`: float64, of shape ()."""
+    if hasattr(logits, "placements"):
+        nats = cross_entropy(logits, targets_BT, ignore_index=IGNORED, reduction="none")
+    else:
+        nats = F.cross_entropy(logits.flatten(0, 1).float(), targets_BT.flatten(), ignore_index=IGNORED,
+                               reduction="none")
+    return nats.sum(dtype=torch.float64)

@@ -3,66 +3,102 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fasttrain.data.dataset import TokenDataset
 from fasttrain.data.order import overlapping
+from fasttrain.dist.mesh import MEAN, Mesh
 from fasttrain.dist.wire import Wire
 from fasttrain.train.config import TrainConfig
 from fasttrain.train.making import precision_of
-from fasttrain.train.model import VOCABULARY
+from fasttrain.train.model import IGNORED, VOCABULARY, nats_of_logits, own_positions
 from fasttrain.train.tokens import cut
 
 Record = dict[str, Any]
 
 
-def validation(model: nn.Module, stream: np.ndarray | TokenDataset, config: TrainConfig, wire: Wire,
+Sums = tuple[Tensor, Tensor]  # of nats, and of positions that count; float64, of shape ()
+Forward = nn.Module | Callable[[Tensor, Tensor], Sums]
+
+
+class Readers(NamedTuple):
+    """Who reads which windows.
+
+    Attributes:
+        rank, size: of those that read different ones.
+        wire: to those whose sums are added.
+    """
+
+    rank: int
+    size: int
+    wire: Wire
+
+    @classmethod
+    def of(cls, ranks: Mesh | Wire) -> Readers:
+        """Of a mesh, or of ranks all of which read different windows."""
+        if isinstance(ranks, Mesh):
+            return cls(ranks.replica, ranks.replicas, ranks.wire(*MEAN))
+        return cls(ranks.rank, ranks.size, ranks)
+
+
+def summed(model: nn.Module, inputs: Tensor, targets: Tensor) -> Sums:
+    """The sum of nats of the positions of this process whose targets are not `IGNORED`, and how many those are."""
+    targets = own_positions(model, targets)
+    return nats_of_logits(model(inputs), targets), (targets != IGNORED).sum(dtype=torch.float64)
+
+
+def validation(model: Forward, stream: np.ndarray | TokenDataset, config: TrainConfig, ranks: Mesh | Wire,
                most: int | None, unit: str = "byte", vocabulary: int = VOCABULARY) -> Record:
     """``bits_per_byte`` over ``bytes`` of held-out text; it counts `most` windows (None: all the text).
 
     Args:
         unit: "token": ``bits_per_token`` over ``tokens``.
     """
-    nats, count = held_out_nats(model, stream, config, wire, most, vocabulary)
+    nats, count = held_out_nats(model, stream, config, ranks, most, vocabulary)
     return {f"bits_per_{unit}": nats / count / math.log(2), f"{unit}s": count}
 
 
 @torch.no_grad()
-def held_out_nats(model: nn.Module, stream: np.ndarray | TokenDataset, config: TrainConfig, wire: Wire,
+def held_out_nats(model: Forward, stream: np.ndarray | TokenDataset, config: TrainConfig, ranks: Mesh | Wire,
                   most: int | None, vocabulary: int = VOCABULARY) -> tuple[float, int]:
     """The sum of the model's cross-entropy over held-out bytes or tokens in nats, and how many that was.
 
-    Each process reads every size-th batch of windows; their sums and counts are added. The first of all, which nothing
-    precedes, costs log `vocabulary`. The model is called as often on every process, because a sharded one is
-    gathered in each call: a process with no windows left reads some that do not count.
+    Processes that read different windows take every so many-th batch of them; their sums and counts are added. The
+    first token of all, which nothing precedes, costs log `vocabulary`. The model is called as often on every process,
+    because those that divide it need each other: a process with no windows left reads some that do not count.
 
     Args:
+        model: a `GPT`, wrapped or not; or what gives, of inputs and targets, what `summed` does.
         stream: integers, shape (bytes,), or the tokens of a data set.
+        ranks: a `Mesh`; or a `Wire`, all ranks of which read different windows.
         most: at most so many windows, evenly spaced over the stream; None for all.
     """
+    readers = Readers.of(ranks)
     starts, fresh_from = overlapping(len(stream), config.sequence)
     chosen = np.arange(len(starts))
     if most is not None and len(starts) > most:
         chosen = np.linspace(0, len(starts) - 1, most).astype(int)
-    sums = torch.zeros(2, dtype=torch.float64, device=wire.device)
-    if wire.rank == 0 and most is None:
+    device = readers.wire.device
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    if readers.wire.rank == 0 and most is None:
         sums += sums.new_tensor([math.log(vocabulary), 1])
-    at_once = max(1, config.batch // wire.size)
-    for turn in range(0, len(chosen), wire.size * at_once):
-        mine = chosen[turn + wire.rank * at_once :][:at_once]
-        some = mine if len(mine) else chosen[:1]
-        windows = to_device(cut(stream, starts[some], config.sequence + 1), wire.device)
-        with precision_of(config, wire.device).autocast():
-            logits_BTV = model(windows[:, :-1])
-        since = fresh_from[some, None] if len(mine) else config.sequence
-        fresh_BT = torch.from_numpy(np.arange(config.sequence)[None] >= since).to(wire.device)
-        nats = nn.functional.cross_entropy(logits_BTV[fresh_BT].float(), windows[:, 1:][fresh_BT], reduction="none")
-        sums += torch.stack([nats.sum(dtype=torch.float64), fresh_BT.sum(dtype=torch.float64)])
-    nats_sum, count = wire.sum_(sums).tolist()
+    at_once = max(1, config.batch // readers.size)
+    for turn in range(0, len(chosen), readers.size * at_once):
+        mine = chosen[turn + readers.rank * at_once :][:at_once]
+        some = np.resize(mine if len(mine) else chosen, at_once)  # a pipeline takes batches of one size
+        windows = to_device(cut(stream, starts[some], config.sequence + 1), device)
+        since = np.where(np.arange(at_once) < len(mine), fresh_from[some], config.sequence)[:, None]
+        stale = torch.from_numpy(np.arange(config.sequence)[None] < since).to(device)
+        targets = windows[:, 1:].masked_fill(stale, IGNORED)
+        with precision_of(config, device).autocast():
+            sums += torch.stack(summed(model, windows[:, :-1], targets) if isinstance(model, nn.Module) else
+                                model(windows[:, :-1], targets))
+    nats_sum, count = readers.wire.sum_(sums).tolist()
     return nats_sum, round(count)
 
 
