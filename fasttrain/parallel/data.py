@@ -16,6 +16,7 @@ from fasttrain.parallel.accumulate import Accumulation
 from fasttrain.parallel.hooks import TorchHook
 from fasttrain.parallel.join import Present, Shadow, ask
 from fasttrain.parallel.reducer import MIB, Reducer
+from fasttrain.parallel.tensor.partial import declare, declared
 from fasttrain.precision.loss_scale import LossScaler
 
 
@@ -82,16 +83,19 @@ class DataParallel(nn.Module, Joinable):
     def __getstate__(self) -> dict[str, Any]:
         """Without process groups, which cannot be pickled; what is made of it gets its own."""
         reducer = self.reducer
-        state = {**self.__dict__, "_ranks": reducer.reach.mesh or reducer.method.grid or reducer.wire.ranks}
+        state = {**self.__dict__, "_ranks": reducer.reach.mesh or reducer.method.grid or reducer.wire.ranks,
+                 "_declared": [name for name, p in self.module.named_parameters() if declared(p)]}
         for name in ("reducer", "_join_config"):
             state.pop(name, None)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy reduces over the same ranks, all of which must make one."""
-        ranks = state.pop("_ranks")
+        ranks, adding = state.pop("_ranks"), state.pop("_declared")
         super().__setstate__(state)
         Joinable.__init__(self)
+        for name in adding:
+            declare(self.module.get_parameter(name))
         self._reduce(ranks)
 
     # --- torch's surface ----------------------------------------------------------------------------------------------

@@ -208,7 +208,7 @@ class Stepper:
         if self.reducer is not None and not self.reducer.idle:
             sums = self.reducer.sums
             assert sums is not None
-            return sums.loss / (self.reducer.wire.size if items is None else sums.tokens), sums.stop
+            return sums.loss / (self.reducer.reach.terms if items is None else sums.tokens), sums.stop
         return loss / (1 if items is None else items), stop
 
     def state_dict(self) -> dict[str, int]:
