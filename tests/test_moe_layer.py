@@ -151,13 +151,13 @@ def test_plans(top_k: int) -> None:
     ends = plan.counts.cumsum(0)
     for n, choices in enumerate(plan.places.tolist()):
         for slot, expert in zip(choices, chosen[n].tolist(), strict=True):
-            assert int(plan.tokens[slot]) == n
+            assert int(plan.origins[slot]) // top_k == n
             assert ends[expert] - plan.counts[expert] <= slot < ends[expert]
     limited = capped(chosen, 5, 3)
     for expert in range(5):
         came = [(choice, n) for choice in range(top_k) for n in range(40) if chosen[n, choice] == expert]
-        wanted = [n for _, n in came[:3]] + [-1] * (3 - len(came))
-        assert limited.tokens[3 * expert : 3 * expert + 3].tolist() == wanted
+        wanted = [n * top_k + choice for choice, n in came[:3]] + [-1] * (3 - len(came))
+        assert limited.origins[3 * expert : 3 * expert + 3].tolist() == wanted
         assert [int(limited.places[n, choice]) for choice, n in came] == [
             3 * expert + at if at < 3 else -1 for at in range(len(came))]
 
@@ -200,7 +200,7 @@ def test_bias_brings_balance() -> None:
         before = metrics(layer)[""].counts
         rebalance(layer, 0.01)
         for _ in range(200):
-            layer.router.load += layer.router(x).counts
+            layer.router.count(layer.router(x).counts)
             rebalance(layer, 0.01)
         layer(x)
     after = metrics(layer)[""].counts
@@ -208,6 +208,7 @@ def test_bias_brings_balance() -> None:
     assert int(after.max() - after.min()) <= 30  # 0.01 of a score at a time: 512 tokens change over a few at a time
     layer.eval()(x)
     assert int(layer.router.load.sum()) == 1024  # of the last pass in training: evaluation does not count
+    assert [name for name, _ in layer.named_buffers()] == list(layer.state_dict())[1:2] == ["router.bias"]
 
 
 def test_balance_of_equal_and_of_one() -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import meshed
+import onmesh
 import pytest
 import ranks
 import torch
-from meshed import Model, parallelized, term_of, tokens_of, whole
+from onmesh import Model, parallelized, term_of, tokens_of, whole
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, ScheduleInterleavedZeroBubble, schedules
 from torch.testing import assert_close
@@ -80,8 +80,8 @@ def trained(wire: Any, sizes: dict[str, int], schedule: str, tied: bool, sequenc
     ours = AdamW(model.named_parameters(), lr=1e-2)
     theirs = torch.optim.AdamW(alone.parameters(), lr=1e-2)
     length = 4 // mesh.sizes["tensor"] if sequence else 4
-    hidden = torch.zeros(3, length, meshed.WIDTH, dtype=torch.float64, requires_grad=True)
-    logits = torch.zeros(3, 4, meshed.ROWS, dtype=torch.float64, requires_grad=True)
+    hidden = torch.zeros(3, length, onmesh.WIDTH, dtype=torch.float64, requires_grad=True)
+    logits = torch.zeros(3, 4, onmesh.ROWS, dtype=torch.float64, requires_grad=True)
     stages = []
     for part, parts in enumerate(held):
         index = here + 2 * part
@@ -104,7 +104,7 @@ def trained(wire: Any, sizes: dict[str, int], schedule: str, tied: bool, sequenc
         sharded.finish()
         assert sharded.wire.calls["reduce_scatter"] - before == len([part for part in model.modules() if isinstance(
             part, torch.distributed.fsdp.FSDPModule) and any(True for _ in part._get_fsdp_state()._fsdp_param_groups)])
-        wanted = meshed.gradients(alone, step, mesh.terms, MICROS)
+        wanted = onmesh.gradients(alone, step, mesh.terms, MICROS)
         loss = torch.stack(told).sum().detach() if told else torch.zeros((), dtype=torch.float64)
         assert_close(sharded.losses(loss)[0], wanted.double(), **CLOSE)
         for name, p in model.named_parameters():

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from fasttrain.dist.mesh import MEAN, Mesh
 from fasttrain.dist.wire import Wire
 from fasttrain.parallel.experts import balance
-from fasttrain.parallel.experts.collected import Box, Boxed
+from fasttrain.parallel.experts.collected import Box, Boxed, shaped
 from fasttrain.parallel.experts.moved import entering, exchanged, gathered, leaving, spread
 from fasttrain.parallel.experts.plan import by_expert, capacity_of, capped, dropless
 from fasttrain.parallel.experts.router import Router, Routing
@@ -91,6 +91,7 @@ class MoE(Boxed):
         ValueError: numbers that do not fit, with the numbers.
 
     Example:
+        >>> from fasttrain.parallel.experts import MoE, auxiliary
         >>> layer = MoE(width=16, hidden=32, experts=4, top_k=2)
         >>> x = torch.randn(2, 5, 16)
         >>> loss = layer(x).square().mean() + auxiliary(layer)
@@ -147,7 +148,7 @@ class MoE(Boxed):
             tokens, weights = (entering(tensor, self.ranks.tensor) for tensor in (tokens, routing.weights))
         output, dropped = self._mixed(tokens, routing, weights)
         output = leaving(output, self.ranks.tensor).to(x.dtype)
-        return self._told(output, routing, dropped).view(x.shape)
+        return shaped(self._told(output, routing, dropped), x.shape)
 
     def _mixed(self, tokens: Tensor, routing: Routing, weights: Tensor) -> tuple[Tensor, Tensor]:
         """(what the experts make of the tokens, how many choices found no room)."""
@@ -199,8 +200,8 @@ class MoE(Boxed):
         if torch._C._current_graph_task_id() == -1:
             choices = max(routing.chosen.numel(), 1)
             self.metrics = Metrics(routing.counts, (dropped / choices).float(), *(loss.detach() for loss in losses))
-            if self.router.load is not None and self.training:
-                self.router.load += routing.counts
+            if self.training:
+                self.router.count(routing.counts)
         return self.box.attach(output, self.balance * losses[0] + self.z * losses[1]) if self.weighted else output
 
     def extra_repr(self) -> str:

@@ -21,6 +21,7 @@ def check_bare(model: nn.Module, device_type: str) -> None:
         if type(module).__name__ in WRAPPERS:
             raise ValueError(f"{name or 'the model'} is wrapped in {type(module).__name__} already: call "
                              "tensor_parallel on the bare model first, and wrap or compile what it returns")
+    p: Any  # a DTensor has more attributes than a Parameter
     for name, p in model.named_parameters():
         if is_dtensor(p):
             raise ValueError(f"{name} is a DTensor already, placed {tuple(p.placements)}: call tensor_parallel once, "

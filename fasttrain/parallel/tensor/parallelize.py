@@ -81,6 +81,7 @@ def tensor_parallel(model: nn.Module, mesh: Mesh | DeviceMesh,
     checks.check_pairs(styles)
     placements = checks.check_tied(model, styles)
     place(model, axis, placements)
+    share(model, {name: style for name, (_, style) in styles.items() if isinstance(given[name][1], str)})
     for name, (_, style) in styles.items():
         attach(name, model.get_submodule(name), axis, style)
     return model
@@ -158,6 +159,23 @@ def place(model: nn.Module, axis: DeviceMesh, placements: Mapping[int, Any]) -> 
     for buffer in model.buffers():
         if buffer.is_floating_point():
             buffer.copy_(agreed(buffer, axis))
+
+
+def share(model: nn.Module, styles: Mapping[str, Any]) -> None:
+    """Let columns of one module, each with a style of its own, bring an input that they all read once."""
+    from fasttrain.parallel.tensor.shared import Shared
+    from fasttrain.parallel.tensor.styles import Column
+
+    together: dict[str, list[Any]] = {}
+    for name, style in styles.items():
+        if isinstance(style, Column):
+            together.setdefault(name.rpartition(".")[0], []).append(style)
+    for around, columns in together.items():
+        if len(columns) > 1:
+            shared = Shared()
+            model.get_submodule(around).register_forward_hook(shared.forget, always_call=True)
+            for column in columns:
+                column.shared = shared
 
 
 def attach(name: str, module: nn.Module, axis: DeviceMesh, style: Any) -> None:
