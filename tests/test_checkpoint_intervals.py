@@ -36,7 +36,7 @@ def test_an_interval_is_its_elements_wherever_they_lie(held: tuple, data: st.Dat
     flat = np.transpose(mine, order).reshape(-1)  # as the elements follow one another in memory
     first = data.draw(st.integers(0, flat.size))
     length = data.draw(st.integers(0, flat.size - first))
-    local = torch.from_numpy(np.ascontiguousarray(np.transpose(mine, order))).permute(np.argsort(order).tolist())
+    local = torch.from_numpy(np.array(np.transpose(mine, order), order="C")).permute(np.argsort(order).tolist())
     assert local.shape == mine.shape
     some = torch.from_numpy(flat[first : first + length].copy())
     parts = interval("t", some, local, first, shape, [torch.tensor(one, dtype=torch.int64) for one in index])
