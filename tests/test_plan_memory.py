@@ -1,17 +1,15 @@
 """What a plan says of memory, beside what small runs allocate: equal to the byte where it is counted from the code."""
 
 import pytest
-import torch
 from planned import elements, job_of, kept, model_of, sizes, stepped, whole
 from ranks import run
 
 from fasttrain.optim import AdamW
 from fasttrain.parallel import DataParallel, Zero
 from fasttrain.plan import kept as planned
-from fasttrain.plan import memory, shapes, states, tensors
-from fasttrain.plan.job import Job, Way
+from fasttrain.plan import states, tensors
+from fasttrain.plan.job import Way
 from fasttrain.train.dry import states_bytes
-from fasttrain.train.model import GPT
 
 
 @pytest.mark.parametrize("model, precision, how", [

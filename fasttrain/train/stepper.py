@@ -96,7 +96,8 @@ class Stepper:
         if self.sharded is not None:
             self.wire = self.sharded.everyone
         elif self.reducer is not None:
-            self.wire = self.reducer.wire if self.reducer.reach.across is None else self.reducer.reach.mesh.wire()
+            mesh = self.reducer.reach.mesh
+            self.wire = self.reducer.wire if mesh is None else mesh.wire()
         self.device = next(self.model.parameters()).device
         self.ours = hasattr(optimizer, "step_scaled") and getattr(optimizer, "_pattern", True) is not None
         if scaler is not None and not self.ours:
