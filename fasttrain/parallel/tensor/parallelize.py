@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from fasttrain.dist.mesh import AXES, Mesh
+from fasttrain.optim.local import is_dtensor
 from fasttrain.parallel.tensor import partial
 
 if TYPE_CHECKING:
@@ -159,7 +160,8 @@ def place(model: nn.Module, axis: DeviceMesh, placements: Mapping[int, Any]) -> 
                     twins[id(p)] = distributed(p, axis, placements[id(p)])
                 else:
                     twins[id(p)] = p
-                    p.copy_(agreed(p, axis))
+                    if not is_dtensor(p):  # a module that divides itself has seen to its own
+                        p.copy_(agreed(p, axis))
             module._parameters[name] = twins[id(p)]
     for buffer in model.buffers():
         if buffer.is_floating_point():
