@@ -15,7 +15,7 @@ from fasttrain.parallel.tensor.partial import declare
 
 
 class Kinds(nn.Module):
-    """One parameter, or several, of each kind; 5 rows are cut unevenly."""
+    """One parameter, or several, of each kind; 5 rows are cut unevenly, so that buckets differ in size."""
 
     def __init__(self, mesh, dtype=torch.float32):
         super().__init__()
@@ -23,7 +23,7 @@ class Kinds(nn.Module):
         self.plain = nn.Parameter(torch.zeros(3, 7, dtype=dtype))
         tensor, experts = mesh["tensor"], mesh["expert", "tensor"]
         self.columns = self._cut(tensor, (8, 6), [Shard(0)], dtype)
-        self.rows = self._cut(tensor, (5, 2), [Shard(0)], dtype)
+        self.rows = self._cut(tensor, (5, 200), [Shard(0)], dtype)  # 3 rows and 2: buckets of two sizes
         self.norm = self._cut(tensor, (9,), [Replicate()], dtype)
         self.bias = nn.Parameter(torch.zeros(4, dtype=dtype))
         declare(self.norm), declare(self.bias)
@@ -57,9 +57,9 @@ def ones(parallel, micros=1):
 
 
 def elements(mesh):
-    """Of the whole model: 3x7 plain, 8x6 and 5x2 cut, 9 and 4 declared, 11 copied, experts, a stage each; ties once."""
+    """Of the whole model: 3x7 plain, 8x6 and 5x200 cut, 9 and 4 declared, 11 copied, experts, a stage each; ties once."""
     cut = 4 * 6 * 2 if len(mesh["expert", "tensor"].shape) == 2 else 0
-    return mesh.sizes["pipeline"] * (21 + 48 + 10 + 9 + 4 + 11 + 24 + cut) + 40
+    return mesh.sizes["pipeline"] * (21 + 48 + 1000 + 9 + 4 + 11 + 24 + cut) + 40
 
 
 def counted(wire, sizes, options):
