@@ -16,14 +16,15 @@ import tyro
 from tyro.conf import subcommand
 
 from fasttrain.commands import Compare, Demo, Doctor, DrawSchedule, Inspect, Report, Tokenize, Verify, say
+from fasttrain.plan.command import Plan
 from fasttrain.train.config import BadInput, TrainConfig
 from fasttrain.train.options import config_argument, from_file
 from fasttrain.train.place import Place, place
 
-COMMANDS = (("tokenize", Tokenize), ("compare", Compare), ("report", Report), ("schedule", DrawSchedule),
+COMMANDS = (("tokenize", Tokenize), ("compare", Compare), ("report", Report), ("schedule", DrawSchedule), ("plan", Plan),
             ("verify", Verify), ("inspect", Inspect), ("demo", Demo),
             ("doctor", Doctor))
-Command = Tokenize | Compare | Report | DrawSchedule | Verify | Inspect | Demo | Doctor
+Command = Tokenize | Compare | Report | DrawSchedule | Plan | Verify | Inspect | Demo | Doctor
 
 
 def main(arguments: list[str] | None = None) -> int:

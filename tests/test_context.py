@@ -101,6 +101,17 @@ def test_bytes_are_those_of_the_formula(kv_heads, recompute):
         assert sent["reduce_scatter"] == layers * one_way
 
 
+def in_sixteen_bits(wire):
+    context = ContextParallel(Mesh(context=wire.size, watch=False))
+    q = torch.ones(1, 2, 4, 4)  # rotated in float32, as angles are
+    with torch.autocast("cpu", torch.bfloat16):
+        return context.attention(q, q, q.bfloat16()).dtype, context.wire.bytes.total()
+
+
+def test_autocast_casts_before_anything_travels():
+    assert run(in_sixteen_bits, 2) == [(torch.bfloat16, 2 * 2 * 4 * 4 * 2)] * 2
+
+
 def embedded(wire):
     """A table of which each rank looks up all tokens, and uses its own: its gradient is that of the whole."""
     context = ContextParallel(Mesh(context=wire.size, watch=False))

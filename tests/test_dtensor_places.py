@@ -15,7 +15,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from fasttrain.optim import SGD, AdamW
-from fasttrain.optim.local import local, parts, place, positions
+from fasttrain.optim.local import local, parts, positions
+from fasttrain.optim.placing import place
 from fasttrain.precision.draws import full_index
 
 # --- Where the elements lie -------------------------------------------------------------------------------------------

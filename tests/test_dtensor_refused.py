@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from fasttrain.optim import SGD, twin
-from fasttrain.optim.local import place
+from fasttrain.optim.placing import place
 
 
 def refuses_places(wire: Any) -> None:

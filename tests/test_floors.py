@@ -16,7 +16,7 @@ PACKAGE = ROOT / "fasttrain"
 
 FLOORS = {
     "cli": 6, "commands": 6, "doctor": 6, "__main__": 6,
-    "train": 5, "schedules": 5, "data": 5, "checkpoint": 5, "guards": 5,
+    "train": 5, "plan": 5, "schedules": 5, "data": 5, "checkpoint": 5, "guards": 5,
     "parallel": 4,
     "optim": 3, "losses": 3,
     "dist": 2, "kernels": 2,

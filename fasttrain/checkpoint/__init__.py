@@ -11,7 +11,8 @@ _NAMES = {  # module: what it gives
     "files": "Piece write_rank publish complete newest leftovers Found Reader Stored Lock Keep prune clean preflight "
              "verify Damage inspect Writer Job Files DISK CheckpointError NotACheckpoint Incomplete Damaged Malformed "
              "Locked NoSpace WriterDied",
-    "checkpointer": "Checkpointer Saving",
+    "checkpointer": "Checkpointer",
+    "saving": "Saving",
     "loading": "load Loaded",
     "state": "Mismatch",
     "rng": "Rng",

@@ -21,51 +21,21 @@ from fasttrain.checkpoint.commit import checked, publish
 from fasttrain.checkpoint.errors import CheckpointError
 from fasttrain.checkpoint.loading import Loaded
 from fasttrain.checkpoint.lock import Lock
-from fasttrain.checkpoint.parts import Among
+from fasttrain.checkpoint.parts import Part
+from fasttrain.checkpoint.place import Place
 from fasttrain.checkpoint.removal import clean, prune
 from fasttrain.checkpoint.retention import Keep
+from fasttrain.checkpoint.saving import Saving
 from fasttrain.checkpoint.space import preflight
+from fasttrain.checkpoint.stages import Held, Writers
 from fasttrain.checkpoint.staging import Staged, Staging, live
 from fasttrain.checkpoint.write import write_rank
-from fasttrain.checkpoint.writer import Job, Writer
+from fasttrain.checkpoint.writer import Writer
+from fasttrain.dist.mesh import Mesh
 from fasttrain.dist.wire import Wire
 
 Record = dict[str, Any]
 ROOM = 1 << 20  # bytes of manifests and headers, to be free beside the tensors
-
-
-class Saving:
-    """One save, under way or done.
-
-    Attributes:
-        step: of the training.
-        nbytes: of tensors that this rank writes.
-        stall_s: how long `save` kept the training waiting.
-        skipped: it was not made, as the one before was still being written.
-    """
-
-    def __init__(self, step: int, nbytes: int = 0, skipped: bool = False):
-        self.step, self.nbytes, self.skipped = step, nbytes, skipped
-        self.stall_s = 0.0
-        self._job: Job | None = None
-        self._path: Path | None = None
-
-    @property
-    def done(self) -> bool:
-        """Whether it has ended, well or badly."""
-        return self._job is None or self._job.done
-
-    def wait(self, timeout_s: float | None = None) -> Path | None:
-        """Wait until it is durable.
-
-        Returns:
-            The checkpoint's directory, on the first rank; None on the others, which are done when their part is.
-
-        Raises:
-            TimeoutError: it is not in time; it goes on.
-            Exception: what went wrong.
-        """
-        return self._path if self._job is None else self._job.wait(timeout_s)
 
 
 class Checkpointer:
@@ -74,13 +44,16 @@ class Checkpointer:
     `save` copies the state into memory of the host that it keeps, and returns; a thread hashes and writes the copy. So
     what is saved is the state at the call. Each rank writes its part, tensors that several hold divided among them; the
     first one makes them one checkpoint when all are durable, and then removes old ones. Nothing is said between ranks
-    but at construction. See docs/checkpoints.md.
+    but at construction; only the stages of a pipeline say in `save` which names they hold, when these have changed. See
+    docs/checkpoints.md.
 
     Arguments:
         directory: of this run's checkpoints; one process writes into it.
         keep: which checkpoints stay; a number: that many of the newest.
         every: steps between saves, for `due`; None: never.
-        wire: to the other ranks, all of which make one; None: there is one process.
+        wire: to the other ranks, all of which make one, and hold the same plain tensors; or
+        mesh: of the training, a `fasttrain.parallel.Mesh`: plain tensors are held by the ranks of this one's pipeline
+            stage, and what is cut along an axis by all that differ along others. Neither: there is one process.
         staging: "memory": as above. "none": write at once, from where the tensors lie, and return when all is durable.
         when_busy: what `save` does while one is being written: "wait" for it, or "skip" this one, which is counted.
             To skip, several ranks ask one another in `save` (a message of 8 bytes).
@@ -116,8 +89,8 @@ class Checkpointer:
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, keep: Keep | int | None = None, every: int | None = None,
-                 wire: Wire | None = None, staging: str = "memory", when_busy: str = "wait", deadline_s: float = 600.0,
-                 nice: int = 19, record: Callable[[Record], None] | None = None):
+                 wire: Wire | None = None, mesh: Mesh | None = None, staging: str = "memory", when_busy: str = "wait",
+                 deadline_s: float = 600.0, nice: int = 19, record: Callable[[Record], None] | None = None):
         for name, value, known in (("staging", staging, ("memory", "none")),
                                    ("when_busy", when_busy, ("wait", "skip"))):
             if value not in known:
@@ -128,8 +101,10 @@ class Checkpointer:
             raise TypeError(f"keep={keep!r} must be a Keep(...), a number of checkpoints, or None")
         self.directory, self.every, self.when_busy = Path(directory).absolute(), every, when_busy
         self.keep = keep if isinstance(keep, Keep) else Keep() if keep is None else Keep(last=operator.index(keep))
-        self.deadline_s, self.wire = deadline_s, wire
-        self.rank, self.size = (0, 1) if wire is None else (wire.rank, wire.size)
+        self.deadline_s, self.mesh = deadline_s, mesh
+        self._place = Place(wire, mesh)
+        self._writers = Writers(self._place)
+        self.wire, self.rank, self.size = self._place.wire, self._place.rank, self._place.size
         self.skipped, self.cleaned = 0, list[Path]()
         self._record = record or _nothing
         self._staging = Staging() if staging == "memory" else None
@@ -143,7 +118,7 @@ class Checkpointer:
         """Lock, clean up, and agree on the name of this run's unfinished saves; the only meeting of the ranks."""
         told: dict[str, Any] = {"directory": str(self.directory), "every": self.every,
                                 "keep": str(self.keep), "when_busy": self.when_busy,
-                                "staging": self._staging is not None, "version": __version__}
+                                "staging": self._staging is not None, "version": __version__, "mesh": repr(self.mesh)}
         error: Exception | None = None
         if self.rank == 0:
             told["token"] = secrets.token_hex(4)
@@ -159,7 +134,7 @@ class Checkpointer:
             raise error
         if "error" in everyone[0]:
             raise CheckpointError(everyone[0]["error"])
-        for name in ("directory", "every", "keep", "when_busy", "staging", "version"):
+        for name in ("directory", "every", "keep", "when_busy", "staging", "version", "mesh"):
             if len(values := {str(one[name]) for one in everyone}) > 1:
                 if self._lock is not None:
                     self._lock.release()
@@ -206,7 +181,7 @@ class Checkpointer:
             return Saving(step, skipped=True)
         self._writer.wait()
         self.check()
-        parts, values = whole.out(state, self.rank, Among(self.rank, self.size))
+        parts, values = self._out(state)
         saving = Saving(step, sum(part.nbytes for part in parts))
         if self._saves == 0:
             preflight(self.directory, saving.nbytes + ROOM)
@@ -227,16 +202,24 @@ class Checkpointer:
         return saving
 
     def foresee(self, state: Mapping[str, Any]) -> None:
-        """Look whether the disk has room for a checkpoint of this state, and can be written: before time is lost.
-
-        Call it when optimizers have their states, after the first step; the first `save` looks too.
+        """Look, after the first step, whether the disk has room for a checkpoint of this state, and can be written.
 
         Raises:
             NoSpace: it has less than this rank's part of a checkpoint needs.
             CheckpointError: the directory cannot be written.
         """
-        parts, _ = whole.out(state, self.rank, Among(self.rank, self.size))
+        parts, _ = whole.out(whole.entered(state, self._place), self._place)
         preflight(self.directory, sum(part.nbytes for part in parts) + ROOM)
+
+    def _out(self, state: Mapping[str, Any]) -> tuple[list[Part], dict[str, Any]]:
+        """What this rank writes of a state; of what several stages of a pipeline hold, if it is the stage that does."""
+        try:
+            entered = whole.entered(state, self._place)
+            held = whole.held(entered) if self._place.stages > 1 else Held({}, [])
+        except Exception:
+            self._writers.cannot()
+            raise
+        return whole.out(entered, self._place, self._writers.away(held))
 
     def _busy_anywhere(self) -> bool:
         """Whether any rank still writes: all have to skip, or none."""
@@ -279,7 +262,7 @@ class Checkpointer:
              verify: bool = True) -> Loaded | None:
         """Load a checkpoint into a state; every rank calls it. See `fasttrain.checkpoint.load`."""
         self._writer.wait()
-        return loading.load(self.directory, state, which, self.wire, verify)
+        return loading.load_at(self._place, self.directory, state, which, verify)
 
     # --- The end ------------------------------------------------------------------------------------------------------
 

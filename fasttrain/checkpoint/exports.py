@@ -19,6 +19,7 @@ from fasttrain.checkpoint.errors import NotACheckpoint
 from fasttrain.checkpoint.find import newest
 from fasttrain.checkpoint.read import Reader
 from fasttrain.checkpoint.saved import OfReader, Saved, given, states_of
+from fasttrain.checkpoint.together import told_of
 
 Where = str | os.PathLike[str]
 
@@ -116,7 +117,7 @@ def opened(checkpoint: Where) -> Reader:
 
 
 def _told(saved: Saved, key: str, kind: str) -> Mapping[str, Any]:
-    told = saved.entry(key)
+    told = told_of(saved, key)
     if not isinstance(told, Mapping) or told.get("kind") != kind:
         there = [name for name, one in saved.source.values(0).get("entries", {}).items()
                  if isinstance(one, Mapping) and one.get("kind") == kind]

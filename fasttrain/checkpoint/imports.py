@@ -15,26 +15,30 @@ from torch import Tensor, nn
 
 from fasttrain.checkpoint import encoding
 from fasttrain.checkpoint import state as whole
+from fasttrain.checkpoint.loading import Known, agree
 from fasttrain.checkpoint.names import Named, strip
 from fasttrain.checkpoint.of_model import EXTRA, OfModel
 from fasttrain.checkpoint.of_optimizer import OWN
-from fasttrain.checkpoint.parts import Among, tensor_of
-from fasttrain.checkpoint.saved import OfTensors, Saved
+from fasttrain.checkpoint.parts import ALONE, tensor_of
+from fasttrain.checkpoint.place import Place
+from fasttrain.checkpoint.problems import Problem
+from fasttrain.checkpoint.saved import OfTensors, Plan, Saved
 from fasttrain.checkpoint.state import Mismatch
+from fasttrain.dist.mesh import Mesh
 from fasttrain.dist.wire import Wire
 
-ALONE = Among(0, 1)
 
-
-def load_torch(path: str | os.PathLike[str], state: Mapping[str, Any], wire: Wire | None = None) -> None:
+def load_torch(path: str | os.PathLike[str], state: Mapping[str, Any], wire: Wire | None = None,
+               mesh: Mesh | None = None) -> None:
     """Load a file of `torch.save` into models, optimizers and other objects, sharded or not.
 
     Arguments:
         path: of a dict of state dicts by the keys of `state`; or of one model's state dict, if `state` is of one model.
             It is read with ``weights_only=True``, and mapped, so that each rank reads what it needs.
         state: as `Checkpointer.save` takes it. States of optimizers belong to parameters by the names in the file's
-            groups where it has names (`param_names`), else by their places.
-        wire: to the other ranks.
+            groups where it has names (`param_names`), else by their places, which a pipeline's stage does not have.
+        wire: to the other ranks, which have the same; or
+        mesh: of the training.
 
     Raises:
         Mismatch: it is of another model or optimizer; what differs is listed, and nothing was changed.
@@ -56,10 +60,11 @@ def load_torch(path: str | os.PathLike[str], state: Mapping[str, Any], wire: Wir
         raise Mismatch(str(path), [f"it is a {type(tree).__name__}, not a dict of state dicts"])
     if tree and len(state) == 1 and all(isinstance(value, Tensor) for value in tree.values()):
         tree = {next(iter(state)): tree}
-    _load(str(path), tree, state, wire)
+    _load(str(path), tree, state, Place(wire, mesh))
 
 
-def import_dcp(path: str | os.PathLike[str], state: Mapping[str, Any], wire: Wire | None = None) -> None:
+def import_dcp(path: str | os.PathLike[str], state: Mapping[str, Any], wire: Wire | None = None,
+               mesh: Mesh | None = None) -> None:
     """Load a checkpoint of `torch.distributed.checkpoint` into models, optimizers and other objects, sharded or not.
 
     Every rank reads all of it. torch itself unpickles its metadata and values; here only what torch's own classes for
@@ -69,7 +74,8 @@ def import_dcp(path: str | os.PathLike[str], state: Mapping[str, Any], wire: Wir
         path: of its directory, with state dicts under the keys of `state`; of optimizers as
             `torch.distributed.checkpoint.state_dict.get_optimizer_state_dict` gives them, flattened or not.
         state: as `Checkpointer.save` takes it.
-        wire: to the other ranks.
+        wire: to the other ranks, which have the same; or
+        mesh: of the training.
 
     Raises:
         Mismatch: it is of another model or optimizer; what differs is listed, and nothing was changed.
@@ -80,17 +86,19 @@ def import_dcp(path: str | os.PathLike[str], state: Mapping[str, Any], wire: Wir
     tree: dict[str, Any] = {}
     reader, planner = _safe()
     _load_state_dict(tree, reader(path), planner=planner(), no_dist=True)
-    _load(str(path), tree, state, wire)
+    _load(str(path), tree, state, Place(wire, mesh))
 
 
-def _load(path: str, tree: Mapping[str, Any], state: Mapping[str, Any], wire: Wire | None) -> None:
-    rank, everyone = (0, ALONE) if wire is None else (wire.rank, Among(wire.rank, wire.size))
+def _load(path: str, tree: Mapping[str, Any], state: Mapping[str, Any], place: Place) -> None:
     if missing := [key for key in state if key not in tree]:
         raise Mismatch(path, [f"it has no {key!r}; it has {', '.join(map(repr, list(tree)[:20]))}" for key in missing])
-    source = _source(tree, state)
-    plans, problems = whole.plans(state, Saved(source), rank, everyone)
-    if problems:
-        raise Mismatch(path, problems)
+    known = Known(state, place)
+    plans, problems, failure = list[Plan](), list[Problem](), None
+    try:
+        plans, problems = known.plans(Saved(_source(tree, state)))
+    except Exception as error:  # raised by `agree`
+        failure = error
+    agree(pathlib.Path(path), place.wire if place.stages > 1 else None, problems, failure)
     for plan in plans:
         plan.apply()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor
 from fasttrain.checkpoint import encoding
 from fasttrain.checkpoint.parts import ALONE, Among, Part, first_writes, parts_of, tensor_of
 from fasttrain.checkpoint.saved import Plan, Saved, given, refuse, whole_reads
+from fasttrain.checkpoint.stages import Held
+from fasttrain.checkpoint.together import tellers
 
 SCHEDULED = ("lr", "initial_lr", "max_lr", "min_lr", "momentum", "base_momentum", "max_momentum", "betas",
              "weight_decay")  # options of groups that schedules write
@@ -51,16 +53,23 @@ class OfObject:
 
     It is taken to be the same on every rank, and is loaded as the first rank had it; one that is not has an attribute
     `per_rank` that is true (`PerRank`). What was built for another optimizer writes its options when it is built
-    (schedules of torch do): those that it may have written are saved with it and put back when it is loaded.
+    (schedules of torch do): those that it may have written are saved with it and put back when it is loaded. Where the
+    stages of a pipeline have optimizers of different numbers of groups, it is loaded as the first rank of those with as
+    many had it.
 
     Arguments:
         key: of the entry.
         rank: this process's number.
+        everyone: all processes.
     """
 
     def __init__(self, key: str, value: Any, rank: int, everyone: Among):
         self.key, self.value, self.rank, self.everyone = key, value, rank, everyone
         self.per_rank = bool(getattr(value, "per_rank", False))
+
+    def held(self) -> Held:
+        """Nothing that one stage of a pipeline has and another has not."""
+        return Held({}, [])
 
     def save(self) -> tuple[list[Part], Any]:
         """Its tensors here, and what this rank tells beside them."""
@@ -78,9 +87,10 @@ class OfObject:
         optimizer = getattr(self.value, "optimizer", None)
         return optimizer.param_groups if isinstance(optimizer, torch.optim.Optimizer) else None
 
-    def plan(self, saved: Saved) -> Plan:
+    def plan(self, saved: Saved, elsewhere: Set[str] = frozenset()) -> Plan:
         """How it would be loaded."""
-        told = saved.entry(self.key, self.rank % saved.world if self.per_rank else 0)
+        of = self.rank % saved.world if self.per_rank else self._of(saved)
+        told = saved.entry(self.key, of)
         if not isinstance(told, Mapping) or told.get("kind") not in ("object", "each"):
             return refuse(f"{self.key}: the checkpoint has no object of this name")
         if (told["kind"] == "each") != self.per_rank:
@@ -94,7 +104,7 @@ class OfObject:
         if groups is not None and before is not None and len(groups) != len(before):
             return refuse(f"{self.key}: its optimizer has {len(groups)} groups, that of the checkpoint {len(before)}")
         if not self.per_rank:
-            _compare(self.key, saved)
+            _compare(self.key, saved, of)
 
         def apply() -> None:
             state = encoding.decode(told["state"], given(saved, _device()))
@@ -114,6 +124,13 @@ class OfObject:
 
         return Plan([], whole_reads(told["state"], saved), apply, order=2)
 
+    def _of(self, saved: Saved) -> int:
+        """The rank as which it is loaded: the first, but for an optimizer of another number of groups."""
+        if (groups := self._groups()) is None:
+            return 0
+        return next((rank for rank in tellers(saved)
+                     if len((saved.entry(self.key, rank) or {}).get("groups", ())) == len(groups)), 0)
+
 
 def _other_lengths(mine: Any, saved: Any) -> list[str]:
     """What a schedule was made with that is not what was saved: torch's take over what was saved without a word."""
@@ -131,6 +148,10 @@ class OfValue:
 
     def __init__(self, key: str, value: Any, rank: int, everyone: Among):
         self.key, self.value, self.rank, self.everyone = key, value, rank, everyone
+
+    def held(self) -> Held:
+        """Nothing that one stage of a pipeline has and another has not."""
+        return Held({}, [])
 
     def save(self) -> tuple[list[Part], Any]:
         parts: list[Part] = []
@@ -159,11 +180,12 @@ def _number(value: Any) -> Any:
     return tuple(map(_number, value)) if isinstance(value, (tuple, list)) else value
 
 
-def _compare(key: str, saved: Saved) -> None:
-    """Say it if the ranks had different ones: only the first rank's is loaded."""
-    first = saved.entry(key)
-    others = [rank for rank in range(1, saved.world) if (told := saved.entry(key, rank)) is not None and told != first]
+def _compare(key: str, saved: Saved, of: int) -> None:
+    """Say it if the ranks had different ones: only that of rank `of` is loaded."""
+    first = saved.entry(key, of)
+    others = [rank for rank in range(saved.world) if (told := saved.entry(key, rank)) is not None and told != first
+              and len(told.get("groups", ())) == len(first.get("groups", ()))]
     if others:
-        warnings.warn(f"{key} differed between ranks when it was saved (0 and {', '.join(map(str, others[:8]))}), and "
-                      "is loaded as rank 0 had it on every rank; wrap it in fasttrain.checkpoint.PerRank if each rank "
-                      "has its own", stacklevel=6)
+        warnings.warn(f"{key} differed between ranks when it was saved ({of} and {', '.join(map(str, others[:8]))}), "
+                      f"and is loaded as rank {of} had it on every rank; wrap it in fasttrain.checkpoint.PerRank if "
+                      "each rank has its own", stacklevel=6)

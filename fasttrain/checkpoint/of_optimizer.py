@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fasttrain.checkpoint import encoding, of_zero
+from fasttrain.checkpoint import encoding, fits, of_zero
 from fasttrain.checkpoint.homes import home, reference
-from fasttrain.checkpoint.of_model import LISTED, listed
-from fasttrain.checkpoint.parts import BY_NAME, DTYPES, Among, Part, need_memory, parts_of, tensor_of
+from fasttrain.checkpoint.parts import Among, Part, need_memory, parts_of, tensor_of
+from fasttrain.checkpoint.problems import Problem
 from fasttrain.checkpoint.regions import Region
 from fasttrain.checkpoint.saved import Plan, Saved, given, refuse, states_of, whole_reads
-from fasttrain.optim import Optimizer, statedict
+from fasttrain.checkpoint.stages import Held
+from fasttrain.checkpoint.together import told_of
+from fasttrain.optim import Optimizer
 from fasttrain.optim.local import is_dtensor
 from fasttrain.parallel import Zero
-from fasttrain.precision.codecs import code_dtype, codec
 from fasttrain.precision.storage import DEFAULTS, describe, is_plain
 
 OWN = ("params", "param_names")  # of a group: not its options
@@ -28,18 +28,31 @@ STEPPED = ("draws",)  # what a group has from its first step on: one that was sa
 class OfOptimizer:
     """Of this package or torch's, or a `Zero` of either; its states whole, in ranges or in DTensors.
 
+    That of a pipeline's stage has the stage's parameters. Its groups are loaded by their names: they may be divided
+    otherwise than they were.
+
     Arguments:
         key: of the entry.
         names: of its parameters, by their ids.
         everyone: the ranks that hold the same.
+        stage: of a pipeline, its number.
     """
 
-    def __init__(self, key: str, optimizer: torch.optim.Optimizer, names: Mapping[int, str], everyone: Among):
-        self.key, self.optimizer, self.names, self.everyone = key, optimizer, names, everyone
+    def __init__(self, key: str, optimizer: torch.optim.Optimizer, names: Mapping[int, str], everyone: Among,
+                 stage: int = 0):
+        self.key, self.optimizer, self.names, self.everyone, self.stage = key, optimizer, names, everyone, stage
         self.inner: Any = optimizer.inner if isinstance(optimizer, Zero) else optimizer
         self.class_name = type(self.inner).__name__
 
     # --- Out ----------------------------------------------------------------------------------------------------------
+
+    def held(self) -> Held:
+        """What it holds."""
+        return Held({f"{self.key}/{name}": p.numel() * p.element_size() for name, p in self._params().items()}, [])
+
+    def _params(self) -> dict[str, Any]:
+        """Its parameters, by name."""
+        return {self.names[id(p)]: p for group in self.optimizer.param_groups for p in group["params"]}
 
     def save(self) -> tuple[list[Part], Any]:
         """Its parts here, and what this rank tells beside them.
@@ -57,7 +70,7 @@ class OfOptimizer:
                                    "step since: save after a step")
             groups, more = self.optimizer.param_groups, {}
             params = [group["params"] for group in groups]
-            states, parts = of_zero.save(self.optimizer, self.key, self.names)
+            states, parts = of_zero.save(self.optimizer, self.key, self.names, self.everyone)
         else:
             state_dict = self.optimizer.state_dict()
             groups, params = state_dict["param_groups"], [group["params"] for group in self.optimizer.param_groups]
@@ -74,7 +87,8 @@ class OfOptimizer:
             digits = self._digits(parts)
 
         def take(path: str, value: Any) -> Mapping[str, Any]:
-            name = f"{self.key}/{path}"
+            # Each stage has its own, by its own numbers of groups.
+            name = f"{self.key}/stage{self.stage}/{path}" if self.stage else f"{self.key}/{path}"
             value = tensor_of(name, value)
             parts.extend(parts_of(name, value, self.everyone))
             return {"name": name, **({"device": "cuda"} if value.is_cuda else {})}
@@ -117,15 +131,21 @@ class OfOptimizer:
 
     # --- In -----------------------------------------------------------------------------------------------------------
 
-    def plan(self, saved: Saved) -> Plan:
-        """How it would be loaded."""
-        told = saved.entry(self.key)
+    def plan(self, saved: Saved, elsewhere: Set[str] = frozenset()) -> Plan:
+        """How it would be loaded.
+
+        Arguments:
+            elsewhere: addresses that other stages of a pipeline hold.
+        """
+        told = told_of(saved, self.key)
         if not isinstance(told, Mapping) or told.get("kind") != "optimizer":
             return refuse(f"{self.key}: the checkpoint has no optimizer of this name")
         if told["class"] != self.class_name:
             return refuse(f"{self.key}: the checkpoint's is {told['class']}, the one to load is {self.class_name}")
         states = states_of(saved, self.key)
-        if problems := self._different_names(told, states) or self._different_shapes(states, saved):
+        ours = isinstance(self.inner, Optimizer)
+        if problems := self._different_names(told, states, elsewhere) or ([] if ours else fits.different_shapes(
+                self.key, self._params(), states, saved)):
             return refuse(*problems)
         groups = self._groups(told, saved)
         if isinstance(groups, str):
@@ -133,10 +153,10 @@ class OfOptimizer:
         numbers, params = self._numbers()
         for p in params:
             need_memory(f"{self.key}: {self.names[id(p)]}", p)
-        metas = {numbers[id(p)]: encoding.decode(states[name], lambda one: self._meta(one, saved))
+        metas = {numbers[id(p)]: encoding.decode(states[name], lambda one: fits.meta(one, saved))
                  for p in params if (name := self.names[id(p)]) in states}
         try:
-            self._check(metas, groups, numbers)
+            fits.check(self.optimizer, self.names, metas, groups)
         except (ValueError, TypeError) as error:
             return refuse(f"{self.key}: {error}")
         if isinstance(self.optimizer, Zero):
@@ -151,27 +171,15 @@ class OfOptimizer:
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
         return {id(p): number for number, p in enumerate(params)}, params
 
-    def _different_names(self, told: Mapping[str, Any], states: Mapping[str, Any]) -> list[str]:
+    def _different_names(self, told: Mapping[str, Any], states: Mapping[str, Any],
+                         elsewhere: Set[str]) -> list[Problem]:
         """What one of both has and the other does not. Parameters that are never stepped may come and go."""
         known = {name for group in told["groups"] for name in group["names"]}
-        params = {self.names[id(p)]: p for group in self.optimizer.param_groups for p in group["params"]}
+        params = self._params()
         missing = [f"{name} {tuple(p.shape)}" for name, p in params.items() if name not in known and p.requires_grad]
-        unexpected = [name for name in states if name not in params]
-        return [f"{self.key}: {what}: {listed(names)}" for what, names in (
+        unexpected = [name for name in states if name not in params and f"{self.key}/{name}" not in elsewhere]
+        return [Problem(f"{self.key}: {what}", tuple(names)) for what, names in (
             ("missing in the checkpoint", missing), ("unexpected, the optimizer has no", unexpected)) if names]
-
-    def _different_shapes(self, states: Mapping[str, Any], saved: Saved) -> list[str]:
-        """States of torch's optimizers that had the shape of their parameter (L-BFGS's are flat), which is another."""
-        found: list[str] = []
-        if isinstance(self.inner, Optimizer):
-            return found
-        for p in self._numbers()[1]:
-            for key, one in states.get(name := self.names[id(p)], {}).items():
-                if isinstance(one, Mapping) and "name" in one and (shape := saved.kinds[one["name"]].shape) != p.shape \
-                        and (one.get("like") or (len(shape) == p.dim() and math.prod(shape) == p.numel() > 1)):
-                    found.append(f"{self.key}: {name}: its state {key!r} has shape {shape} in the checkpoint, the "
-                                 f"parameter {tuple(p.shape)}")
-        return found[:LISTED]
 
     def _groups(self, told: Mapping[str, Any], saved: Saved) -> list[dict[str, Any]] | str:
         """The options of every group of ours, by the names of its parameters; or what is wrong."""
@@ -179,6 +187,8 @@ class OfOptimizer:
         made = []
         for index, group in enumerate(self.optimizer.param_groups):
             homes = sorted({home[name] for p in group["params"] if (name := self.names[id(p)]) in home})
+            if not group["params"] and len(told["groups"]) == len(self.optimizer.param_groups):
+                homes = [index]  # other stages have its parameters
             options = [encoding.decode(told["groups"][one]["options"], given(saved, self._device())) for one in homes]
             if any(not encoding.same(one, options[0]) for one in options[1:]):
                 return (f"{self.key}: group {index} has parameters of the checkpoint's groups "
@@ -198,60 +208,6 @@ class OfOptimizer:
     def _device(self) -> torch.device | str:
         _, params = self._numbers()
         return next((p.device for p in params if p.device.type != "cpu"), "cpu")
-
-    @staticmethod
-    def _meta(one: Mapping[str, Any], saved: Saved) -> Tensor:
-        kind = saved.kinds[one["name"]]
-        return torch.empty(kind.shape, dtype=BY_NAME[kind.dtype], device="meta")
-
-    def _check(self, metas: Mapping[int, Any], groups: list[dict[str, Any]], numbers: Mapping[int, int]) -> None:
-        """Refuse shapes, dtypes and storages that are not this optimizer's.
-
-        Raises:
-            ValueError: which.
-        """
-        pattern: Any = self.optimizer._pattern if isinstance(self.optimizer, Zero) else self.optimizer
-        if not isinstance(pattern, Optimizer):
-            return
-        start = 0
-        described = []
-        for group, options in zip(self.optimizer.param_groups, groups, strict=True):
-            described.append({**options, "params": list(range(start, start + len(group["params"])))})
-            start += len(group["params"])
-        try:
-            statedict.check(pattern, {"state": dict(metas), "param_groups": described})
-        except ValueError as error:
-            raise ValueError(f"{error} Nothing is converted on the way: load it into an optimizer of the options that "
-                             "it was saved with, and convert that one's state dict") from error
-        for where, number, p in ((where, numbers[id(p)], p) for where, p in self._places()):
-            if number not in metas:
-                continue
-            for key, wanted in self._dtypes(pattern, where, p).items():
-                value = metas[number].get(key)
-                if isinstance(value, Tensor) and value.dtype != wanted:
-                    raise ValueError(f"{self.names[id(p)]}: its state {key!r} is {DTYPES[value.dtype]} in the "
-                                     f"checkpoint and {DTYPES[wanted]} here: it was kept by other storage options")
-
-    def _places(self) -> list[tuple[tuple[int, int], Any]]:
-        return [((g, i), p) for g, group in enumerate(self.optimizer.param_groups)
-                for i, p in enumerate(group["params"])]
-
-    @staticmethod
-    def _dtypes(pattern: Any, where: tuple[int, int], p: Any) -> dict[str, torch.dtype]:
-        """What the storage options keep of a parameter, and in which dtypes."""
-        group = pattern.param_groups[where[0]]
-        if is_plain(group) or not pattern.takes_storage(group):
-            return {}
-        layout = pattern._layout("a parameter", pattern._param(where), p.dtype, group, pattern.rule_of(group))
-        found: dict[str, torch.dtype] = {}
-        for number, key, extra in zip(layout.codecs, layout.keys, layout.extras, strict=True):
-            if key is not None:
-                found[key] = code_dtype(number)
-            if extra is not None:
-                second = codec(number).extra
-                assert second is not None
-                found[extra] = second
-        return found
 
     def _plain(self, saved: Saved, states: Mapping[str, Any], groups: list[dict[str, Any]], told: Mapping[str, Any],
                params: list[Any], numbers: Mapping[int, int]) -> tuple[list[tuple[str, Region]], Any]:
@@ -275,12 +231,8 @@ class OfOptimizer:
             state = {numbers[id(p)]: encoding.decode(states[name], give_for(p))
                      for p in params if (name := self.names[id(p)]) in states}
             more = encoding.decode(told.get("more", {}), given(saved, self._device()))
-            start, described = 0, []
-            for group, options in zip(self.optimizer.param_groups, groups, strict=True):
-                described.append({**options, "params": list(range(start, start + len(group["params"])))})
-                start += len(group["params"])
             self.optimizer.load_state_dict({**more, "state": {**state, **more.get("state", {})},
-                                            "param_groups": described})
+                                            "param_groups": fits.numbered(self.optimizer, groups)})
             for p in params:
                 if (one := told.get("digits", {}).get(self.names[id(p)])) is not None:
                     self.inner._remainders[id(p)] = give_for(p)(one)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fasttrain.checkpoint import encoding
-from fasttrain.checkpoint.parts import ALONE, BY_NAME, Part, in_memory_order, parts_of, tensor_of
+from fasttrain.checkpoint.intervals import begin, in_memory_order
+from fasttrain.checkpoint.parts import ALONE, BY_NAME, Among, Part, parts_of, tensor_of
 from fasttrain.checkpoint.regions import Region
 from fasttrain.checkpoint.saved import Saved
+from fasttrain.optim.local import cuts, is_dtensor
 from fasttrain.parallel import Zero
 from fasttrain.parallel.zero_pieces import Piece, row_major
 from fasttrain.parallel.zero_state import Array, arrays
@@ -21,12 +24,14 @@ from fasttrain.precision.codecs import codec
 Reads = list[tuple[str, Region]]
 
 
-def save(zero: Zero, key: str, names: Mapping[int, str]) -> tuple[dict[str, Any], list[Part]]:
+def save(zero: Zero, key: str, names: Mapping[int, str],
+         everyone: Among) -> tuple[dict[str, Any], list[Part]]:
     """By the names of parameters what this rank tells of their states; and its parts.
 
     Arguments:
         key: of the entry.
         names: of the parameters, by their ids.
+        everyone: the ranks that hold the same plain tensors; of a mesh they are more than those that `zero` divides by.
     """
     told: dict[str, Any] = {}
     parts: list[Part] = []
@@ -39,7 +44,9 @@ def save(zero: Zero, key: str, names: Mapping[int, str]) -> tuple[dict[str, Any]
         def take(path: str, value: Any, piece: Piece = piece, name: str = name,
                  known: Mapping[str, Array] = known) -> Mapping[str, Any]:
             address, value = f"{key}/{name}/{path}", tensor_of(f"{key}/{name}/{path}", value)
-            parts.extend(_parts(address, value, piece, known.get(path)))
+            among = (everyone.copies(piece.whole) if is_dtensor(piece.whole) else everyone).beyond(
+                zero.reducer.wire.ranks)
+            parts.extend(replace(part, among=among) for part in _parts(address, value, piece, known.get(path)))
             return _reference(address, value, piece, known.get(path))
 
         told[name] = encoding.encode(dict(state), take)
@@ -49,19 +56,21 @@ def save(zero: Zero, key: str, names: Mapping[int, str]) -> tuple[dict[str, Any]
 def _parts(name: str, value: Tensor, piece: Piece, array: Array | None) -> list[Part]:
     """Numbers of a parameter that is cut (its step) are the same on all that have a part of it: the first writes."""
     if array is None:
-        return [Part(part.name, part.memory, part.region, ALONE, silent=piece.first > 0)
-                for part in parts_of(name, value, ALONE)]
+        whole: Any = piece.whole
+        later = piece.first > 0 or any(whole.device_mesh.get_local_rank(dim) for dim, _ in cuts(whole))
+        return [replace(part, silent=later) for part in parts_of(name, value, ALONE)]
     return _cut(name, value, piece, array)
 
 
 def _cut(name: str, flat: Tensor, piece: Piece, array: Array) -> list[Part]:
     """The parts of an array that is cut as its parameter is."""
-    shape, first = array.shape(piece.whole.shape), array.length(piece.first)
-    if codec(array.number).block or row_major(piece.whole):
-        if not math.prod(shape):
-            return [Part(name, flat.detach().reshape(shape), Region(shape))]
+    shape = array.shape(piece.whole.shape)
+    if not math.prod(shape):
+        return [Part(name, flat.detach().reshape(shape), Region(shape))]
+    if codec(array.number).block or (row_major(piece.whole) and not is_dtensor(piece.whole)):
+        first = array.length(begin(name, piece.whole) + piece.first)
         return [Part(name, flat.detach(), Region(shape, span=(first, flat.numel())))]
-    return in_memory_order(name, flat.detach(), piece.whole, first)
+    return in_memory_order(name, flat.detach(), piece.whole, array.length(piece.first))
 
 
 def _reference(name: str, value: Tensor, piece: Piece, array: Array | None) -> dict[str, Any]:

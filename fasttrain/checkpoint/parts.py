@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,11 +29,28 @@ GRAIN = 4096  # bytes: where a tensor is divided
 
 @dataclass(frozen=True)
 class Among:
-    """The processes that hold the same: this one is number `index` of `count`. `who` tells them from others."""
+    """The processes that hold the same: this one is number `index` of `count`. `who` tells them from others.
+
+    What they hold alike is plain tensors. Of a DTensor it is the parts that are not cut, within its DeviceMesh; within
+    a `Mesh`, others hold the same too (`fasttrain.checkpoint.place`).
+    """
 
     index: int
     count: int
     who: Hashable = "all"
+
+    def copies(self, tensor: Any) -> Among:
+        """The processes that hold the same part of a DTensor as this one."""
+        mesh = tensor.device_mesh
+        dims = [dim for dim, placement in enumerate(tensor.placements) if placement.is_replicate()]
+        index, count = 0, 1
+        for dim in dims:
+            index, count = index * mesh.size(dim) + mesh.get_local_rank(dim), count * mesh.size(dim)
+        return Among(index, count, ("mesh", tuple(mesh.mesh.flatten().tolist()), tuple(dims)))
+
+    def beyond(self, ranks: Sequence[int]) -> Among:
+        """The processes that hold the same as this one of what is divided over some ranks, itself among them."""
+        return ALONE
 
 
 ALONE = Among(0, 1, "here")
@@ -141,7 +157,10 @@ def parts_of(name: str, tensor: Any, everyone: Among) -> list[Part]:
                          "to Replicate or Shard before it is saved")
     if tensor.device_mesh.get_coordinate() is None:
         return []
-    among = _copies(tensor)
+    try:
+        among = everyone.copies(tensor)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
     held = local(tensor.detach())
     if not tensor.numel():
         return [Part(name, held.reshape(shape) if held.numel() == 0 else held, Region(shape), everyone)]
@@ -153,23 +172,13 @@ def first_writes(part: Part, everyone: Among) -> Part:
     return replace(part, among=ALONE, silent=everyone.index > 0) if part.among is everyone else part
 
 
-def _copies(tensor: Any) -> Among:
-    """The processes that hold the same part of a DTensor."""
-    mesh = tensor.device_mesh
-    dims = [dim for dim, placement in enumerate(tensor.placements) if placement.is_replicate()]
-    index, count = 0, 1
-    for dim in dims:
-        index, count = index * mesh.size(dim) + mesh.get_local_rank(dim), count * mesh.size(dim)
-    return Among(index, count, ("mesh", tuple(mesh.mesh.flatten().tolist()), tuple(dims)))
-
-
 def boxes(held: Tensor, positions: Sequence[Tensor]) -> Iterator[tuple[Box, Tensor]]:
     """The boxes of the whole that a local tensor is made of, each with its elements.
 
     Arguments:
         positions: for each dimension, the indices in the whole, ascending in runs.
     """
-    runs = [list(_runs(index.tolist())) for index in positions]
+    runs = [list(_runs(index)) for index in positions]
     for chosen in itertools.product(*runs):
         view = held
         for dim, (_, at, length) in enumerate(chosen):
@@ -178,33 +187,13 @@ def boxes(held: Tensor, positions: Sequence[Tensor]) -> Iterator[tuple[Box, Tens
             yield (tuple(first for first, _, _ in chosen), tuple(length for _, _, length in chosen)), view
 
 
-def _runs(index: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+def _runs(index: Tensor) -> Iterator[tuple[int, int, int]]:
     """First index, place and length of every run of indices that follow one another."""
-    start = 0
-    for place in range(1, len(index) + 1):
-        if place == len(index) or index[place] != index[place - 1] + 1:
-            yield index[start], start, place - start
-            start = place
-
-
-def in_memory_order(name: str, flat: Tensor, whole: Tensor, first: int) -> list[Part]:
-    """The parts that an interval is made of, whose elements are counted in the order of a tensor's memory.
-
-    Arguments:
-        flat: the interval's elements.
-        whole: the tensor that fills one stretch of memory, in whatever order of its dimensions.
-        first: the interval's first element.
-    """
-    shape = tuple(whole.shape)
-    strides = whole.stride()
-    outer = sorted(range(whole.dim()), key=lambda dim: (-strides[dim] if shape[dim] > 1 else 1, dim))
-    inverse = [outer.index(dim) for dim in range(whole.dim())]
-    found = []
-    for at, (lower, extent) in Region(tuple(shape[dim] for dim in outer), span=(first, flat.numel())).blocks():
-        view = flat[at : at + math.prod(extent)].view(extent).permute(inverse)
-        box = tuple(lower[place] for place in inverse), tuple(extent[place] for place in inverse)
-        found.append(Part(name, view, Region(shape, box=box)))
-    return found
+    if not len(index):
+        return
+    starts = [0, *((index.diff() != 1).nonzero().flatten() + 1).tolist()]
+    for start, end in itertools.pairwise([*starts, len(index)]):
+        yield int(index[start]), start, end - start
 
 
 # --- Who writes what --------------------------------------------------------------------------------------------------
@@ -229,19 +218,36 @@ def _share(group: Sequence[Part]) -> Iterator[Part]:
     low, high = (total * rank // among.count for rank in (among.index, among.index + 1))
     start = 0
     for part in group:
-        if part.nbytes < WHOLE or part.region.suffix or not part.memory.is_contiguous():
+        if part.nbytes < WHOLE or (part.region.box is None and not part.memory.is_contiguous()):
             place = min(start, max(total - 1, 0))
             if low <= place < high or (total == 0 and among.index == 0):
                 yield part
         else:
-            first, last = (_cut(bound - start, part.nbytes) for bound in (low, high))
-            if first < last:
-                size = part.memory.element_size()
-                span = first // size, (last - first) // size
-                yield replace(part, memory=part.memory.view(-1)[span[0] : sum(span)],
-                              region=Region(part.region.shape, span=span))
+            yield from (_rows if part.region.box is not None else _stretch)(part, low - start, high - start)
         start += part.nbytes
 
 
-def _cut(place: int, nbytes: int) -> int:
-    return nbytes if place >= nbytes else max(0, place) // GRAIN * GRAIN
+def _stretch(part: Part, low: int, high: int) -> Iterator[Part]:
+    """What lies between two bytes of a whole tensor or an interval."""
+    size, before = part.memory.element_size(), part.region.span[0] if part.region.span is not None else 0
+    first, last = (_cut(bound, part.nbytes, GRAIN) // size for bound in (low, high))
+    if first < last:
+        yield replace(part, memory=part.memory.view(-1)[first:last],
+                      region=Region(part.region.shape, span=(before + first, last - first)))
+
+
+def _rows(part: Part, low: int, high: int) -> Iterator[Part]:
+    """The rows of a box that begin between two bytes, counted as if it was row-major."""
+    assert part.region.box is not None
+    lower, extent = part.region.box
+    dim = next(dim for dim, size in enumerate(extent) if size > 1)
+    row = part.nbytes // extent[dim]
+    first, last = (_cut(bound + row - 1, part.nbytes, row) // row for bound in (low, high))
+    if first < last:
+        box = ((*lower[:dim], lower[dim] + first, *lower[dim + 1:]), (*extent[:dim], last - first, *extent[dim + 1:]))
+        yield replace(part, memory=part.memory.narrow(dim, first, last - first),
+                      region=Region(part.region.shape, box=box))
+
+
+def _cut(place: int, nbytes: int, grain: int) -> int:
+    return nbytes if place >= nbytes else max(0, place) // grain * grain

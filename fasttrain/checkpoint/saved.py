@@ -14,10 +14,9 @@ from fasttrain.checkpoint import encoding
 from fasttrain.checkpoint.errors import Incomplete
 from fasttrain.checkpoint.parts import BY_NAME, DTYPES, is_plain_memory, resolved
 from fasttrain.checkpoint.pieces import SIZES
+from fasttrain.checkpoint.problems import Problem
 from fasttrain.checkpoint.read import Reader
 from fasttrain.checkpoint.regions import Region, intersection
-
-Problem = str
 
 
 class Kind(NamedTuple):
@@ -158,7 +157,7 @@ class Plan(NamedTuple):
     """How one entry of a state would be loaded.
 
     Attributes:
-        problems: why it cannot be, one line each; none if it can.
+        problems: why it cannot be; none if it can.
         reads: what is read of it here: verified before anything is changed.
         apply: load it.
         order: entries of smaller numbers are loaded first.
@@ -170,13 +169,13 @@ class Plan(NamedTuple):
     order: int = 0
 
 
-def refuse(*problems: Problem) -> Plan:
+def refuse(*problems: Problem | str) -> Plan:
     """What cannot be loaded."""
 
     def never() -> None:
         raise AssertionError("a plan with problems was applied")
 
-    return Plan(list(problems), [], never)
+    return Plan([Problem(one) if isinstance(one, str) else one for one in problems], [], never)
 
 
 def given(saved: Saved, device: torch.device | str = "cpu") -> Callable[[Mapping[str, Any]], Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 import torch
@@ -15,8 +15,12 @@ from fasttrain.checkpoint.names import Named
 from fasttrain.checkpoint.of_model import OfModel
 from fasttrain.checkpoint.of_object import OfObject, OfValue, is_object
 from fasttrain.checkpoint.of_optimizer import OfOptimizer
-from fasttrain.checkpoint.parts import Among, Part, mine, need_memory
-from fasttrain.checkpoint.saved import Plan, Saved, given, whole_reads
+from fasttrain.checkpoint.parts import Part, mine, need_memory
+from fasttrain.checkpoint.place import Place
+from fasttrain.checkpoint.problems import Problem
+from fasttrain.checkpoint.saved import Plan, Saved, given, refuse, whole_reads
+from fasttrain.checkpoint.stages import Held, is_away, together
+from fasttrain.checkpoint.together import STAGE
 
 Entry = OfModel | OfOptimizer | OfObject | OfValue
 
@@ -28,12 +32,12 @@ class Mismatch(ValueError):
         problems: one line each.
     """
 
-    def __init__(self, where: str, problems: list[str]):
-        self.problems = problems
+    def __init__(self, where: str, problems: Iterable[str]):
+        self.problems = problems = list(problems)
         super().__init__(f"{where} cannot be loaded into this state:\n  " + "\n  ".join(problems))
 
 
-def entries(state: Mapping[str, Any], rank: int, everyone: Among) -> dict[str, Entry]:
+def entries(state: Mapping[str, Any], place: Place) -> dict[str, Entry]:
     """The entries of a state, by their keys.
 
     Raises:
@@ -50,54 +54,69 @@ def entries(state: Mapping[str, Any], rank: int, everyone: Among) -> dict[str, E
     found: dict[str, Entry] = {}
     for key, value in state.items():
         if isinstance(value, nn.Module):
-            found[key] = OfModel(key, value, everyone)
+            found[key] = OfModel(key, value, place.stage)
         elif isinstance(value, torch.optim.Optimizer):
-            found[key] = OfOptimizer(key, value, named.of(value, key), everyone)
+            found[key] = OfOptimizer(key, value, named.of(value, key), place.stage, place.number)
         elif is_object(value):
-            found[key] = OfObject(key, value, rank, everyone)
+            found[key] = OfObject(key, value, place.rank, place.everyone)
         else:
-            found[key] = OfValue(key, value, rank, everyone)
+            found[key] = OfValue(key, value, place.rank, place.everyone)
     return found
 
 
-def gather(state: Mapping[str, Any]) -> None:
-    """Wait for parameters that are on their way to this rank (`Zero(..., overlap=True)`)."""
+def held(found: Mapping[str, Entry]) -> Held:
+    """What this rank's stage of a pipeline holds of a state."""
+    return together(entry.held() for entry in found.values())
+
+
+def entered(state: Mapping[str, Any], place: Place) -> dict[str, Entry]:
+    """`entries`, when parameters that are on their way to this rank have arrived (`Zero(..., overlap=True)`)."""
+    found = entries(state, place)
     for value in state.values():
         if isinstance(value, torch.optim.Optimizer) and hasattr(value, "gather"):
             value.gather()
+    return found
 
 
-def out(state: Mapping[str, Any], rank: int, everyone: Among) -> tuple[list[Part], dict[str, Any]]:
+def out(found: Mapping[str, Entry], place: Place, away: Set[str] = frozenset()) -> tuple[list[Part], dict[str, Any]]:
     """What this rank writes of a state: its parts, and its tree of values.
+
+    Arguments:
+        found: its entries, `entered`.
+        away: addresses that another stage of the pipeline writes.
 
     Raises:
         TypeError, ValueError: something cannot be kept; which, and why.
     """
-    entered = entries(state, rank, everyone)
-    gather(state)
     parts: list[Part] = []
     told: dict[str, Any] = {}
     with torch.no_grad():
-        for key, entry in entered.items():
+        for key, entry in found.items():
             own, told[key] = entry.save()
             parts += own
     for part in parts:
         need_memory(part.name, part.memory)
         _ = part.dtype  # raises where there is none for it
-    return mine(parts), {
-        "entries": told, "versions": {"fasttrain": __version__, "torch": str(torch.__version__),
-                                      "python": platform.python_version()}}
+    stage = {STAGE: place.number} if place.leads and (place.stages > 1 or place.rank > 0) else {}
+    return mine([part for part in parts if not is_away(part, away)]), {
+        "entries": told, **stage, "versions": {"fasttrain": __version__, "torch": str(torch.__version__),
+                                               "python": platform.python_version()}}
 
 
-def plans(state: Mapping[str, Any], saved: Saved, rank: int, everyone: Among) -> tuple[list[Plan], list[str]]:
-    """How a state would be loaded, in the order in which that has to be done; and why it cannot be."""
+def plans(found: Mapping[str, Entry], saved: Saved, elsewhere: Set[str]) -> tuple[list[Plan], list[Problem]]:
+    """How a state would be loaded, in the order in which that has to be done; and why it cannot be.
+
+    Arguments:
+        found: its entries.
+        elsewhere: addresses that other stages of a pipeline hold.
+    """
     made = []
     with torch.no_grad():
-        for key, entry in entries(state, rank, everyone).items():
+        for key, entry in found.items():
             if not isinstance(entry, OfValue):
-                made.append(entry.plan(saved))
+                made.append(entry.plan(saved, elsewhere))
             elif (saved.entry(key) or {}).get("kind") != "value":
-                made.append(Plan([f"{key}: the checkpoint has no value of this name"], [], lambda: None))
+                made.append(refuse(f"{key}: the checkpoint has no value of this name"))
     made.append(Plan([], whole_reads(_values(saved), saved), lambda: None))
     return sorted(made, key=lambda plan: plan.order), [line for plan in made for line in plan.problems]
 

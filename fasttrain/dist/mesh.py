@@ -134,18 +134,19 @@ class Mesh:
         index = tuple(slice(None) if axis in axes else self.coordinates[axis] for axis in AXES)
         return sorted(self._ranks[index].flatten().tolist())
 
-    def wire(self, *axes: str) -> Wire:
+    def wire(self, *axes: str, use: str = "") -> Wire:
         """The wire over `ranks`; without axes over all ranks. All its ranks ask for it at the same place of a program.
 
-        One wire is made of each choice of axes: whoever asks again gets the same, and those who issue collectives
-        while others do take one of their own (`Wire`).
+        One wire is made of each choice of axes and each `use`: whoever asks again gets the same, and those who issue
+        collectives while others do name their use.
         """
         check_axes(axes)
         long = self._long(axes or AXES)
-        if long not in self._wires:
+        key = (*long, use) if use else long
+        if key not in self._wires:
             everyone = self._wires[self._long(AXES)]
-            self._wires[long] = Wire(self.device, self.timeout_s, self.ranks(*long), everyone.watch)
-        return self._wires[long]
+            self._wires[key] = Wire(self.device, self.timeout_s, self.ranks(*long), everyone.watch)
+        return self._wires[key]
 
     def _long(self, axes: tuple[str, ...]) -> tuple[str, ...]:
         """Those of more than one rank."""

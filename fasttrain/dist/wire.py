@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from fasttrain.dist import attempt, exchange
+from fasttrain.dist import attempt, exchange, naming
 from fasttrain.dist.scratch import Scratch
 from fasttrain.dist.stages import Lines, OnDevice, Stage, Staged, Ticket
 from fasttrain.dist.work import Ended, Nobody, Post, Single, Waits, Watch, WireError, Work
@@ -95,8 +95,9 @@ class Wire:
         return cls(device, timeout_s, group, watch)
 
     def _meet(self) -> None:
-        self.group = dist.new_group(self.ranks, timedelta(seconds=self.timeout_s + MARGIN_S), self.backend,
-                                    use_local_synchronization=True, group_desc="fasttrain")
+        with naming.by_members(self.ranks):
+            self.group = dist.new_group(self.ranks, timedelta(seconds=self.timeout_s + MARGIN_S), self.backend,
+                                        use_local_synchronization=True, group_desc="fasttrain")
 
     @property
     def sent(self) -> int:
@@ -204,8 +205,9 @@ class Wire:
         if self.backend == "gloo":
             return exchange.all_to_all(self, into, sends)
         away = sum(t.nbytes for t in sends) - sends[self.rank].nbytes
-        return self._single("all_to_all", away, away, lambda: dist.all_to_all(
-            list(into), list(sends), group=self.group, async_op=True))
+        self.issue("all_to_all", 0, away)  # sizes may differ, and who has nothing to send takes part
+        return Single(self._post(), "all_to_all", away, self._try("all_to_all", lambda: dist.all_to_all(
+            list(into), list(sends), group=self.group, async_op=True)), polled=False)
 
     # --- What the exchange is made of ---------------------------------------------------------------------------------
 

@@ -78,3 +78,25 @@ def local_targets(targets: Any) -> Tensor:
         raise ValueError(f"targets are a DTensor placed {tuple(targets.placements)}: every rank needs all of them "
                          "here, targets.full_tensor()")
     return targets.to_local()
+
+
+def rows_cut(hidden: Any, weight: Any, along: Along | None) -> tuple[int | None, Tensor]:
+    """(the dimension of hidden that is cut over the ranks which divide the classes, or None; what is here).
+
+    Raises:
+        ValueError: it is cut along its features, over other ranks, or is an addend.
+    """
+    if not is_dtensor(hidden):
+        return None, hidden
+    cuts = [(dim, each) for dim, each in enumerate(hidden.placements) if not each.is_replicate()]
+    if not cuts:
+        return None, hidden.to_local()
+    own = [dim for dim, each in enumerate(weight.placements) if not each.is_replicate()]
+    (at, placement), *more = cuts
+    dim = getattr(placement, "dim", -1) % hidden.ndim
+    if (more or along is None or not placement.is_shard() or own != [at] or hidden.device_mesh != weight.device_mesh
+            or dim == hidden.ndim - 1):
+        raise ValueError(f"hidden of shape {tuple(hidden.shape)} is placed {tuple(hidden.placements)} and the weight "
+                         f"{tuple(weight.placements)}: hidden is Replicate, or Shard of any but its last dimension "
+                         "over the ranks that divide the classes; redistribute it")
+    return dim, hidden.to_local()

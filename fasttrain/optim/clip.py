@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fasttrain.kernels import norm
+from fasttrain.optim import wider
 from fasttrain.optim.local import local, norm_of_parts, settle, shares, statistics_of_parts
 
 PLAIN = (Tensor, torch.nn.Parameter, type(None))  # types that are no DTensor; asking a type is faster than isinstance
@@ -87,6 +88,12 @@ def statistics(optimizers: Iterable[Any], each: list[tuple[list[Tensor], Tensor]
     """
     optimizers = list(optimizers)
     params = parameters(optimizer for optimizer in optimizers if not in_shards(optimizer))
+    if (widened := wider.declared(params)) is not None:
+        given = [p for p in params if p.grad is not None]
+        squares, bad = norm.squares([local(p.grad) for p in given])
+        if each is not None:
+            each.append((given, squares))
+        return widened(given, squares, bad)
     cut = [p for p in placed(params) if shares(p)]  # with those that have no gradient here: others may have one
     apart = {id(p) for p in cut}
     by_device: dict[torch.device, list[Tensor]] = {}
@@ -132,7 +139,10 @@ def grad_norm(optimizers: Iterable[Any], norm_type: float = 2.0) -> Tensor:
         raise ValueError(f"norm_type={norm_type}: of gradients in shards the norm 2 is known, and no other")
     if norm_type == 2.0:
         return statistics(optimizers)[0].sqrt().float()
-    params = [p for p in parameters(optimizers) if p.grad is not None]
+    params = parameters(optimizers)
+    if wider.declared(params) is not None:
+        raise ValueError(f"norm_type={norm_type}: over a mesh the norm 2 of a model is known, and no other")
+    params = [p for p in params if p.grad is not None]
     norms = [norm_of_parts(p, norm_type) for p in params if shares(p)]
     if not norms:
         return torch.nn.utils.get_total_norm([local(p.grad) for p in params], norm_type)

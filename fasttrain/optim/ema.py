@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fasttrain.optim.kept import EMA
-from fasttrain.optim.local import is_dtensor, local, place
+from fasttrain.optim.local import is_dtensor, local
+from fasttrain.optim.placing import place
 from fasttrain.optim.runs import key_of
 from fasttrain.precision import draws
 from fasttrain.precision.codecs import STOCHASTIC, encode

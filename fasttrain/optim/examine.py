@@ -19,12 +19,12 @@ from fasttrain.optim.local import (
     check_placed,
     dtensor_type,
     local,
-    place,
     settle,
     shares,
     version,
 )
 from fasttrain.optim.page import Group
+from fasttrain.optim.placing import place
 from fasttrain.optim.report import StepReport
 from fasttrain.precision.storage import is_plain
 from fasttrain.rule import Rule

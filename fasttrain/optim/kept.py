@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fasttrain.optim.checks import check_memory, plain
-from fasttrain.optim.local import cuts_blocks
 from fasttrain.optim.part import size_of
+from fasttrain.optim.placing import cuts_blocks
 from fasttrain.precision.codecs import PLAIN, STOCHASTIC, array_shapes, code_dtype, codec, decode, encode
 from fasttrain.precision.storage import EXTRA_KEYS, describe, ema_codec, is_plain, param_codec, state_codec
 from fasttrain.rule import Rule

@@ -1,4 +1,4 @@
-"""Shards: the local part of a DTensor, where it lies in the whole, and sums over all parts.
+"""Shards: the local part of a DTensor, which elements of the whole it holds, and sums over all parts.
 
 `torch.distributed.tensor` takes long to import, so it is imported only where there is a DTensor already. A placement is
 known by its attributes: `_StridedShard`, which `fully_shard` over tensor parallelism gives, is no `Shard`.
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from fasttrain.kernels import norm
-from fasttrain.optim.part import declared
 
 
 def dtensor_type() -> Any:
@@ -235,62 +234,32 @@ def chunk(index: Tensor, count: int, number: int) -> Tensor:
 def positions(tensor: Any) -> list[Tensor]:
     """For each dimension, the indices in the whole that this process holds of it."""
     index = [torch.arange(size) for size in tensor.shape]
-    for mesh_dim, placement in cuts(tensor):
+    for mesh_dim, placement, pieces in in_turn(tensor):
         count, number = tensor.device_mesh.size(mesh_dim), tensor.device_mesh.get_local_rank(mesh_dim)
-        pieces = getattr(placement, "split_factor", 1)  # _StridedShard takes its chunk of each of so many pieces
         index[placement.dim] = torch.cat([chunk(chunk(index[placement.dim], pieces, piece), count, number)
                                           for piece in range(pieces)])
     return index
+
+
+def in_turn(tensor: Any) -> list[tuple[int, Any, int]]:
+    """Mesh dimension, placement and pieces of every cut, in the order in which they are made; each cuts every piece.
+
+    What `fully_shard` cuts (`_StridedShard`) was cut along later dimensions of the mesh before. Where the pieces are
+    those parts, it is simply cut after them; torch's own order comes to the same if all are even.
+    """
+    turns: list[tuple[int, Any, int]] = []
+    made = cuts(tensor)
+    for place, (mesh_dim, placement) in reversed(list(enumerate(made))):
+        pieces = getattr(placement, "split_factor", 1)
+        later = math.prod(tensor.device_mesh.size(dim) for dim, one in made[place + 1:] if one.dim == placement.dim)
+        if pieces > 1 and pieces == later:
+            turns.append((mesh_dim, placement, 1))
+        else:
+            turns.insert(0, (mesh_dim, placement, pieces))
+    return turns
 
 
 def run_length(index: Tensor) -> int:
     """How many indices follow one another at the start."""
     breaks = (index.diff() != 1).nonzero()
     return int(breaks[0]) + 1 if len(breaks) else len(index)
-
-
-def cuts_blocks(tensor: Any, block: int) -> bool:
-    """Whether a shard may begin or end inside a block of so many elements, counted from the first of the whole.
-
-    The answer is the same on every process.
-    """
-    made = cuts(tensor)
-    if parts(tensor) == 1:
-        return False
-    finest = [tensor.device_mesh.size(dim) * getattr(placement, "split_factor", 1) for dim, placement in made]
-    if any(placement.dim for _, placement in made) or any(tensor.shape[0] % n for n in (parts(tensor), *finest)):
-        return True
-    row = tensor.numel() // max(1, tensor.shape[0])
-    return run_length(positions(tensor)[0]) * row % block != 0
-
-
-def place(name: str, tensor: Any) -> tuple[int, int, int]:
-    """Where the local elements lie in the row-major whole (`fasttrain.precision.draws.full_index`).
-
-    Raises:
-        ValueError: they do not lie in runs of one length at one distance.
-    """
-    if (part := declared(tensor)) is not None:
-        return part.first, 0, 0
-    if not shares(tensor) or local(tensor).numel() == 0:
-        return 0, 0, 0
-    whole, index = tensor.shape, positions(tensor)
-    cut = [dim for dim, held in enumerate(index) if len(held) != whole[dim]]
-    if not cut:
-        return 0, 0, 0
-    inner, strides = cut[-1], [math.prod(whole[dim + 1:]) for dim in range(len(whole))]
-    stride = strides[inner]
-    outer = torch.zeros(1, dtype=torch.int64)  # where each of what lies outside of the innermost cut begins
-    for dim in range(inner):
-        outer = (outer[:, None] + index[dim] * strides[dim]).flatten()
-    first, run = int(outer[0] + index[inner][0] * stride), run_length(index[inner])
-    if len(outer) == 1 and run == len(index[inner]):
-        return first, 0, 0
-    starts = (outer[:, None] + index[inner][::run] * stride).flatten()
-    apart = starts.diff()
-    runs = index[inner].view(-1, run) if len(index[inner]) % run == 0 else None
-    if runs is None or (runs.diff() != 1).any() or (apart != apart[0]).any():
-        raise ValueError(f"{name} is placed {tensor.placements}: stochastic rounding needs shards whose elements lie "
-                         "in runs of one length and distance in the whole; use another master, "
-                         "state_rounding='nearest', or other placements")
-    return first, run * stride, int(apart[0])

@@ -6,6 +6,7 @@ from fasttrain.parallel.context import ContextParallel
 from fasttrain.parallel.data import DataParallel
 from fasttrain.parallel.reducer import Reducer
 from fasttrain.parallel.sharded import shard
+from fasttrain.parallel.tensor.parallelize import tensor_parallel
 from fasttrain.parallel.zero import Zero
 
-__all__ = ["ContextParallel", "DataParallel", "Disagreement", "Mesh", "Reducer", "Zero", "shard"]
+__all__ = ["ContextParallel", "DataParallel", "Disagreement", "Mesh", "Reducer", "Zero", "shard", "tensor_parallel"]

@@ -149,6 +149,9 @@ class ContextParallel:
             RuntimeError: a ring outside of `step`.
         """
         check_shapes(q, k, v, len(self.chunks))
+        if torch.is_autocast_enabled(q.device.type):  # as attention itself would, but before they travel
+            short = torch.get_autocast_dtype(q.device.type)
+            q, k, v = (part if part.dtype == torch.float64 else part.to(short) for part in (q, k, v))
         shared = q.shape[1] != k.shape[1]
         if self.size == 1:
             return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=shared)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from fasttrain.dist.fingerprint import agree, fingerprint
 from fasttrain.dist.layout import Entry, FlatLayout
@@ -129,11 +130,12 @@ def agreed(wire: Wire, model: nn.Module, blocks: Sequence[nn.Module],
     cut = [(name, p) for name, p in model.named_parameters() if is_dtensor(p) and p.requires_grad]
     plain = [(name, p) for name, p in model.named_parameters() if not is_dtensor(p)]
     named = [*cut, *(reduced.trained(plain) if plain or not cut else [])]
-    entries = [Entry(name, tuple(p.shape), p.dtype, local(p).device.type, "data", local(p).stride(), p.requires_grad)
+    entries = [Entry(name, tuple(p.shape), p.dtype, local(p).device.type, "data", p.stride(), p.requires_grad)
                for name, p in named]
+    placed = {name: str(p.placements) for name, p in named if isinstance(p, DTensor)}
     names = {part: name for name, part in model.named_modules()}
     agree(wire, fingerprint(entries, FlatLayout.of(entries, wire.size),
-                            {**options, "blocks": [names[part] for part in blocks]}))
+                            {**options, "placed": placed, "blocks": [names[part] for part in blocks]}))
     return named
 
 

@@ -7,7 +7,7 @@ and made equal, gloo's collectives replaced, accumulation, tokens, and clear ans
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,21 +17,24 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from fasttrain.dist import accounting
+from fasttrain.dist.mesh import Mesh
 from fasttrain.dist.watcher import Watcher
-from fasttrain.dist.watching import wire_over
 from fasttrain.dist.wire import Wire
 from fasttrain.optim.arrival import Arrival
 from fasttrain.parallel import replaced, shardable
 from fasttrain.parallel.accumulate import Accumulation
+from fasttrain.parallel.grids import Grid, Named, Torch
 from fasttrain.parallel.scattered import Gathered, Scattered
 from fasttrain.parallel.unfinished import Watched
+from fasttrain.parallel.units import Later
 from fasttrain.precision.loss_scale import LossScaler, step_divided
 
 
-def shard(model: nn.Module, mesh: DeviceMesh | None = None, *, blocks: str | Sequence[nn.Module] | None = None,
+def shard(model: nn.Module, mesh: Mesh | DeviceMesh | None = None, *, blocks: str | Sequence[nn.Module] | None = None,
           reduce_dtype: torch.dtype | None = None, param_dtype: torch.dtype | None = None,
           reshard_after_forward: bool | int | None = True, wire: str = "same", init_sync: bool = True,
-          timeout_s: float = 120, watch: Watcher | bool = True, **options: Any) -> Sharded:
+          timeout_s: float = 120, watch: Watcher | bool = True, tied: Mapping[str, Sequence[int]] | None = None,
+          **options: Any) -> Sharded:
     """Divide a model over the ranks by torch's `fully_shard`: each block, then the rest.
 
     The model itself is changed, and used as before; make the optimizer afterwards, of its parameters, which are shards
@@ -41,8 +44,9 @@ def shard(model: nn.Module, mesh: DeviceMesh | None = None, *, blocks: str | Seq
 
     Arguments:
         model: the same on every rank.
-        mesh: the ranks, a DeviceMesh of one dimension; of two, the first holds copies and the second shards (torch's
-            HSDP). None: all ranks.
+        mesh: a `Mesh`: parameters are cut along its axis "shard", in addition to what tensor parallelism, experts and
+            stages have cut before. Or a DeviceMesh of one dimension; of two, the first holds copies and the second
+            shards (torch's HSDP). None: all ranks.
         blocks: the modules that are gathered one after the other, or the name of a ModuleList or Sequential of them;
             None: the ModuleList with most parameters, if there is any.
         reduce_dtype: in which gradients travel and are accumulated; None: that of the parameters. On gloo they are
@@ -51,7 +55,9 @@ def shard(model: nn.Module, mesh: DeviceMesh | None = None, *, blocks: str | Seq
         reshard_after_forward: let go of a block's parameters between its forward and backward pass.
         wire: "same", or "bf16", which is `reduce_dtype=torch.bfloat16`.
         init_sync: give every rank the first rank's parameters and buffers; False if they are equal for sure.
-        timeout_s, watch: see `fasttrain.parallel.Reducer`.
+        timeout_s, watch: see `fasttrain.parallel.Reducer`; of a `Mesh`: what that has.
+        tied: as to `fasttrain.parallel.Reducer`: of parameters that several stages of a pipeline have, by their names
+            here, the stages; all stages give all ties, in one order.
         options: for torch's `fully_shard`: `offload_policy`, `ignored_params`, `shard_placement_fn`.
 
     Returns:
@@ -59,7 +65,7 @@ def shard(model: nn.Module, mesh: DeviceMesh | None = None, *, blocks: str | Seq
 
     Raises:
         TypeError, ValueError: a model that is wrapped or sharded already, blocks that are not in it, a mesh of another
-            kind, or a wire that `fully_shard` cannot have. Nothing is changed.
+            kind or with shard=1, or a wire that `fully_shard` cannot have. Nothing is changed.
         DisagreementError: the ranks have different parameters or options; the same text on every rank.
 
     Source: S. Rajbhandari, J. Rasley, O. Ruwase, Y. He, arXiv:1910.02054, section 5.3.
@@ -74,28 +80,27 @@ def shard(model: nn.Module, mesh: DeviceMesh | None = None, *, blocks: str | Seq
     shardable.check_model(model)
     parts = shardable.blocks_of(model, blocks)
     reduce_dtype = shardable.reduce_dtype_of(wire, reduce_dtype)
-    device = shardable.device_of(model, mesh)
-    mesh = shardable.mesh_of(mesh, device)
-    everyone = wire_over(mesh.mesh.flatten().tolist(), device, timeout_s, watch)
-    named = shardable.agreed(everyone, model, parts, {
-        "stage": 3, "reduce_dtype": reduce_dtype, "param_dtype": param_dtype, "mesh": list(mesh.mesh.shape),
+    grid: Grid = Named(mesh, model, tied or {}) if isinstance(mesh, Mesh) else \
+        Torch(mesh, model, timeout_s, watch)
+    named = shardable.agreed(grid.alike, model, parts, {
+        "stage": 3, "reduce_dtype": reduce_dtype, "param_dtype": param_dtype, "mesh": grid.shape,
         "reshard_after_forward": reshard_after_forward})
     if init_sync:
-        shardable.make_equal(everyone, model)
+        grid.make_equal(model)
     policy = MixedPrecisionPolicy(param_dtype, reduce_dtype)
-    divided: list[Any] = [*parts, model]
+    divided: list[Any] = grid.units(model, parts)
     for part in divided:
-        fully_shard(part, mesh=mesh, reshard_after_forward=reshard_after_forward, mp_policy=policy, **options)
-    shards = everyone
-    if mesh.ndim == 2:
-        shards = wire_over(mesh.get_group(1), device, timeout_s, watch)
+        fully_shard(part, mesh=grid.mesh_of(part), reshard_after_forward=reshard_after_forward, mp_policy=policy,
+                    **options)
+        grid.divide(part)
+    shards = grid.shards()
     if shards.backend == "gloo":
         for part in divided:
             part.set_custom_reduce_scatter(Scattered(shards))
             part.set_custom_all_gather(Gathered(shards))
     replaced.watch(model, [p for _, p in named])
-    model.register_forward_hook(Watched(everyone).after_forward)
-    return Sharded(model, shards, everyone)
+    model.register_forward_hook(Watched(grid.everyone).after_forward)
+    return Sharded(model, shards, grid)
 
 
 class Sharded:
@@ -105,14 +110,18 @@ class Sharded:
         module: the model itself.
         wire: of the ranks among which parameters are divided; on gloo gradients and parameters travel by it, and
             `wire.bytes` counts them. On NCCL they travel by torch.
-        everyone: of all ranks; another one only if there are copies (a mesh of two dimensions).
+        everyone: of all ranks; another one only if there are more axes than shards.
+        terms: of how many ranks' losses a gradient is the mean.
     """
 
-    def __init__(self, module: nn.Module, wire: Wire, everyone: Wire):
+    def __init__(self, module: nn.Module, wire: Wire, grid: Grid):
         assert isinstance(module, FSDPModule)
-        self.module, self.wire, self.everyone = module, wire, everyone
-        self.elements = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        self.module, self.wire, self.everyone = module, wire, grid.everyone
+        self.terms, self._grid, self._later = grid.terms, grid, Later(module)
+        self._cut = grid.cut(module)
+        self.elements = sum(self._cut.values())
         self._items = 0
+        grid.widen(module)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -128,10 +137,58 @@ class Sharded:
         """A context for each of several micro-batches of one step: only the last reduces; see `Accumulation`."""
         return Accumulation(self, micro_batches)
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Backward passes within only accumulate, whole or in parts, as a pipeline's schedule makes them.
+
+        Parameters stay gathered within. Then `finish` (or `reduce`, for those that are complete) reduces.
+        """
+        self._check_arriving()
+        with self._later.paused():
+            yield
+
+    def reduce(self, params: Iterable[Tensor] | None = None) -> None:
+        """Reduce gradients that accumulated while `paused`: every rank that holds parts of them calls it.
+
+        Arguments:
+            params: those whose gradients are complete; what travels together is sent when all of it is. None: all.
+        """
+        self._later.reduce(params)
+
+    def finish(self) -> None:
+        """End a step that was `paused`: what is left is reduced, and parameters are let go of."""
+        self._later.finish()
+        self._grid.tie()
+
+    def statistics(self, optimizer: Any) -> tuple[Tensor, Tensor]:
+        """Of the gradients of the whole model: the sum of squares (float64) and whether any is not finite.
+
+        Each parameter is counted once, over all axes of the mesh, stages included; a collective of all ranks, with
+        the same bits on each. `optimizer.clip_grad_norm_` and `LossScaler` get the same.
+        """
+        return optimizer.grad_statistics()
+
+    def losses(self, loss: Tensor, stop: float = 0.0, items: int | None = None) -> tuple[Tensor, Tensor]:
+        """The mean loss over all ranks, and how many wish to stop; a collective of all ranks.
+
+        Ranks along "tensor" have the same loss, of which the first one's counts, and of stages the last one's.
+
+        Arguments:
+            loss: of this rank, float64 of shape ().
+            stop: 1 if this rank wishes to stop.
+            items: by which the losses, as sums, are divided: this rank's. None: they are means.
+        """
+        once = self._grid.counts
+        loss, items_of_all, stops = self.everyone.sum_(torch.stack([
+            loss if once else torch.zeros_like(loss), loss.new_tensor(float(once * (items or 0))),
+            loss.new_tensor(stop)]))
+        return loss / (self.terms if items is None else items_of_all), stops
+
     def count(self, items: int) -> None:
         """Count items (tokens) whose losses were added up, not averaged, in this rank's backward passes of this step.
 
-        `step` then divides by their number over all ranks.
+        `step` then divides by their number over all ranks: of ranks along "tensor", which have the same items, the
+        first one's, of stages the last one's.
         """
         self._items += items
 
@@ -156,14 +213,15 @@ class Sharded:
         if not hasattr(optimizer, "step_scaled"):
             raise TypeError(f"{type(optimizer).__name__} cannot divide by a number of items that is known late: take "
                             "one of fasttrain.optim, or average the loss on each rank and do not count()")
-        items = self.everyone.sum_(torch.tensor(float(self._items), dtype=torch.float64, device=self.everyone.device))
+        mine = float(self._items if self._grid.counts else 0)
+        items = self.everyone.sum_(torch.tensor(mine, dtype=torch.float64, device=self.everyone.device))
         self._items = 0
         if not items:
             raise RuntimeError("no items were counted on any rank: call count() before each backward pass, or "
                                "optimizer.step()")
-        squares, found = optimizer.grad_statistics()
+        squares, found = self.statistics(optimizer)
         found = found if unusable is None else found | unusable
-        return step_divided(items / self.everyone.size, (squares, found), optimizer, max_norm, scaler)
+        return step_divided(items / self.terms, (squares, found), optimizer, max_norm, scaler)
 
     def bytes_per_step(self, gradient: float, parameter: float, micro_batches: int = 1) -> float:
         """Bytes that this rank sends in a step, by the formula: see `fasttrain.dist.accounting.bytes_per_step`.
@@ -172,10 +230,13 @@ class Sharded:
             gradient, parameter: bytes of an element on the wire.
             micro_batches: of a step. Each gathers the parameters twice; only the last reduces, over copies too.
         """
-        shards, copies = self.wire.size, self.everyone.size // self.wire.size
-        once = accounting.bytes_per_step(3, self.elements, shards, gradient, parameter)
-        once += accounting.bytes_per_step(0, self.elements // shards, copies, gradient, 0)
-        return once + (micro_batches - 1) * accounting.bytes_per_step(3, self.elements, shards, 0, parameter)
+        sent = 0.0
+        for copies, elements in self._cut.items():
+            once = accounting.bytes_per_step(3, elements, self.wire.size, gradient, parameter)
+            once += accounting.bytes_per_step(0, elements // self.wire.size, copies, gradient, 0)
+            again = accounting.bytes_per_step(3, elements, self.wire.size, 0, parameter)
+            sent += once + (micro_batches - 1) * again
+        return sent
 
     def register_comm_hook(self, state: Any, hook: Any) -> None:
         """Refused: `fully_shard` has no hooks that could replace its reduction.

@@ -44,9 +44,10 @@ def whole(buckets: Sequence[Bucket], costs: Mapping[str, float]) -> list[Cut]:
         >>> whole(layout.buckets, {"0": 1, "1": 1, "2": 2})
         [((0, 256), (256, 768))]
     """
-    load: list[float] = [0.0] * (buckets[0].world if buckets else 0)
+    loads: dict[str, list[float]] = {}
     cuts = []
     for bucket in buckets:
+        load = loads.setdefault(bucket.group, [0.0] * bucket.world)
         runs = _runs(bucket.slots, costs, bucket.world)
         runs.sort(key=lambda run: -_cost(run, costs))
         ranks = sorted(range(bucket.world), key=lambda rank: (load[rank], rank))

@@ -12,6 +12,7 @@ from fasttrain.dist.layout import FlatLayout
 from fasttrain.dist.wire import Wire
 from fasttrain.kernels import norm
 from fasttrain.parallel.buckets import Bucket
+from fasttrain.parallel.over_axes import Reach
 from fasttrain.parallel.wires import Method, Parts, Sent
 from fasttrain.parallel.zero_buckets import Rotating
 from fasttrain.parallel.zero_cut import Cut
@@ -29,7 +30,8 @@ class Scatter(Method):
     parameter has a gradient meanwhile.
 
     Arguments:
-        cuts: of each bucket.
+        cuts: of each bucket, over the ranks of its group.
+        reach: the groups.
         travels: the dtype in which gradients travel to be added; None: the bucket's.
         rotating: buckets are `Rotating`, and shards have memory of their own; else they lie in the buckets.
 
@@ -43,8 +45,9 @@ class Scatter(Method):
     name = "shards"
     final = True
 
-    def __init__(self, cuts: Sequence[Cut], travels: torch.dtype | None, rotating: bool):
+    def __init__(self, cuts: Sequence[Cut], reach: Reach, travels: torch.dtype | None, rotating: bool):
         super().__init__()
+        self.reach = reach
         self.cuts, self.travels, self.rotating = list(cuts), travels, rotating
         self.own: list[Tensor] = []
         self._back: dict[torch.dtype, float] = {}  # bytes of a parameter, by the dtype of its bucket
@@ -55,12 +58,13 @@ class Scatter(Method):
 
     def prepare(self, wire: Wire, layout: FlatLayout) -> None:
         super().prepare(wire, layout)
+        self.divisor = self.reach.terms
         self._users: dict[int, Landing] = {}
 
     def lay(self, buckets: Sequence[Bucket], params: Sequence[Tensor], names: Sequence[str]) -> None:
         """Learn where the buckets of these parameters lie; once."""
         for bucket, cut in zip(buckets, self.cuts, strict=True):
-            begin, end = cut[self.wire.rank]
+            begin, end = cut[self.reach.wires[bucket.plan.group].rank]
             mine = bucket.data[begin:end]
             self.own.append(torch.zeros_like(mine) if self.rotating else mine)
             self._back[bucket.plan.dtype] = max(float(p.dtype.itemsize) for p in bucket.params)
@@ -76,10 +80,13 @@ class Scatter(Method):
     def widths(self, dtype: torch.dtype) -> tuple[float, float]:
         return float((self.travels or dtype).itemsize), self._back[dtype]
 
+    def of(self, group: str) -> Method:
+        return OfGroup(self, self.reach.wires[group])
+
     # --- What the reducer calls ---------------------------------------------------------------------------------------
 
     def send(self, index: int, bucket: Bucket) -> Sent:
-        self.issued(index, len(bucket.data))
+        self.issued(index, len(bucket.data) if self.reach.alike else 0)
         if isinstance(bucket, Rotating):
             memory = bucket.data.data_ptr()
             if (before := self._users.pop(memory, None)) is not None:
@@ -88,7 +95,8 @@ class Scatter(Method):
         data = bucket.data if bucket.staged is None else bucket.staged
         if self.travels is not None:
             data = data.to(self.travels)
-        landing = Landing(self, index, scatter(self.wire, self.own[index], data, self.cuts[index], self.divisor))
+        landing = Landing(self, index, scatter(
+            self.reach.wires[bucket.plan.group], self.own[index], data, self.cuts[index], self.divisor))
         if isinstance(bucket, Rotating):
             self._users[memory] = landing
         if self.arriving is not None:
@@ -129,6 +137,20 @@ class Scatter(Method):
             return parts
         squares, found = norm.squares([self._sums[index].add_(self.own[index])])
         return squares[0], found | parts[1]
+
+
+class OfGroup(Method):
+    """What the buckets of one group are asked for."""
+
+    def __init__(self, scatter: Scatter, wire: Wire):
+        super().__init__()
+        self.scatter, self.wire = scatter, wire
+
+    def staging(self, dtype: torch.dtype) -> torch.dtype:
+        return self.scatter.staging(dtype)
+
+    def widths(self, dtype: torch.dtype) -> tuple[float, float]:
+        return self.scatter.widths(dtype)
 
 
 class Landing(Sent):

@@ -1,0 +1,70 @@
+"""Parameters that several stages of a pipeline have, sharded: their gradients are added up after each is reduced."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fasttrain.dist.mesh import AXES, Mesh
+from fasttrain.dist.wire import Wire
+from fasttrain.optim.local import local
+
+
+class Ties:
+    """Make them with `of`.
+
+    Arguments:
+        stage: of this rank.
+        stages: by name here, those that have the parameter too, ascending; in an order that all stages share.
+        wires: to the same shard on these stages.
+    """
+
+    def __init__(self, stage: int, stages: Mapping[str, tuple[int, ...]], wires: Mapping[tuple[int, ...], Wire]):
+        self.stage, self.stages, self.wires = stage, stages, wires
+        self.params: dict[tuple[int, ...], list[Tensor]] = {}
+
+    def found(self, model: nn.Module) -> None:
+        """Take the parameters from the model, which has its shards now."""
+        self.params = {}
+        for name, stages in self.stages.items():
+            self.params.setdefault(stages, []).append(model.get_parameter(name))
+
+    def counts(self, name: str) -> bool:
+        """Whether this stage counts a parameter in norms: the first one that has it does."""
+        return name not in self.stages or self.stages[name][0] == self.stage
+
+    @torch.no_grad()
+    def add(self) -> None:
+        """Give every stage the sum of all stages' gradients; a collective of the ranks that hold the same shard."""
+        for stages in sorted(self.params):
+            params = self.params[stages]
+            for p in params:
+                if p.grad is None:
+                    p.grad = torch.zeros_like(p)
+            grads = [local(p.grad) for p in params]
+            total = self.wires[stages].sum_(torch.cat([grad.flatten() for grad in grads]))
+            for grad, part in zip(grads, total.split([grad.numel() for grad in grads]), strict=True):
+                grad.copy_(part.view(grad.shape))
+
+
+def of(mesh: Mesh, model: nn.Module, tied: Mapping[str, Sequence[int]]) -> Ties:
+    """The ties of this stage, and wires for them.
+
+    Raises:
+        ValueError: a stage that there is not, or a tie without this one.
+    """
+    here, count = mesh.coordinates["pipeline"], mesh.sizes["pipeline"]
+    names = {name for name, p in model.named_parameters() if p.requires_grad}
+    stages = {name: tuple(sorted(set(given))) for name, given in tied.items() if name in names}
+    for name, given in stages.items():
+        if here not in given or not all(isinstance(stage, int) and 0 <= stage < count for stage in given):
+            raise ValueError(f"{name} is tied across stages {list(given)}: give numbers of the {count} stages of the "
+                             f"pipeline, this one ({here}) among them")
+    stages = {name: given for name, given in stages.items() if len(given) > 1}
+    index = tuple(mesh.coordinates[axis] for axis in AXES[1:])
+    watch = mesh.wire().watch
+    wires = {given: Wire(mesh.device, mesh.timeout_s, [int(mesh.torch.mesh[(stage, *index)]) for stage in given], watch)
+             for given in sorted(set(stages.values()))}
+    return Ties(here, stages, wires)
