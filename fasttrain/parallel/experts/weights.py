@@ -43,6 +43,7 @@ class Experts(nn.Module):
     """
 
     gate: nn.Parameter | None
+    divides_itself = True  # `tensor_parallel` leaves its parameters as they are
 
     def __init__(self, width: int, hidden: int, experts: int, *, activation: str | Activation | None = None,
                  gated: bool = False, mesh: Mesh | None = None, device: torch.device | str | None = None,
