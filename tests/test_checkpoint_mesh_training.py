@@ -16,20 +16,20 @@ from safetensors.torch import load_file
 from fasttrain.checkpoint import Checkpointer, Reader, export_dcp, export_safetensors, export_torch, verify
 from fasttrain.dist.mesh import Mesh
 from fasttrain.optim import AdamW, convert
-from fasttrain.parallel import DataParallel, shard
+from fasttrain.parallel import DataParallel, Zero, shard
 from fasttrain.parallel.pipeline import Pipeline, split, ties
 from fasttrain.parallel.tensor import tensor_parallel
 
 SAMPLES, STEPS = 4, 2
 Losses = tuple[list[float], int, int]
-MESHES: dict[str, tuple[str, dict[str, int]]] = {  # schedule of the pipeline, if there is one, and sizes
+MESHES: dict[str, tuple[str, dict[str, int]]] = {  # schedule of the pipeline, if there is one, or stage of ZeRO
     "single": ("", {}),
     "1f1b 2": ("1f1b", dict(pipeline=2)),
     "v 2": ("zbv", dict(pipeline=2)),
-    "data 2 x tensor 2": ("", dict(data=2, tensor=2)),
+    "data 2 x tensor 2": ("zero 2", dict(data=2, tensor=2)),
     "shard 2 x tensor 2": ("", dict(shard=2, tensor=2)),
     "pipeline 2 x tensor 2": ("1f1b", dict(pipeline=2, tensor=2)),
-    "pipeline 2 x data 2": ("1f1b", dict(pipeline=2, data=2)),
+    "pipeline 2 x data 2": ("1f1b zero 1", dict(pipeline=2, data=2)),
     "pipeline 2 x shard 2": ("interleaved", dict(pipeline=2, shard=2)),
 }
 
@@ -38,7 +38,9 @@ class Training:
     """The tied GPT of the tests of pipelines, on a mesh."""
 
     def __init__(self, name: str, seed: int = 3):
-        schedule, sizes = MESHES[name]
+        how, sizes = MESHES[name]
+        schedule, _, stage = how.partition("zero")
+        schedule = schedule.strip()
         self.mesh = Mesh(**sizes) if sizes else None
         self.model: Any = pipelines.gpt(tied=True)
         if seed != 3:
@@ -57,7 +59,8 @@ class Training:
                 DataParallel(self.model, mesh=self.mesh, tied=tied)
             if schedule:
                 self.pipeline = Pipeline(self.owner, self.mesh, pipelines.entropy, micro_batches=2)
-        self.optimizer = AdamW(self.model.named_parameters(), lr=0.01)
+        self.optimizer: Any = Zero(self.owner, AdamW, stage=int(stage), lr=0.01) if stage else \
+            AdamW(self.model.named_parameters(), lr=0.01)
 
     def step(self, number: int) -> float:
         """The mean loss of this rank's samples."""
