@@ -57,6 +57,9 @@ def in_parts(wire: Any) -> None:
     for half, kept in zip(halves, (parts[:2], parts[2:]), strict=True):
         half.keep(kept)
         tensor_parallel(half, mesh, sequence=True)
+    with torch.device("meta"):
+        empty = tensor_parallel(GPT(layers=1, width=16, heads=8, positions=12), mesh)
+    assert all(p.is_meta for p in empty.parameters())
     tokens = torch.arange(24).view(2, 12)
     x = halves[0].run(parts[:2], tokens)
     assert x.shape == (2, 6, 16)

@@ -113,6 +113,7 @@ class Named(Grid):
 
     def make_equal(self, model: nn.Module) -> None:
         held.make_equal(self.mesh, list(model.named_parameters()))
+        self._ties.make_equal(model)
         # A buffer may tell which part of the vocabulary, or which experts, are here.
         held.make_equal(self.mesh, list(model.named_buffers()), ("data", "shard", "context"))
 
@@ -149,8 +150,6 @@ class Named(Grid):
         self._counted = {id(p): held.counts(self.mesh, name, p) and self._ties.counts(name) for name, p in trained}
         self._ties.found(model)
         wider.declare([p for _, p in trained], self._widened)
-        if self.mesh.sizes["pipeline"] > 1 and callable(getattr(model, "run", None)):
-            register_fsdp_forward_method(model, "run")
 
     def tie(self) -> None:
         self._ties.add()

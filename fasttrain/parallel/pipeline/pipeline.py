@@ -196,10 +196,13 @@ class Pipeline:
         return step_divided(one, (squares, found), optimizer, max_norm, self.scaler)
 
     def close(self) -> None:
-        """Leave the groups that it has made; nothing may be under way."""
+        """End its thread, and forget schedules; nothing may be under way.
+
+        Its process groups stay: torch gives a group the name of an earlier one of the same ranks that was destroyed,
+        and its making then waits for ever.
+        """
         self._vigil.close()
-        self.copies.close()
-        self.wire.close()
+        self._built.clear()
 
     # --- One step -----------------------------------------------------------------------------------------------------
 
@@ -257,7 +260,8 @@ class Pipeline:
         key = batches.shape_of(self._inputs[0], self.wire.device)
         if key not in self._boundaries:
             self._boundaries[key] = boundaries.found(
-                self.wire, self.held, self.model, lambda stage, given: self._run(stage, 0, given))
+                self.wire, self.held, self.model, lambda stage, given: self._run(stage, 0, given),
+                schedules.kind(self.schedule).split)
         return self._boundaries[key]
 
     def _schedule(self) -> Any:
