@@ -9,18 +9,13 @@ import pytest
 import ranks
 import torch
 from checkpointed import flat
-from cutmeshes import MESHES, STORED, Run, ranks_of, taken
+from cutmeshes import MESHES, STORED, Run, mesh_of, ranks_of, taken
 from helpers import assert_same_bits
 from torch import Tensor
 
 from fasttrain.checkpoint import Checkpointer, Reader, verify
-from fasttrain.dist.mesh import Mesh
 
 STEPS = 3  # before a save, and after a load
-
-
-def mesh_of(name: str) -> Mesh | None:
-    return Mesh(**MESHES[name]) if MESHES[name] else None
 
 
 def saves(wire: Any, folder: str, names: list[str], stored: str) -> list[int]:

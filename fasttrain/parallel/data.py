@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join, Joinable
 
 from fasttrain.dist.failures import first_words
-from fasttrain.parallel import sharing
+from fasttrain.parallel import sharing, ties
 from fasttrain.parallel.accumulate import Accumulation
 from fasttrain.parallel.hooks import TorchHook
 from fasttrain.parallel.join import Present, Shadow, ask
@@ -67,13 +67,13 @@ class DataParallel(nn.Module, Joinable):
         self.gradient_as_bucket_view, self.static_graph, self.dim = True, static_graph, dim
         self.device_ids, self.output_device = device_ids, output_device
         self._options = {"wire": wire, "order": order, "grad_dtype": grad_dtype, "static_graph": static_graph,
-                         "timeout_s": timeout_s, "watch": watch, "tied": tied}
+                         "timeout_s": timeout_s, "watch": watch, "tied": ties.told(module, tied)}
         if bucket_cap_mb is not None:
             self._options |= {"bucket_bytes": int(bucket_cap_mb * MIB),
                               "first_bucket_bytes": int(min(bucket_cap_mb, 1) * MIB)}
         self._reduce(given[0] if given else None)
         if init_sync:
-            sharing.share(self.reducer.reach, module, tied or {})
+            sharing.share(self.reducer.reach, module, ties.told(module, tied))
 
     def _reduce(self, mesh: Any) -> None:
         self._one_graph: bool | None = None  # not looked yet

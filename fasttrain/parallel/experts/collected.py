@@ -83,7 +83,7 @@ class _Attached(torch.autograd.Function):
             return grad, None, None, None
         if scale is None:
             raise RuntimeError(REENTRANT if slip.again else FORGOTTEN)
-        by_loss = torch.as_tensor(scale, device=slip.loss.device).to(slip.loss.dtype)
+        by_loss = scale.to(slip.loss) if isinstance(scale, Tensor) else slip.loss.new_full((), scale)
         return grad, by_loss.reshape(()), None, None
 
 
