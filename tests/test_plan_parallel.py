@@ -1,7 +1,6 @@
 """What a plan says of ranks that divide a model, beside what gloo ranks really keep and send: equal to the byte."""
 
 import pytest
-import torch
 from planned import Sent, elements, job_of, kept, local, model_of, sizes, whole
 from ranks import run
 
