@@ -21,7 +21,7 @@ context.set_forkserver_preload([
     "torch", "torch.distributed", "fasttrain.parallel", "fasttrain.dist.watcher", "fasttrain.train.loop",
     "fasttrain.train.recipe", "fasttrain.checkpoint.checkpointer", "fasttrain.checkpoint.stopping", "pytest",
     "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp",
-    "torch.distributed.tensor.parallel",
+    "torch.distributed.tensor.parallel", "torch.distributed.pipelining", "fasttrain.parallel.pipeline",
     # Each rank that makes a DTensor would import these, for half a second of its own.
     "torch._dynamo", "torch.distributed.tensor.debug", "torch.profiler._cupti_monitor", "numpy.random", "fsspec"])
 

@@ -19,7 +19,7 @@ SCHEDULES = {"gpipe": 1, "1f1b": 1, "interleaved": 2, "breadth-first": 2, "zero-
 BOUND = 1e-10  # of float64: sums over micro-batches in another order
 
 
-def gpt(tied: bool = False, layers: int = 6, dtype: torch.dtype = torch.float64) -> GPT:
+def gpt(tied: bool = False, layers: int = 7, dtype: torch.dtype = torch.float64) -> GPT:
     """A model in which every parameter gets a gradient: the main job's own begins with zeros."""
     torch.manual_seed(3)
     model = GPT(layers=layers, width=8, heads=2, positions=5, vocabulary=11, tied=tied).to(dtype)

@@ -10,6 +10,7 @@ import torch
 from mixtures import grads, naive, values
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from fasttrain.parallel.experts import MoE, Router, auxiliary, metrics, rebalance
 from fasttrain.parallel.experts import grouped as products
@@ -151,13 +152,13 @@ def test_plans(top_k: int) -> None:
     ends = plan.counts.cumsum(0)
     for n, choices in enumerate(plan.places.tolist()):
         for slot, expert in zip(choices, chosen[n].tolist(), strict=True):
-            assert int(plan.tokens[slot]) == n
+            assert int(plan.origins[slot]) // top_k == n
             assert ends[expert] - plan.counts[expert] <= slot < ends[expert]
     limited = capped(chosen, 5, 3)
     for expert in range(5):
         came = [(choice, n) for choice in range(top_k) for n in range(40) if chosen[n, choice] == expert]
-        wanted = [n for _, n in came[:3]] + [-1] * (3 - len(came))
-        assert limited.tokens[3 * expert : 3 * expert + 3].tolist() == wanted
+        wanted = [n * top_k + choice for choice, n in came[:3]] + [-1] * (3 - len(came))
+        assert limited.origins[3 * expert : 3 * expert + 3].tolist() == wanted
         assert [int(limited.places[n, choice]) for choice, n in came] == [
             3 * expert + at if at < 3 else -1 for at in range(len(came))]
 
@@ -200,7 +201,7 @@ def test_bias_brings_balance() -> None:
         before = metrics(layer)[""].counts
         rebalance(layer, 0.01)
         for _ in range(200):
-            layer.router.load += layer.router(x).counts
+            layer.router.count(layer.router(x).counts)
             rebalance(layer, 0.01)
         layer(x)
     after = metrics(layer)[""].counts
@@ -208,6 +209,7 @@ def test_bias_brings_balance() -> None:
     assert int(after.max() - after.min()) <= 30  # 0.01 of a score at a time: 512 tokens change over a few at a time
     layer.eval()(x)
     assert int(layer.router.load.sum()) == 1024  # of the last pass in training: evaluation does not count
+    assert [name for name, _ in layer.named_buffers()] == list(layer.state_dict())[1:2] == ["router.bias"]
 
 
 def test_balance_of_equal_and_of_one() -> None:
@@ -229,6 +231,13 @@ def test_parameters_are_named_and_initialised() -> None:
     assert float(layer.experts.gate.detach().std()) == pytest.approx(64**-0.5, rel=0.05)
     with torch.device("meta"):
         assert MoE(64, 128, 8).experts.up.is_meta
+
+
+def test_operations_are_counted_on_meta() -> None:
+    """Those of the router and of two of eight experts, with three matrices each."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        assert MoE(16, 32, 8, gated=True)(torch.zeros(3, 5, 16)).shape == (3, 5, 16)
+    assert counter.get_total_flops() == 2 * 15 * 16 * (8 + 2 * 3 * 32)
 
 
 # --- Refusals ---------------------------------------------------------------------------------------------------------

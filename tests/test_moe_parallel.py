@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fasttrain.dist.mesh import MEAN, Mesh
 from fasttrain.optim import AdamW
+from fasttrain.parallel import DataParallel, shard
 from fasttrain.parallel.experts import MoE, auxiliary, metrics, rebalance
 
 WIDTH, HIDDEN, EXPERTS, TOKENS, STEPS, CLIP = 6, 8, 4, 5, 3, 0.1
@@ -55,27 +56,53 @@ def reduce(model: nn.Module, mesh: Mesh) -> Tensor:
     return squares.sqrt()
 
 
-def trained(wire: Any, sizes: dict[str, int], options: dict[str, Any]) -> Any:
+def trained(wire: Any, sizes: dict[str, int], options: dict[str, Any], by: str) -> Any:
     mesh = Mesh(**sizes)
     model = Model(mesh, **options)
+    first, parallel = values(model), model
+    if by == "reducer":
+        parallel = DataParallel(model, mesh=mesh, bucket_cap_mb=0.001)
+    elif by == "shard":
+        shard(model, mesh, blocks=[model.mixture])
     optimizer = AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
-    first = values(model)
     found = []
     for step in range(STEPS):
         x = batch(step, mesh.replicas)[mesh.replica]
-        loss = model(x).pow(2).mean() + auxiliary(model)
+        loss = parallel(x).pow(2).mean() + auxiliary(parallel)
         loss.backward()
-        norm = reduce(model, mesh)
-        for p in model.parameters():
-            (p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad).mul_(min(1.0, CLIP / float(norm)))
+        if by == "shard":  # the optimizer's norm is float32
+            norm = torch.stack([grad.pow(2).sum() for grad in grads(model).values()]).sum().sqrt()
+        else:
+            norm = parallel.reducer.statistics()[0].sqrt() if by == "reducer" else reduce(model, mesh)
         total = mesh.wire(*MEAN, use="test").mean_(loss.detach().clone()) if mesh.terms > 1 else loss.detach()
         found.append((total, norm, grads(model), metrics(model)["mixture"].counts))
+        optimizer.clip_grad_norm_(CLIP, norm=norm)
         optimizer.step()
         optimizer.zero_grad()
+    return mesh.replica, first, found, values(model), norm_of_ones(parallel, model, optimizer, mesh, by)
+
+
+def norm_of_ones(parallel: nn.Module, model: nn.Module, optimizer: AdamW, mesh: Mesh, by: str) -> float:
+    """Where every gradient is one on every rank."""
+    if by == "shard":
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        return float(optimizer.clip_grad_norm_(1.0))
+    if by == "reducer":
+        sum(whole_sum(p) * mesh.terms / addends(p, mesh) for p in model.parameters()).backward()
+        return float(parallel.reducer.statistics()[0].sqrt())
     for p in model.parameters():
-        p.grad = torch.ones_like(p) * mesh.terms / mesh.count(*(axis for axis in MEAN if axis not in axes_of(p)))
-    ones = reduce(model, mesh)
-    return mesh.replica, first, found, values(model), ones
+        p.grad = torch.ones_like(p) * mesh.terms / addends(p, mesh)
+    return float(reduce(model, mesh))
+
+
+def addends(p: Tensor, mesh: Mesh) -> int:
+    """How many ranks' gradients are added up for a parameter."""
+    return mesh.count(*(axis for axis in MEAN if axis not in axes_of(p)))
+
+
+def whole_sum(p: Tensor) -> Tensor:
+    return (p.to_local() if isinstance(p, DTensor) else p).sum()
 
 
 def expected(replicas: int, options: dict[str, Any]) -> Any:
@@ -97,22 +124,24 @@ def expected(replicas: int, options: dict[str, Any]) -> Any:
             losses.append(model.leave(y.output.relu()).pow(2).mean() + 0.3 * y.balance + 0.02 * y.z)
         loss = sum(losses) / replicas
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        for p in model.parameters():  # torch adds 1e-6 to the norm that it divides by
-            p.grad *= min(1.0, CLIP / float(norm)) / min(1.0, CLIP / (float(norm) + 1e-6))
-        found.append((loss.detach(), norm, grads(model), counts))
+        found.append((loss.detach(), norm_of(model), grads(model), counts))
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad()
     return first, found, values(model), math.sqrt(sum(p.numel() for p in model.parameters()))
 
 
-def compare(sizes: dict[str, int], options: dict[str, Any]) -> None:
+def norm_of(model: nn.Module) -> Tensor:
+    return torch.stack([p.grad.pow(2).sum() for p in model.parameters()]).sum().sqrt()
+
+
+def compare(sizes: dict[str, int], options: dict[str, Any], by: str) -> None:
     exact = dict(rtol=1e-10, atol=1e-12)
-    answers = run(trained, math.prod(sizes.values()), sizes, options)
+    answers = run(trained, math.prod(sizes.values()), sizes, options, by)
     replicas = len({replica for replica, *_ in answers})
     first, wanted, last, ones = expected(replicas, options)
     assert all(float(norm) > CLIP for _, norm, *_ in wanted)
-    for replica, began, found, ended, norm_of_ones in answers:
+    for replica, began, found, ended, of_ones in answers:
         torch.testing.assert_close(began, first, rtol=0, atol=0)
         for step, (loss, norm, grad, counts) in enumerate(found):
             torch.testing.assert_close(loss, wanted[step][0], **exact)
@@ -120,28 +149,36 @@ def compare(sizes: dict[str, int], options: dict[str, Any]) -> None:
             torch.testing.assert_close(grad, wanted[step][2], **exact)
             assert counts.tolist() == wanted[step][3][replica]
         torch.testing.assert_close(ended, last, **exact)
-        assert float(norm_of_ones) == pytest.approx(ones, rel=1e-12)
+        assert of_ones == pytest.approx(ones, rel=1e-6 if by == "shard" else 1e-12)
 
 
-@pytest.mark.parametrize("sizes, options", [
-    (dict(expert=2), dict(gated=True, top_k=3)),
-    (dict(data=2, expert=2), dict(statistics="global")),
-    (dict(expert=4), dict(capacity=0.75, score="sigmoid")),
-    (dict(data=1, expert=2, tensor=2), dict(gated=True, statistics="global")),
-    (dict(data=2, tensor=2), dict(top_k=1, capacity=1.0)),
-], ids=str)
-def test_equals_one_process(sizes: dict[str, int], options: dict[str, Any]) -> None:
-    """Losses, norms, gradients and parameters over three clipped steps; a gradient of ones has the norm sqrt(N)."""
-    compare(sizes, options)
+@pytest.mark.parametrize("sizes, options, by", [
+    (dict(expert=2), dict(gated=True, top_k=3), "calls"),
+    (dict(data=2, expert=2), dict(statistics="global"), "reducer"),
+    (dict(expert=4), dict(capacity=0.75, score="sigmoid"), "reducer"),
+    (dict(data=1, expert=2, tensor=2), dict(gated=True, statistics="global"), "reducer"),
+    (dict(data=1, expert=2, tensor=2), dict(capacity=1.5, router_bias=True), "calls"),
+    (dict(data=1, shard=2, expert=2), dict(gated=True, statistics="global"), "shard"),
+    (dict(data=2, tensor=2), dict(top_k=1, capacity=1.0), "reducer")], ids=str)
+def test_equals_one_process(sizes: dict[str, int], options: dict[str, Any], by: str) -> None:
+    """Losses, norms, gradients and parameters over three clipped steps; a gradient of ones has the norm sqrt(N).
+
+    By our reducer, `shard`, or in plain calls.
+    """
+    compare(sizes, options, by)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("by", ["calls", "reducer", "shard"])
 @pytest.mark.parametrize("capacity", [None, 0.75])
 @pytest.mark.parametrize("statistics", ["rank", "global"])
 @pytest.mark.parametrize("sizes", [dict(data=2, expert=2, tensor=2), dict(data=2, expert=4),
                                    dict(data=1, shard=2, expert=2, tensor=2)], ids=str)
-def test_equals_one_process_on_more_meshes(sizes: dict[str, int], statistics: str, capacity: float | None) -> None:
-    compare(sizes, dict(statistics=statistics, capacity=capacity, gated=True))
+def test_equals_one_process_on_more_meshes(sizes: dict[str, int], statistics: str, capacity: float | None,
+                                           by: str) -> None:
+    if by == "shard" and "shard" not in sizes:
+        sizes = {"shard": sizes["data"], **sizes, "data": 1}
+    compare(sizes, dict(statistics=statistics, capacity=capacity, gated=True), by)
 
 
 # --- What is sent -----------------------------------------------------------------------------------------------------
@@ -237,7 +274,7 @@ def others(wire: Any) -> Any:
     """A bias moved by the choices of all; hidden features that do not divide; a model made on meta."""
     mesh = Mesh(data=1, expert=2)
     layer = MoE(WIDTH, HIDDEN, 4, 1, mesh=mesh, router_bias=True)
-    layer.router.load += torch.tensor([[4, 0, 0, 0], [0, 3, 0, 1]][wire.rank])
+    layer.router.count(torch.tensor([[4, 0, 0, 0], [0, 3, 0, 1]][wire.rank]))
     rebalance(layer, 0.5, mesh)
     try:
         MoE(WIDTH, 7, 4, mesh=Mesh(data=1, tensor=2))

@@ -328,7 +328,7 @@ def test_each_module_waits_for_its_own():
     model = Model()
     parts = {"last": model.last, "3": body[2], "2": body[1], "1": body[0], "first": model.first}
     memories = [SimpleNamespace(params=list(part.parameters())) for part in parts.values()]
-    gathering = Gathering(None, memories, model)
+    gathering = Gathering(memories, model)
     kept = model.state_dict()
     for read in (lambda: model(torch.ones(7)), model.state_dict, lambda: model.load_state_dict(kept), gathering.wait):
         SEEN.clear()

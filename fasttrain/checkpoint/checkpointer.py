@@ -202,8 +202,7 @@ class Checkpointer:
         return saving
 
     def foresee(self, state: Mapping[str, Any]) -> None:
-        """Look whether the disk has room for a checkpoint of this state, and can be written: when optimizers have their
-        states, after the first step. The first `save` looks too.
+        """Look, after the first step, whether the disk has room for a checkpoint of this state, and can be written.
 
         Raises:
             NoSpace: it has less than this rank's part of a checkpoint needs.
@@ -263,7 +262,7 @@ class Checkpointer:
              verify: bool = True) -> Loaded | None:
         """Load a checkpoint into a state; every rank calls it. See `fasttrain.checkpoint.load`."""
         self._writer.wait()
-        return loading.load(self.directory, state, which, self.wire, verify)
+        return loading.load_at(self._place, self.directory, state, which, verify)
 
     # --- The end ------------------------------------------------------------------------------------------------------
 

@@ -66,9 +66,14 @@ def load(directory: str | os.PathLike[str], state: Mapping[str, Any], which: str
         CheckpointError: those that there are cannot be used. With `which` "newest" one that is damaged is passed over,
             with a warning; if it was named, it raises.
     """
+    return load_at(Place(wire, mesh), directory, state, which, verify)
+
+
+def load_at(place: Place, directory: str | os.PathLike[str], state: Mapping[str, Any],
+            which: str | int | os.PathLike[str], verify: bool) -> Loaded | None:
+    """`load` of a process that knows its place."""
     if isinstance(which, bool) or not isinstance(which, str | os.PathLike | SupportsIndex):
         raise TypeError(f"which={which!r}: give 'newest', a step, or the path of one checkpoint")
-    place = Place(wire, mesh)
     found = _candidates(Path(directory), which, place.wire)
     if found is None:
         return None

@@ -1,90 +1,24 @@
-"""Names of tensors in the original model, whatever is wrapped around it: the one place where prefixes are taken off."""
+"""The names of parameters and of their states, by the models of one state."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from fasttrain.parallel import DataParallel
+from fasttrain.parallel.pipeline import held
+from fasttrain.parallel.wrapped import bare, clean_name, inside_of, names_in, strip
 
-WRAPPERS = (DataParallel, nn.parallel.DistributedDataParallel, nn.DataParallel)  # hold the model as `module`
-RESERVED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # nobody else has modules of these names
-
-
-def bare(model: nn.Module) -> nn.Module:
-    """The model without what is wrapped around it as a whole: data parallelism, `torch.compile`.
-
-    Example:
-        >>> model = nn.Linear(2, 2)
-        >>> bare(nn.DataParallel(model)) is model
-        True
-    """
-    while True:
-        if isinstance(model, WRAPPERS):
-            model = model.module
-        elif "_orig_mod" in model._modules:
-            model = model._orig_mod  # type: ignore[assignment]
-        else:
-            return model
-
-
-def strip(name: str) -> str:
-    """A name without the prefixes that wrappers put into it, as far as a name alone tells.
-
-    Example:
-        >>> strip("module._orig_mod.blocks.0._checkpoint_wrapped_module.weight")
-        'blocks.0.weight'
-    """
-    parts = [part for part in name.split(".") if part not in RESERVED]
-    while len(parts) > 1 and parts[0] == "module":
-        del parts[0]
-    return ".".join(parts)
-
-
-def names_in(model: nn.Module, entries: Iterable[str]) -> dict[str, str]:
-    """The names in the original model of some tensors of the bare one.
-
-    Arguments:
-        model: without what is wrapped around it as a whole (`bare`).
-        entries: of its state dict.
-
-    Raises:
-        ValueError: two of them have one name, without their wrappers.
-    """
-    inside = _inside(model)
-    found = {name: _clean(name, inside) for name in entries}
-    seen: dict[str, str] = {}
-    for name, clean in found.items():
-        if clean in seen:
-            raise ValueError(f"{seen[clean]} and {name} are both {clean!r} without their wrappers: rename one")
-        seen[clean] = name
-    return found
-
-
-def _inside(model: nn.Module) -> list[str]:
-    """Where wrappers inside a model hold what they wrap, innermost first."""
-    found = [f"{path}.module" if path else "module" for path, part in model.named_modules(remove_duplicate=False)
-             if isinstance(part, WRAPPERS)]
-    return sorted(found, key=len, reverse=True)
-
-
-def _clean(name: str, inside: Sequence[str]) -> str:
-    for path in inside:
-        if name.startswith(f"{path}."):
-            name = path.removesuffix("module").removesuffix(".") + name[len(path):]
-            name = name.removeprefix(".")
-    if any(part in name for part in RESERVED):
-        return ".".join(part for part in name.split(".") if part not in RESERVED)
-    return name
+__all__ = ["Named", "bare", "names_in", "strip"]
 
 
 def ties_of_whole(model: nn.Module) -> Mapping[str, str]:
     """The first names of parameters that were tied to others in the model which this is a part of, by their own names.
 
-    A pipeline's stage that has the head, and not the embedding to which it was tied, has an attribute `whole_ties`
-    that says so: ``{"head.weight": "embedding.weight"}``. What the part has under its first name too is tied there.
+    What `fasttrain.parallel.pipeline.split` has made knows them. A stage that was made in another way, and has the head
+    but not the embedding to which it was tied, has an attribute `whole_ties` that says so:
+    ``{"head.weight": "embedding.weight"}``. What the part has under its first name too is tied there.
 
     Example:
         >>> stage = nn.Linear(2, 2, bias=False)
@@ -94,6 +28,8 @@ def ties_of_whole(model: nn.Module) -> Mapping[str, str]:
     """
     inner = bare(model)
     told: Mapping[str, str] = getattr(inner, "whole_ties", {})
+    if hasattr(inner, held.MARK):
+        told = held.names_of_whole(inner)
     own = set(names_in(inner, [name for name, _ in inner.named_parameters(remove_duplicate=False)]).values())
     return {name: first for name, first in told.items() if first not in own}
 
@@ -109,9 +45,9 @@ class Named:
         self._known: dict[int, tuple[str, str]] = {}  # by id: key of the model, name in it
         for key, model in models.items():
             inner = bare(model)
-            inside, ties = _inside(inner), ties_of_whole(inner)
+            inside, ties = inside_of(inner), ties_of_whole(inner)
             for name, p in inner.named_parameters():
-                clean = _clean(name, inside)
+                clean = clean_name(name, inside)
                 self._known.setdefault(id(p), (key, ties.get(clean, clean)))
 
     def of(self, optimizer: Any, key: str) -> dict[int, str]:

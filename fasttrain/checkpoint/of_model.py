@@ -118,18 +118,19 @@ class OfModel:
         for other, name in others.items():
             tied[name].append(other)
         chosen: dict[str, str] = {}
-        missing, apart = [], []
+        missing, apart, torn = [], [], set[str]()
         for name, all_names in tied.items():
             homes = {one if one in there else same[one] for one in all_names if one in there or same.get(one) in there}
             missing += [f"{one} {tuple(tensors[name].shape)}" for one in all_names
                         if one not in there and same.get(one) not in there and not homes]
             if len(homes) > 1:
                 apart.append(" and ".join(sorted(homes)))
+                torn |= homes
             elif homes:
                 chosen[name] = homes.pop()
         everything = {*tensors, *others, *away}
         unexpected = [f"{name} {saved.kinds[f'{self.key}/{name}'].shape}"
-                      for name in sorted(there - set(chosen.values()) - away)]
+                      for name in sorted(there - set(chosen.values()) - away - torn)]
         unexpected += [f"{name} (the same as {of})" for name, of in same.items() if name not in everything
                        and of in chosen.values()]
         parts = self._parts({name: tensors[name] for name in chosen})

@@ -45,7 +45,7 @@ def save(zero: Zero, key: str, names: Mapping[int, str],
                  known: Mapping[str, Array] = known) -> Mapping[str, Any]:
             address, value = f"{key}/{name}/{path}", tensor_of(f"{key}/{name}/{path}", value)
             among = (everyone.copies(piece.whole) if is_dtensor(piece.whole) else everyone).beyond(
-                zero.reducer.wire.ranks)
+                zero.ranks_of(piece))
             parts.extend(replace(part, among=among) for part in _parts(address, value, piece, known.get(path)))
             return _reference(address, value, piece, known.get(path))
 

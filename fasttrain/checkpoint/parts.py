@@ -218,19 +218,36 @@ def _share(group: Sequence[Part]) -> Iterator[Part]:
     low, high = (total * rank // among.count for rank in (among.index, among.index + 1))
     start = 0
     for part in group:
-        if part.nbytes < WHOLE or part.region.suffix or not part.memory.is_contiguous():
+        if part.nbytes < WHOLE or (part.region.box is None and not part.memory.is_contiguous()):
             place = min(start, max(total - 1, 0))
             if low <= place < high or (total == 0 and among.index == 0):
                 yield part
         else:
-            first, last = (_cut(bound - start, part.nbytes) for bound in (low, high))
-            if first < last:
-                size = part.memory.element_size()
-                span = first // size, (last - first) // size
-                yield replace(part, memory=part.memory.view(-1)[span[0] : sum(span)],
-                              region=Region(part.region.shape, span=span))
+            yield from (_rows if part.region.box is not None else _stretch)(part, low - start, high - start)
         start += part.nbytes
 
 
-def _cut(place: int, nbytes: int) -> int:
-    return nbytes if place >= nbytes else max(0, place) // GRAIN * GRAIN
+def _stretch(part: Part, low: int, high: int) -> Iterator[Part]:
+    """What lies between two bytes of a whole tensor or an interval."""
+    size, before = part.memory.element_size(), part.region.span[0] if part.region.span is not None else 0
+    first, last = (_cut(bound, part.nbytes, GRAIN) // size for bound in (low, high))
+    if first < last:
+        yield replace(part, memory=part.memory.view(-1)[first:last],
+                      region=Region(part.region.shape, span=(before + first, last - first)))
+
+
+def _rows(part: Part, low: int, high: int) -> Iterator[Part]:
+    """The rows of a box that begin between two bytes, counted as if it was row-major."""
+    assert part.region.box is not None
+    lower, extent = part.region.box
+    dim = next(dim for dim, size in enumerate(extent) if size > 1)
+    row = part.nbytes // extent[dim]
+    first, last = (_cut(bound + row - 1, part.nbytes, row) // row for bound in (low, high))
+    if first < last:
+        box = ((*lower[:dim], lower[dim] + first, *lower[dim + 1:]), (*extent[:dim], last - first, *extent[dim + 1:]))
+        yield replace(part, memory=part.memory.narrow(dim, first, last - first),
+                      region=Region(part.region.shape, box=box))
+
+
+def _cut(place: int, nbytes: int, grain: int) -> int:
+    return nbytes if place >= nbytes else max(0, place) // grain * grain

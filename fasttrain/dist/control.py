@@ -85,6 +85,11 @@ class Control:
         wire: to the other ranks.
         parameters: how many there are.
         agreed: the names of the whole numbers on which the ranks have to agree, as an error names them.
+        across: to the same place in the other stages of a pipeline, whose parameters are others: sums are of all stages
+            then, and the first of the numbers is compared between them.
+        number: by which errors call this rank; None: its place in the wire.
+        ties: of parameters that lie on several stages: the index of each here, or None, in an order that all stages
+            share.
 
     Example:
         control = Control(wire, parameters=2, agreed=("step", "buckets"))
@@ -92,8 +97,11 @@ class Control:
         outcome = pending.read()            # or a step later
     """
 
-    def __init__(self, wire: Wire, parameters: int = 0, agreed: Sequence[str] = ("step", "buckets")):
+    def __init__(self, wire: Wire, parameters: int = 0, agreed: Sequence[str] = ("step", "buckets"),
+                 across: Wire | None = None, number: int | None = None, ties: Sequence[int | None] = ()):
         self.wire, self.parameters, self.agreed = wire, parameters, tuple(agreed)
+        self.across, self.ties = across, tuple(ties)
+        self.number = wire.rank if number is None else number
         self.base = wire.size + 1  # of the numeral system in which counts of ranks share a float64
         self.digits = int(53 * math.log(2) / math.log(self.base) + 1e-9)
         self.powers = torch.tensor([self.base**i for i in range(self.digits)], dtype=torch.float64)
@@ -117,14 +125,29 @@ class Control:
         if used is not None:
             flags[:self.parameters] = torch.as_tensor(used, dtype=torch.float64)
         on_host = torch.tensor([*agreed, 0.0, 0.0, 0.0, tokens, stop, 0.0], dtype=torch.float64)
-        packed = (flags.view(-1, self.digits) * self.powers).sum(1)
-        vector = torch.cat([on_host, packed]).to(self.wire.device)
+        packed = (flags.view(-1, self.digits) * self.powers).sum(1) if self.parameters else flags
+        tied = torch.tensor([0.0 if index is None or used is None else float(used[index]) for index in self.ties],
+                            dtype=torch.float64)
+        vector = torch.cat([on_host, tied, packed]).to(self.wire.device)
         first = len(self.agreed)
         vector[first] = squares
         vector[first + 1] = nonfinite
-        vector[first + 2] = vector[first + 1] * (self.wire.rank + 1)
+        vector[first + 2] = vector[first + 1] * (self.number + 1)
         vector[first + 5] = loss
-        return Pending(self, list(agreed), control(self.wire, vector))
+        here = control(self.wire, vector)
+        return Pending(self, list(agreed), here, None if self.across is None else self._over_stages(here))
+
+    def _over_stages(self, here: Extremes) -> Extremes:
+        """Along the pipeline: the first number, whether a stage has come apart, and the sums."""
+        assert self.across is not None
+        first = len(self.agreed)
+        apart = (here.min[:first] != here.max[:first]).any().double()
+        return control(self.across, torch.cat([here.max[:1], apart.view(1), here.sum[first : first + self.sums]]))
+
+    @property
+    def sums(self) -> int:
+        """How many numbers are added up, those of parameters left out."""
+        return len(SUMMED) + len(self.ties)
 
 
 class Pending:
@@ -134,12 +157,15 @@ class Pending:
         squares, nonfinite, tokens, stop, loss: of all ranks, on the wire's device, for what the step needs there.
     """
 
-    def __init__(self, owner: Control, mine: list[int], extremes: Extremes):
+    def __init__(self, owner: Control, mine: list[int], here: Extremes, stages: Extremes | None = None):
         self.owner, self.mine = owner, mine
         first = len(owner.agreed)
-        self.squares, self.nonfinite = extremes.sum[first], extremes.sum[first + 1] != 0
-        self.tokens, self.stop, self.loss = extremes.sum[first + 3 : first + 6]
-        self._numbers = torch.cat([extremes.min[:first], extremes.max[:first], extremes.sum[first:]])
+        sums = here.sum[first : first + owner.sums] if stages is None else stages.sum[2:]
+        self.squares, self.nonfinite = sums[0], sums[1] != 0
+        self.tokens, self.stop, self.loss = sums[3:6]
+        between = here.sum[:0] if stages is None else torch.cat([stages.min[:1], stages.max[:1], stages.sum[1:2]])
+        self._numbers = torch.cat([here.min[:first], here.max[:first], between, sums, here.sum[first + owner.sums :]])
+        self._between = len(between)
         self._arrived = None
         if self._numbers.is_cuda:
             self._numbers = self._numbers.to("cpu", non_blocking=True)
@@ -153,24 +179,39 @@ class Pending:
         """
         if self._arrived is not None:
             self._arrived.synchronize()
-        first = len(self.owner.agreed)
-        lowest, highest, rest = self._numbers.split([first, first, len(self._numbers) - 2 * first])
-        if not torch.equal(lowest, highest):
-            raise Disagreement(different(self.owner.agreed, self._everyones()))
+        first, owner = len(self.owner.agreed), self.owner
+        lowest, highest, between, rest = self._numbers.tensor_split([first, 2 * first, 2 * first + self._between])
+        if not torch.equal(lowest, highest) or (len(between) and (between[0] != between[1] or between[2])):
+            raise Disagreement(self._told(torch.equal(lowest, highest)))
         squares, nonfinite, culprit, tokens, stop, loss = rest[:len(SUMMED)].tolist()
-        used = [count for number in rest[len(SUMMED):].tolist() for count in self._counts(int(number))]
+        used = [count for number in rest[owner.sums:].tolist() for count in self._counts(int(number))]
+        for index, count in zip(owner.ties, rest[len(SUMMED) : owner.sums].tolist(), strict=True):
+            if index is not None:
+                used[index] = int(count)
         return Outcome(squares, int(nonfinite), int(culprit) - 1 if nonfinite == 1 else None, int(tokens), int(stop),
-                       used[:self.owner.parameters], loss)
+                       used[:owner.parameters], loss)
 
     def _counts(self, number: int) -> list[int]:
         return [number // self.owner.base**i % self.owner.base for i in range(self.owner.digits)]
 
-    def _everyones(self) -> list[list[int]]:
-        return [json.loads(text) for text in self.owner.wire.gather_objects_json(json.dumps(self.mine))]
+    def _told(self, alike: bool) -> str:
+        """What differs, in words: in this stage, or, where there are others, in all, the same on all their ranks."""
+        owner, told = self.owner, None
+        if not alike:
+            everyone = [json.loads(text) for text in owner.wire.gather_objects_json(json.dumps(
+                [owner.number, self.mine]))]
+            told = different(owner.agreed, [numbers for _, numbers in everyone], [rank for rank, _ in everyone])
+        if owner.across is None:
+            return str(told)
+        stages = [json.loads(text) for text in owner.across.gather_objects_json(json.dumps(
+            [owner.number, self.mine[:1], told]))]
+        if any(text for *_, text in stages):
+            return "; ".join(text for *_, text in stages if text)
+        return different(owner.agreed[:1], [step for _, step, _ in stages], [rank for rank, *_ in stages])
 
 
-def different(names: Sequence[str], numbers: Sequence[Sequence[int]]) -> str:
-    """The ranks' numbers that differ, in words.
+def different(names: Sequence[str], numbers: Sequence[Sequence[int]], ranks: Sequence[int] | None = None) -> str:
+    """The ranks' numbers that differ, in words; `ranks`: what the ranks are called.
 
     Example:
         >>> different(("step", "buckets"), [[7, 3], [7, 3], [7, 2]])
@@ -180,7 +221,7 @@ def different(names: Sequence[str], numbers: Sequence[Sequence[int]]) -> str:
     for place, name in enumerate(names):
         holders: dict[int, list[str]] = {}
         for rank, mine in enumerate(numbers):
-            holders.setdefault(mine[place], []).append(str(rank))
+            holders.setdefault(mine[place], []).append(str(ranks[rank] if ranks else rank))
         if len(holders) > 1:
             told.append(f"{name} is " + " and ".join(
                 f"{number} on rank{'s' * (len(those) > 1)} {_and(those)}" for number, those in holders.items()))

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from fasttrain.dist import attempt, exchange
+from fasttrain.dist import attempt, exchange, naming
 from fasttrain.dist.scratch import Scratch
 from fasttrain.dist.stages import Lines, OnDevice, Stage, Staged, Ticket
 from fasttrain.dist.work import Ended, Nobody, Post, Single, Waits, Watch, WireError, Work
@@ -95,8 +95,9 @@ class Wire:
         return cls(device, timeout_s, group, watch)
 
     def _meet(self) -> None:
-        self.group = dist.new_group(self.ranks, timedelta(seconds=self.timeout_s + MARGIN_S), self.backend,
-                                    use_local_synchronization=True, group_desc="fasttrain")
+        with naming.by_members(self.ranks):
+            self.group = dist.new_group(self.ranks, timedelta(seconds=self.timeout_s + MARGIN_S), self.backend,
+                                        use_local_synchronization=True, group_desc="fasttrain")
 
     @property
     def sent(self) -> int:

@@ -96,7 +96,7 @@ class Groups(Page):
             widened = []
             for place, p in enumerate(group["params"]):
                 name = self._name((index, place))
-                if self._layout(name, p, p.dtype, group, self.rule_of(group)).widened:
+                if self._layout(name, p, p.dtype, group, self.rule_of(group)).widened and declared(p) is None:
                     widened.append(name)
             if widened:
                 warnings.warn(f"group {index} keeps fp32 states for {', '.join(widened)} in spite of "

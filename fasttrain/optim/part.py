@@ -1,4 +1,4 @@
-"""Parts of parameters: flat tensors that are an interval of a parameter which other processes step the rest of.
+"""Parts of parameters: flat tensors that are an interval of a parameter, or of what a process holds of one.
 
 What depends on the whole (random draws, how large it is) is then as it would be for the whole, so that a parameter
 that is stepped in parts comes out in the same bits. `fasttrain.parallel.Zero` makes them.
@@ -19,11 +19,17 @@ class Part(NamedTuple):
         identity: 64 bits that stand for the whole parameter in random draws.
         first: the part's first element, counted in the row-major whole.
         elements: of the whole.
+        run, pitch: its elements lie in runs of this length that begin `pitch` apart in the whole, the first of them at
+            `first`; a run of 0 is endless.
+        blocks: blocks of elements that begin with it are blocks of the whole.
     """
 
     identity: int
     first: int
     elements: int
+    run: int = 0
+    pitch: int = 0
+    blocks: bool = True
 
 
 _parts: WeakIdKeyDictionary = WeakIdKeyDictionary()

@@ -16,6 +16,8 @@ def cuts_blocks(tensor: Any, block: int) -> bool:
 
     The answer is the same on every process.
     """
+    if (part := declared(tensor)) is not None:
+        return not part.blocks
     made = cuts(tensor)
     if parts(tensor) == 1:
         return False
@@ -33,7 +35,7 @@ def place(name: str, tensor: Any) -> tuple[int, int, int]:
         ValueError: they do not lie in runs of one length at one distance.
     """
     if (part := declared(tensor)) is not None:
-        return part.first, 0, 0
+        return part.first, part.run, part.pitch
     if not shares(tensor) or local(tensor).numel() == 0:
         return 0, 0, 0
     whole, index = tensor.shape, positions(tensor)

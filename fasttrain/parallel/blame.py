@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fasttrain.dist.wire import Wire
+from fasttrain.optim.local import local
+from fasttrain.parallel.over_axes import Reach
 
 MOST = 20  # names that a rank tells
 
@@ -34,17 +36,19 @@ class Blame:
         if grad is not None:
             self._seen.append((name, torch.isfinite(grad).all()))
 
-    def ended(self, wire: Wire, nonfinite: int) -> None:
+    def ended(self, reach: Reach, nonfinite: int) -> None:
         """A step is over, and all ranks know whether it was bad."""
         if self.on and nonfinite:
             mine = [name for name, finite in self._seen if not finite][:MOST]
-            told = [json.loads(text) for text in wire.gather_objects_json(json.dumps(mine))]
-            self.culprits = {rank: names for rank, names in enumerate(told) if names}
+            told: list[Any] = [(reach.number, mine)]
+            for wire in [reach.wire, *([reach.across] if reach.across else [])]:
+                told = [one for text in wire.gather_objects_json(json.dumps(told)) for one in json.loads(text)]
+            self.culprits = {rank: names for rank, names in sorted(told) if names}
         self._seen.clear()
         self.on = bool(nonfinite)
 
 
 def nonfinite(names: Sequence[str], params: Sequence[Tensor]) -> list[str]:
-    """The parameters whose gradients are not finite now."""
+    """The parameters whose gradients, as far as they lie here, are not finite now."""
     return [name for name, p in zip(names, params, strict=True)
-            if p.grad is not None and not torch.isfinite(p.grad).all()]
+            if p.grad is not None and not torch.isfinite(local(p.grad)).all()]

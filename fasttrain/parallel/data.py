@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -12,10 +11,12 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join, Joinable
 
 from fasttrain.dist.failures import first_words
+from fasttrain.parallel import sharing, ties
 from fasttrain.parallel.accumulate import Accumulation
 from fasttrain.parallel.hooks import TorchHook
 from fasttrain.parallel.join import Present, Shadow, ask
 from fasttrain.parallel.reducer import MIB, Reducer
+from fasttrain.parallel.tensor.partial import declare, declared
 from fasttrain.precision.loss_scale import LossScaler
 
 
@@ -33,12 +34,14 @@ class DataParallel(nn.Module, Joinable):
         device_ids, output_device, dim: of one-process-one-device training, as torch's; None or one device.
         broadcast_buffers: before each forward pass in training, buffers become those of the first rank.
         init_sync: send the first rank's parameters and buffers to all; False if they are equal for sure.
-        process_group, device_mesh, mesh: the ranks: a ProcessGroup, a DeviceMesh or a `Wire`; see `Reducer`.
+        process_group, device_mesh, mesh: the ranks: a ProcessGroup, a DeviceMesh, a `Wire` or a `Mesh`; see `Reducer`.
+            On a `Mesh` every rank's module holds what is its own: parts of matrices, its stage, its experts. Made equal
+            is what is to be, with the first rank that holds the same; buffers, between ranks along the axes of `MEAN`.
         bucket_cap_mb: size of the buckets in MiB; 25 by default.
         find_unused_parameters: has no effect: parameters that are not used are always found.
         gradient_as_bucket_view: has no effect: gradients always are views of their buckets.
         static_graph: see `Reducer`.
-        wire, order, grad_dtype, timeout_s, watch: see `Reducer`.
+        wire, order, grad_dtype, timeout_s, watch, tied: see `Reducer`.
 
     Example:
         >>> from fasttrain.parallel import DataParallel  # was torch.nn.parallel's DistributedDataParallel
@@ -51,7 +54,7 @@ class DataParallel(nn.Module, Joinable):
                  bucket_cap_mb: float | None = None, find_unused_parameters: bool = False,
                  gradient_as_bucket_view: bool = True, static_graph: bool = False, device_mesh: Any = None,
                  mesh: Any = None, wire: Any = "same", order: Any = None, grad_dtype: torch.dtype | None = None,
-                 timeout_s: float = 120, watch: Any = True):
+                 timeout_s: float = 120, watch: Any = True, tied: Any = None):
         super().__init__()
         Joinable.__init__(self)
         given = [one for one in (mesh, device_mesh, process_group) if one is not None]
@@ -64,13 +67,13 @@ class DataParallel(nn.Module, Joinable):
         self.gradient_as_bucket_view, self.static_graph, self.dim = True, static_graph, dim
         self.device_ids, self.output_device = device_ids, output_device
         self._options = {"wire": wire, "order": order, "grad_dtype": grad_dtype, "static_graph": static_graph,
-                         "timeout_s": timeout_s, "watch": watch}
+                         "timeout_s": timeout_s, "watch": watch, "tied": ties.told(module, tied)}
         if bucket_cap_mb is not None:
             self._options |= {"bucket_bytes": int(bucket_cap_mb * MIB),
                               "first_bucket_bytes": int(min(bucket_cap_mb, 1) * MIB)}
         self._reduce(given[0] if given else None)
         if init_sync:
-            self.broadcast([*module.parameters(), *module.buffers()])
+            sharing.share(self.reducer.reach, module, ties.told(module, tied))
 
     def _reduce(self, mesh: Any) -> None:
         self._one_graph: bool | None = None  # not looked yet
@@ -79,16 +82,20 @@ class DataParallel(nn.Module, Joinable):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without process groups, which cannot be pickled; what is made of it gets its own."""
-        state = {**self.__dict__, "_ranks": self.reducer.method.grid or self.reducer.wire.ranks}
+        reducer = self.reducer
+        state = {**self.__dict__, "_ranks": reducer.reach.mesh or reducer.method.grid or reducer.wire.ranks,
+                 "_declared": [name for name, p in self.module.named_parameters() if declared(p)]}
         for name in ("reducer", "_join_config"):
             state.pop(name, None)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy reduces over the same ranks, all of which must make one."""
-        ranks = state.pop("_ranks")
+        ranks, adding = state.pop("_ranks"), state.pop("_declared")
         super().__setstate__(state)
         Joinable.__init__(self)
+        for name in adding:
+            declare(self.module.get_parameter(name))
         self._reduce(ranks)
 
     # --- torch's surface ----------------------------------------------------------------------------------------------
@@ -133,7 +140,8 @@ class DataParallel(nn.Module, Joinable):
         if present is not None and not self.divide_by_all:
             self.reducer.method.divisor = len(present.ranks)
         if self.broadcast_buffers and (self.reducer.syncing if present is None else present.syncing):
-            self.broadcast(list(self.module.buffers()), 0 if present is None else present.ranks[-1])
+            sharing.broadcast(sharing.of_buffers(self.reducer.reach), self.module.buffers(),
+                              0 if present is None else present.ranks[-1])
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Backward passes within only accumulate gradients here; see `Reducer.no_sync`."""
@@ -148,6 +156,9 @@ class DataParallel(nn.Module, Joinable):
             enable: without it the context does nothing.
             throw_on_early_termination: raise on all ranks as soon as one has no more data.
         """
+        if not self.reducer.reach.single:
+            raise RuntimeError("on a mesh several ranks work on one batch, which join() does not know of: give every "
+                               "rank as many batches")
         if self.reducer.method.final:
             raise RuntimeError("a rank without data would have to follow the steps of Zero too, which join() does not "
                                "know of: give every rank as many batches")
@@ -220,20 +231,6 @@ class DataParallel(nn.Module, Joinable):
 
     # --- Buffers ------------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def broadcast(self, tensors: list[Tensor], source: int = 0) -> None:
         """Replace tensors by those of a rank: one collective for each dtype."""
-        if self.reducer.wire.size == 1:
-            return
-        for group in by_dtype(tensors):
-            flat = self.reducer.wire.broadcast_(torch.cat([tensor.detach().reshape(-1) for tensor in group]), source)
-            for tensor, part in zip(group, flat.split([tensor.numel() for tensor in group]), strict=True):
-                tensor.copy_(part.view(tensor.shape))
-
-
-def by_dtype(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    """The tensors in groups of one dtype and device, in a fixed order."""
-    groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    for tensor in tensors:
-        groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
-    yield from groups.values()
+        sharing.broadcast(self.reducer.wire, tensors, source)

@@ -58,7 +58,7 @@ class Items(Passes):
             items, self._late_items = self._late_items, 0
         if not items:
             raise RuntimeError("no items were counted: call count() before each backward pass, or optimizer.step()")
-        scale = torch.tensor(items / self.wire.size, dtype=torch.float64, device=self.wire.device)
+        scale = torch.tensor(items / self.reach.terms, dtype=torch.float64, device=self.wire.device)
         squares, found = self.statistics()
         found = found if unusable is None else found | unusable
         return step_divided(scale, (squares, found), optimizer, max_norm, scaler)

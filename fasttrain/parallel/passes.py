@@ -12,9 +12,11 @@ from torch import Tensor
 from fasttrain.dist.control import Control, Outcome, Pending
 from fasttrain.dist.layout import FlatLayout
 from fasttrain.dist.watcher import Watcher
-from fasttrain.dist.wire import Wire
+from fasttrain.optim.local import local
 from fasttrain.parallel.blame import Blame
 from fasttrain.parallel.buckets import Bucket
+from fasttrain.parallel.carried import bucket_of
+from fasttrain.parallel.over_axes import Reach
 from fasttrain.parallel.timeline import Timeline
 from fasttrain.parallel.unfinished import Cause, Ending, at_backward_of, tell
 from fasttrain.parallel.wires import Method, Sent, total
@@ -29,9 +31,9 @@ class Passes:
     method: Method
     idle: bool
 
-    def __init__(self, named: Sequence[tuple[str, Tensor]], wire: Wire, layout: FlatLayout, static_graph: bool):
+    def __init__(self, named: Sequence[tuple[str, Tensor]], reach: Reach, layout: FlatLayout, static_graph: bool):
         self.names, self.params = [name for name, _ in named], [p for _, p in named]
-        self.wire, self.layout = wire, layout
+        self.reach, self.wire, self.layout = reach, reach.wire, layout
         self.sequence = 0
         self.last: Outcome | None = None
         self.earlier: Outcome | None = None  # the one before
@@ -44,23 +46,27 @@ class Passes:
         self._late_items = 0         # what all ranks had counted in the last one, until `step` divides by it
         self._items = 0              # what this rank has counted since the last one (`count`)
         self._open: bool | None = None  # within a backward pass: whether it is synchronised
+        self._paused = False         # gradients only add up, and `reduce` says when they are complete
         self._backwards = 0          # since the last synchronised step
         self._counts, self._counting = [0] * len(named), static_graph
-        self._control = Control(self.wire, len(named), AGREED)
+        self._control = Control(self.wire, len(named), AGREED, reach.across, reach.number, reach.ties)
         self._pending: Pending | None = None
         self._squares: tuple[Tensor, Tensor] | None = None
         self._arrivals: list[int] = []
         self._all_here = False       # after the last synchronised backward pass every gradient is the view of its slot
         self.blaming = Blame()
         self.broken, self._awaiting = Cause(), False  # what has ended a backward pass; whether its end is awaited
-        self._make_buckets(Bucket)
+        self.buckets: list[Bucket] = []
+        self._make_buckets(partial(bucket_of, reach))
 
     def _make_buckets(self, make: Callable[..., Bucket]) -> None:
+        for bucket in self.buckets:
+            bucket.release()
         self._index = {p: index for index, p in enumerate(self.params)}
         self._shapes = [p.shape for p in self.params]
         where: dict[int, tuple[Bucket, int]] = {}
         place = {name: index for index, name in enumerate(self.names)}
-        self.buckets: list[Bucket] = []
+        self.buckets = []
         for plan in self.layout.buckets if not self.idle else ():
             indices = [place[slot.name] for slot in plan.slots]
             bucket = make(plan, [self.params[i] for i in indices], [self.names[i] for i in indices])
@@ -71,6 +77,8 @@ class Passes:
 
     def _arrive(self, index: int) -> None:
         """A gradient is there, as far as this backward pass goes."""
+        if self._paused:
+            return
         if self._open is None:
             self._begin()
         self._arrivals.append(index)
@@ -84,9 +92,14 @@ class Passes:
         if not self._open:
             bucket.take(place, 1.0, False)
             return
+        self._complete(index)
+
+    def _complete(self, index: int) -> None:
+        """A gradient is there for good: its bucket may be full now."""
+        bucket, place = self._where[index]
         if self.blaming.on:
-            self.blaming.look(self.names[index], self.params[index].grad)
-        bucket.arrive(place, self._factor)
+            self.blaming.look(self.names[index], local(self.params[index].grad))
+        bucket.arrive(place, bucket.factor)
         if self.timeline is not None:
             self.timeline.look()
         if not bucket.waiting:
@@ -131,9 +144,9 @@ class Passes:
             self._late_items = 0  # the gradients that they belong to were forgotten (`zero_grad`)
         self._works: list[Sent] = []
         self._squares = None
-        self._factor = self.method.factor
         for bucket in self.buckets:
             bucket.begin()
+            bucket.factor = self.method.of(bucket.plan.group).factor
             if self.blaming.on:
                 bucket.mend()
         if self.timeline is not None:
@@ -141,8 +154,7 @@ class Passes:
 
     def _adds_up(self) -> bool:
         """Whether gradients of an earlier synchronised pass are there, which this one adds to."""
-        return self.method.holding or any(p.grad is bucket.slots.views[place] for p, (bucket, place) in
-                                          zip(self.params, self._where, strict=True))
+        return self.method.holding or any(bucket.holds(place) for bucket, place in self._where)
 
     def _send_ready(self) -> None:
         """Send, in the layout's order, every bucket that is full and whose turn it is."""
@@ -166,12 +178,14 @@ class Passes:
         used = [bucket.has(place) for bucket, place in self._where]
         self._all_here = all(used)
         for bucket in self.buckets[len(self._works) :]:
-            bucket.close(self._factor)
+            bucket.close(bucket.factor)
         self._send_ready()
-        squares, bad = total([work.wait() for work in self._works])
+        measured = [work.wait() for work in self._works]
+        squares, bad = total(self.reach.counted((bucket.plan.group for bucket in self.buckets), measured))
         same = [self.sequence, *((0, self.method.checksum, 1, 0) if self.joining else
                                  (self._backwards, self.method.checksum, any(used), late))]
-        self._pending = self._control.send(list(map(int, same)), squares, bad, self._items, self.stop, used, self.loss)
+        items, loss = (self._items, self.loss) if self.reach.speaks else (0, 0.0)
+        self._pending = self._control.send(list(map(int, same)), squares, bad, items, self.stop, used, loss)
         self.sums = self._pending
         self._counted = self._items > 0
         self.sequence, self._backwards, self._items = self.sequence + 1, 0, 0
@@ -182,7 +196,7 @@ class Passes:
             blaming = self.blaming.on
             outcome = self._read()
             if blaming:
-                self.blaming.ended(self.wire, outcome.nonfinite)
+                self.blaming.ended(self.reach, outcome.nonfinite)
             for (bucket, place), had, ranks in zip(self._where, used, outcome.used, strict=True):
                 if ranks and not had:
                     bucket.bind(place)
@@ -190,6 +204,8 @@ class Passes:
             if late and any(outcome.used):
                 raise RuntimeError("an optimizer steps gradients that were accumulated under no_sync() and never "
                                    "reduced, on every rank: run the last backward pass of a step outside of no_sync()")
+        for bucket in self.buckets:
+            bucket.reduced()
         self.method.ended(used)
 
     def _read(self) -> Any:

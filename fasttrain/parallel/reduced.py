@@ -11,11 +11,17 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from fasttrain.dist.mesh import Mesh
+
 _owners = WeakTensorKeyDictionary()  # of weak references to reducers
 
 
-def trained(params: Iterable[Tensor] | Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+def trained(params: Iterable[Tensor] | Iterable[tuple[str, Tensor]], mesh: Mesh | None = None,
+            ) -> list[tuple[str, Tensor]]:
     """The parameters that are trained, each once, with their names.
+
+    Arguments:
+        mesh: over which DTensors may be divided; a stage of its pipeline may have no parameter.
 
     Raises:
         TypeError: something is no tensor, or one that has no flat gradient.
@@ -30,18 +36,18 @@ def trained(params: Iterable[Tensor] | Iterable[tuple[str, Tensor]]) -> list[tup
             raise TypeError(f"{name} is a {type(p).__name__}: give parameters, or (name, parameter) pairs")
         if p.requires_grad:
             named.setdefault(p, name)  # tied parameters have the name that comes first
-    if not named:
+    if not named and (mesh is None or mesh.sizes["pipeline"] == 1):
         raise RuntimeError("no parameter requires a gradient: there is nothing to reduce")
-    first, *_ = named
     for p, name in named.items():
-        _check(name, p, first, named[first])
+        first = next(iter(named))
+        _check(name, p, first, named[first], mesh is not None)
     return [(name, p) for p, name in named.items()]
 
 
-def _check(name: str, p: Tensor, first: Tensor, first_name: str) -> None:
-    if isinstance(p, DTensor):
-        raise ValueError(f"{name} is a DTensor: its gradient is divided over a mesh of its own; reduce local "
-                         "parameters, or shard the model over the data axis with torch's fully_shard")
+def _check(name: str, p: Tensor, first: Tensor, first_name: str, divided: bool) -> None:
+    if isinstance(p, DTensor) and not divided:
+        raise ValueError(f"{name} is a DTensor, divided over some ranks: give the Mesh on which they are "
+                         "(fasttrain.parallel.Mesh), so that its gradient is added up over the others")
     if p.device != first.device:
         raise ValueError(f"{name} is on {p.device} and {first_name} on {first.device}: a process trains on one device; "
                          "move the model there before it is wrapped")

@@ -7,7 +7,7 @@ the ranks compare at the end of each step in `fasttrain.dist.control`.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -15,24 +15,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttrain.dist.control import Outcome
-from fasttrain.dist.fingerprint import agree, fingerprint
-from fasttrain.dist.layout import Entry, FlatLayout
+from fasttrain.dist.layout import FlatLayout
+from fasttrain.dist.mesh import Mesh
 from fasttrain.dist.watcher import Watcher
 from fasttrain.dist.watching import wire_over
 from fasttrain.kernels import norm
+from fasttrain.optim.local import local
 from fasttrain.parallel import blame, reduced, steps
 from fasttrain.parallel.buckets import Bucket
+from fasttrain.parallel.carried import bucket_of
+from fasttrain.parallel.grouped import grouped
 from fasttrain.parallel.hierarchy import ranks_and_method
 from fasttrain.parallel.items import Items
+from fasttrain.parallel.over_axes import Reach
 from fasttrain.parallel.timeline import Timeline
+from fasttrain.parallel.told import Told
 from fasttrain.parallel.vouching import Vouching
 from fasttrain.parallel.wires import Method
 
 MIB = 1 << 20
 
 
-class Reducer(Vouching, Items):
+class Reducer(Vouching, Items, Told):
     """Averages the gradients of parameters over the ranks of a mesh, in the backward pass itself.
 
     After a backward pass, `p.grad` is the mean over ranks, as after torch's DistributedDataParallel; a parameter that
@@ -41,9 +45,12 @@ class Reducer(Vouching, Items):
     Arguments:
         params: parameters, or (name, parameter) pairs, the same on every rank in the same order; those that require no
             gradient are left out, tied ones count once.
-        mesh: a `Wire`, a DeviceMesh, a ProcessGroup, or None for all ranks. Over a DeviceMesh of two dimensions (across
-            nodes, inside a node) gradients travel as `fasttrain.parallel.hierarchy` has it.
-        wire: how gradients travel, by its name in `fasttrain.parallel.wires`, or a `Method` of yours.
+        mesh: a `Mesh`; or, for data parallelism alone, a `Wire`, a DeviceMesh, a ProcessGroup, or None for all ranks.
+            On a `Mesh` parameters may be DTensors, and each is added up over the ranks that `fasttrain.parallel.groups`
+            names. Over a DeviceMesh of two dimensions (across nodes, inside a node) gradients travel as
+            `fasttrain.parallel.hierarchy` has it.
+        wire: how gradients travel, by its name in `fasttrain.parallel.wires`, or a `Method` of yours; on a mesh with
+            several groups of parameters the class of one.
         bucket_bytes, first_bucket_bytes: sizes of buckets (`fasttrain.dist.layout`).
         order: names in the order in which gradients arrive, `recorded_order` of an earlier run, for example; None: the
             reverse of `params`.
@@ -53,10 +60,13 @@ class Reducer(Vouching, Items):
             within several re-entrant checkpoints.
         timeout_s: seconds after which a rank that does not answer is given up.
         watch: True: one thread of this process tells the other ranks if it fails, and hears if they do, so that all
-            raise or end with the cause (docs/failures.md); or a Watcher of yours; False: none. Of a `Wire` that is
-            given: what that has.
+            raise or end with the cause (docs/failures.md); or a Watcher of yours; False: none. Of a `Wire` or a `Mesh`
+            that is given: what that has, and its timeout.
+        tied: of parameters that lie on several stages of a pipeline, by their names on this one: the stages. All stages
+            give all ties, those of other stages too, in one order.
 
     Attributes:
+        reach: the wires and groups of its ranks.
         layout: the `FlatLayout` of the buckets.
         sequence: synchronised steps so far.
         last: the `Outcome` of the last one that was read, or None.
@@ -77,21 +87,28 @@ class Reducer(Vouching, Items):
     def __init__(self, params: Iterable[Tensor] | Iterable[tuple[str, Tensor]], mesh: Any = None, *,
                  wire: str | Method = "same", bucket_bytes: int = 25 * MIB, first_bucket_bytes: int = MIB,
                  order: Sequence[str] | None = None, grad_dtype: torch.dtype | None = None,
-                 static_graph: bool = False, timeout_s: float = 120, watch: Watcher | bool = True):
-        named = reduced.trained(params)
+                 static_graph: bool = False, timeout_s: float = 120, watch: Watcher | bool = True,
+                 tied: Mapping[str, Sequence[int]] | None = None):
+        axes = mesh if isinstance(mesh, Mesh) else None
+        named = reduced.trained(params, axes)
         other = [p for _, p in named if grad_dtype not in (None, p.dtype)]
         if other and not hasattr(other[0], "grad_dtype"):
             raise ValueError(f"grad_dtype={grad_dtype} needs a torch whose tensors have grad_dtype, newer than "
                              f"{torch.__version__}: leave it out, or keep the parameters in {grad_dtype}")
-        mesh, method = ranks_and_method(mesh, wire)
-        ranks = wire_over(mesh, named[0][1].device, timeout_s, watch)
-        entries = [Entry.of(name, p) for name, p in named]
-        layout = FlatLayout.of(entries, ranks.size, order=order, bucket_bytes=bucket_bytes,
-                               first_bucket_bytes=first_bucket_bytes, bucket_dtype=grad_dtype)
-        agree(ranks, fingerprint(entries, layout, {"wire": method.name, "grid": method.grid,
-                                                   "static_graph": static_graph}))
-        self.idle = ranks.size == 1 and not other and method.name == "same"
-        super().__init__(named, ranks, layout, static_graph)
+        if axes is None:
+            if tied:
+                raise ValueError("tied parameters lie on stages of a pipeline: give the Mesh that has them")
+            mesh, method = ranks_and_method(mesh, wire)
+            reach = Reach(wire_over(mesh, named[0][1].device, timeout_s, watch), len(named))
+        else:
+            reach = Reach.over(axes, named, tied or {})
+            method = grouped(wire, reach)
+        layout = FlatLayout.of(reach.entries(named), reach.worlds, order=reach.order(named, order),
+                               bucket_bytes=bucket_bytes, first_bucket_bytes=first_bucket_bytes,
+                               bucket_dtype=grad_dtype)
+        reach.agree(named, layout, {"wire": method.name, "grid": method.grid, "static_graph": static_graph})
+        self.idle = reach.wire.size == 1 and reach.across is None and not other and method.name == "same"
+        super().__init__(named, reach, layout, static_graph)
         self.use(method)
         for p in other:
             p.grad_dtype = None  # any: the first comes in the parameter's own, and is cast as it is packed
@@ -112,24 +129,6 @@ class Reducer(Vouching, Items):
         finally:
             self.syncing = before
 
-    def finish(self) -> Outcome | None:
-        """End the step where no synchronised backward pass did: send what there is, and compare what the ranks did.
-
-        `optimizer.step()` calls it for parameters that were not reduced, so that a rank without a gradient answers the
-        others.
-
-        Raises:
-            Disagreement: they did not do the same; on every rank, and no gradient is to be trusted.
-        """
-        if self.idle:
-            self.sequence += 1
-            return None
-        self.check_closed()
-        self.method.begin()
-        self._start()
-        self._finish(late=True)
-        return self.last
-
     def shadow(self) -> None:
         """Answer the others' synchronised step as a rank without data (`join`): nothing of its own counts."""
         for p in self.params:
@@ -145,11 +144,12 @@ class Reducer(Vouching, Items):
     def statistics(self) -> tuple[Tensor, Tensor]:
         """Of the reduced gradients: the sum of squares (float64) and whether any element is not finite; of shape ().
 
-        Each rank measured its part while buckets arrived: the same bits on every rank. Do not use them if something
-        else has written to the gradients since (torch's GradScaler, for example).
+        On a `Mesh` of those of all its ranks together, each parameter once. Each rank measured its part while buckets
+        arrived: the same bits on every rank. Do not use them if something else has written to the gradients since
+        (torch's GradScaler, for example).
         """
         if self.idle:
-            squares, found = norm.squares([p.grad for p in self.params if p.grad is not None])
+            squares, found = norm.squares([local(p.grad) for p in self.params if p.grad is not None])
             return norm.total(squares), found
         if self._squares is None:
             raise RuntimeError("no gradients have been reduced: run a backward pass outside of no_sync() first")
@@ -183,7 +183,18 @@ class Reducer(Vouching, Items):
 
     def bytes_per_step(self) -> float:
         """Bytes that this rank sends in a synchronised step, by the formula; `wire.bytes` counts what it sent."""
-        return sum(self.method.bytes_of(bucket.elements, bucket.dtype) for bucket in self.layout.buckets)
+        return sum(self.method.of(bucket.group).bytes_of(bucket.elements, bucket.dtype)
+                   for bucket in self.layout.buckets)
+
+    @property
+    def sent(self) -> int:
+        """Bytes that this rank has put on its wires, of all groups."""
+        return sum(wire.sent for wire in self.reach.everyone)
+
+    @property
+    def waited(self) -> float:
+        """Seconds for which the host has waited for them."""
+        return sum(wire.waits.seconds for wire in self.reach.everyone)
 
     def record_timeline(self, on: bool = True) -> None:
         """Record when each bucket is ready, sent and received, in `timeline`."""
@@ -194,14 +205,16 @@ class Reducer(Vouching, Items):
 
         Raises:
             RuntimeError: an optimizer relies on the way that they travel (`Zero`).
+            ValueError: there are several groups of parameters, and this serves one.
         """
         if hasattr(self, "method") and self.method.final:
             raise RuntimeError(f"gradients travel as {self.method.name!r}, on which an optimizer relies: give the wire "
                                "when the model is wrapped, before the optimizer is made")
+        method = method if self.reach.single or method.final else grouped(method, self.reach)
         method.prepare(self.wire, self.layout)
         self.method = method
         for bucket in self.buckets:
-            bucket.stage(method.staging(bucket.data.dtype))
+            bucket.stage(method.of(bucket.plan.group).staging(bucket.data.dtype))
 
     def shard(self, method: Method, make: Callable[..., Bucket] | None = None) -> None:
         """Let every rank get its part of each bucket only, from now on: what `Zero` calls.
@@ -213,7 +226,7 @@ class Reducer(Vouching, Items):
         self.use(method)
         was_idle, self.idle = self.idle, False
         if make is not None or was_idle:
-            self._make_buckets(make or Bucket)
+            self._make_buckets(make or partial(bucket_of, self.reach))
         self._attach()
 
     def _attach(self) -> None:
@@ -225,6 +238,8 @@ class Reducer(Vouching, Items):
         """Let go of the parameters; gradients stay as they are."""
         for hook in self._hooks:
             hook.remove()
+        for bucket in self.buckets:
+            bucket.release()
         reduced.disown(self.params)
         steps.forget(self)
 

@@ -21,7 +21,7 @@ from fasttrain.dist.mesh import Mesh
 from fasttrain.dist.watcher import Watcher
 from fasttrain.dist.wire import Wire
 from fasttrain.optim.arrival import Arrival
-from fasttrain.parallel import replaced, shardable
+from fasttrain.parallel import replaced, shardable, ties
 from fasttrain.parallel.accumulate import Accumulation
 from fasttrain.parallel.grids import Grid, Named, Torch
 from fasttrain.parallel.scattered import Gathered, Scattered
@@ -80,7 +80,7 @@ def shard(model: nn.Module, mesh: Mesh | DeviceMesh | None = None, *, blocks: st
     shardable.check_model(model)
     parts = shardable.blocks_of(model, blocks)
     reduce_dtype = shardable.reduce_dtype_of(wire, reduce_dtype)
-    grid: Grid = Named(mesh, model, tied or {}) if isinstance(mesh, Mesh) else \
+    grid: Grid = Named(mesh, model, ties.told(model, tied)) if isinstance(mesh, Mesh) else \
         Torch(mesh, model, timeout_s, watch)
     named = shardable.agreed(grid.alike, model, parts, {
         "stage": 3, "reduce_dtype": reduce_dtype, "param_dtype": param_dtype, "mesh": grid.shape,

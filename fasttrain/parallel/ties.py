@@ -11,6 +11,13 @@ from fasttrain.dist.mesh import AXES, Mesh
 from fasttrain.dist.wire import Wire
 from fasttrain.optim.local import local
 
+TOLD = "tied_stages"  # attribute of a model that was split into stages: what it has for `tied`
+
+
+def told(model: nn.Module, tied: Mapping[str, Sequence[int]] | None) -> Mapping[str, Sequence[int]]:
+    """The ties that a caller gave, or those that a model knows of itself (`fasttrain.parallel.pipeline.split`)."""
+    return getattr(model, TOLD, None) or {} if tied is None else tied
+
 
 class Ties:
     """Make them with `of`.

@@ -40,12 +40,14 @@ class Method:
         checksum: of the collectives that were issued since the reducer was made, in their order.
         grid: the ranks in rows, one for each node, of a method that tells these apart.
         holding: whether this rank has its part of gradients that no parameter shows (`Zero`).
+        group: of the buckets that it sends (`fasttrain.dist.layout.Bucket`); None: all there are.
     """
 
     name = ""
     grid: list[list[int]] | None = None
     final = False  # no other may take its place
     holding = False
+    group: str | None = None
 
     def __init__(self) -> None:
         self.checksum = 0
@@ -53,6 +55,10 @@ class Method:
     def prepare(self, wire: Wire, layout: FlatLayout) -> None:
         """Learn who takes part; called once."""
         self.wire, self.layout, self.divisor = wire, layout, wire.size
+
+    def of(self, group: str) -> Method:
+        """The method of a group of parameters: itself, if it does not tell them apart."""
+        return self
 
     @property
     def factor(self) -> float:
@@ -184,9 +190,11 @@ class Int8(Method):
 
     def prepare(self, wire: Wire, layout: FlatLayout) -> None:
         super().prepare(wire, layout)
-        if wide := [bucket.dtype for bucket in layout.buckets if bucket.dtype == torch.float64]:
+        mine = [bucket for bucket in layout.buckets if self.group in (None, bucket.group)]
+        if wide := [bucket.dtype for bucket in mine if bucket.dtype == torch.float64]:
             raise TypeError(f"wire='int8' cannot carry {wide[0]}: its codes have 8 bits; take wire='same'")
-        self.residuals = [torch.zeros(bucket.elements, device=wire.device) for bucket in layout.buckets]
+        self.residuals = [torch.zeros(bucket.elements, device=wire.device) for bucket in mine]
+        self._place = {bucket.index: place for place, bucket in enumerate(mine)}
 
     def rescale(self, factor: float) -> None:
         for residual in self.residuals:
@@ -227,7 +235,7 @@ class Int8(Method):
     def send(self, index: int, bucket: Bucket) -> Sent:
         self.issued(index, len(bucket.data))
         return Sent(exchange.int8_all_reduce(self.wire, bucket.data, 1.0 / self.divisor, True,
-                                             self.residuals[index]))
+                                             self.residuals[self._place[index]]))
 
 
 def own_part(data: Tensor, wire: Wire) -> Tensor:
@@ -239,14 +247,16 @@ def own_part(data: Tensor, wire: Wire) -> Tensor:
 METHODS: dict[str, Callable[[], Method]] = {method.name: method for method in (Same, Ordered, Bf16, Int8)}
 
 
-def method_of(wire: str | Method) -> Method:
-    """A method by its name.
+def method_of(wire: str | Method | Callable[[], Method]) -> Method:
+    """A method by its name, or by what makes one.
 
     Raises:
         ValueError: there is none of this name.
     """
     if isinstance(wire, Method):
         return wire
+    if callable(wire):
+        return wire()
     if wire not in METHODS:
         raise ValueError(f"wire={wire!r}: gradients travel as {', '.join(METHODS)}, or as a Method of yours")
     return METHODS[wire]()

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from fasttrain.dist.wire import Wire
 from fasttrain.parallel.zero_buckets import Memory
 from fasttrain.parallel.zero_wire import gather
 
@@ -35,8 +34,8 @@ class Gathering:
         module: whose modules wait for their parameters; None: `start` waits for all.
     """
 
-    def __init__(self, wire: Wire, memories: Sequence[Memory], module: nn.Module | None = None):
-        self.wire, self.memories = wire, list(memories)
+    def __init__(self, memories: Sequence[Memory], module: nn.Module | None = None):
+        self.memories = list(memories)
         self.works: dict[int, Any] = {}
         self.overlap = module is not None
         if module is not None:
@@ -46,7 +45,7 @@ class Gathering:
         """Send all memories."""
         for index in reversed(range(len(self.memories))):
             memory = self.memories[index]
-            self.works[index] = gather(self.wire, memory.flat, memory.cut)
+            self.works[index] = gather(memory.wire, memory.flat, memory.cut)
         if not self.overlap:
             self.wait()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,9 +12,11 @@ from fasttrain.dist.layout import FlatLayout
 from fasttrain.dist.wire import Wire
 from fasttrain.kernels import norm
 from fasttrain.parallel.buckets import Bucket
+from fasttrain.parallel.over_axes import Reach
 from fasttrain.parallel.wires import Method, Parts, Sent
 from fasttrain.parallel.zero_buckets import Rotating
 from fasttrain.parallel.zero_cut import Cut
+from fasttrain.parallel.zero_groups import Division
 from fasttrain.parallel.zero_shown import Shown
 from fasttrain.parallel.zero_wire import scatter
 
@@ -30,6 +32,8 @@ class Scatter(Method):
 
     Arguments:
         cuts: of each bucket.
+        reach: the groups.
+        divided: over which ranks their states are, by group.
         travels: the dtype in which gradients travel to be added; None: the bucket's.
         rotating: buckets are `Rotating`, and shards have memory of their own; else they lie in the buckets.
 
@@ -43,8 +47,10 @@ class Scatter(Method):
     name = "shards"
     final = True
 
-    def __init__(self, cuts: Sequence[Cut], travels: torch.dtype | None, rotating: bool):
+    def __init__(self, cuts: Sequence[Cut], reach: Reach, divided: Mapping[str, Division], travels: torch.dtype | None,
+                 rotating: bool):
         super().__init__()
+        self.reach, self.divided = reach, divided
         self.cuts, self.travels, self.rotating = list(cuts), travels, rotating
         self.own: list[Tensor] = []
         self._back: dict[torch.dtype, float] = {}  # bytes of a parameter, by the dtype of its bucket
@@ -55,12 +61,13 @@ class Scatter(Method):
 
     def prepare(self, wire: Wire, layout: FlatLayout) -> None:
         super().prepare(wire, layout)
+        self.divisor = self.reach.terms
         self._users: dict[int, Landing] = {}
 
     def lay(self, buckets: Sequence[Bucket], params: Sequence[Tensor], names: Sequence[str]) -> None:
         """Learn where the buckets of these parameters lie; once."""
         for bucket, cut in zip(buckets, self.cuts, strict=True):
-            begin, end = cut[self.wire.rank]
+            begin, end = cut[self.divided[bucket.plan.group].wire.rank]
             mine = bucket.data[begin:end]
             self.own.append(torch.zeros_like(mine) if self.rotating else mine)
             self._back[bucket.plan.dtype] = max(float(p.dtype.itemsize) for p in bucket.params)
@@ -76,10 +83,13 @@ class Scatter(Method):
     def widths(self, dtype: torch.dtype) -> tuple[float, float]:
         return float((self.travels or dtype).itemsize), self._back[dtype]
 
+    def of(self, group: str) -> Method:
+        return OfGroup(self, self.reach.wires[group])
+
     # --- What the reducer calls ---------------------------------------------------------------------------------------
 
     def send(self, index: int, bucket: Bucket) -> Sent:
-        self.issued(index, len(bucket.data))
+        self.issued(index, len(bucket.data) if self.reach.alike else 0)
         if isinstance(bucket, Rotating):
             memory = bucket.data.data_ptr()
             if (before := self._users.pop(memory, None)) is not None:
@@ -88,7 +98,9 @@ class Scatter(Method):
         data = bucket.data if bucket.staged is None else bucket.staged
         if self.travels is not None:
             data = data.to(self.travels)
-        landing = Landing(self, index, scatter(self.wire, self.own[index], data, self.cuts[index], self.divisor))
+        landing = Landing(self, index, scatter(
+            self.reach.wires[bucket.plan.group], self.own[index], data,
+            self.divided[bucket.plan.group].among_all(self.cuts[index]), self.divisor))
         if isinstance(bucket, Rotating):
             self._users[memory] = landing
         if self.arriving is not None:
@@ -125,10 +137,25 @@ class Scatter(Method):
         """Add what has come to what was there; the sum of squares and the flag of all of it."""
         if self.arriving is not None:
             self.arriving.landed(index)
-        if self._sums is None:
-            return parts
-        squares, found = norm.squares([self._sums[index].add_(self.own[index])])
-        return squares[0], found | parts[1]
+        if self._sums is not None:
+            squares, found = norm.squares([self._sums[index].add_(self.own[index])])
+            parts = squares[0], found | parts[1]
+        counts = self.divided[self.layout.buckets[index].group].counts
+        return parts if counts else (torch.zeros_like(parts[0]), parts[1])
+
+
+class OfGroup(Method):
+    """What the buckets of one group are asked for."""
+
+    def __init__(self, scatter: Scatter, wire: Wire):
+        super().__init__()
+        self.scatter, self.wire = scatter, wire
+
+    def staging(self, dtype: torch.dtype) -> torch.dtype:
+        return self.scatter.staging(dtype)
+
+    def widths(self, dtype: torch.dtype) -> tuple[float, float]:
+        return self.scatter.widths(dtype)
 
 
 class Landing(Sent):

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
+from fasttrain.optim.local import local, shares
 from fasttrain.parallel import reduced
 
 WIRES = {"same": None, "ordered": None, "bf16": torch.bfloat16}  # in which dtype gradients travel to be added
@@ -55,11 +56,22 @@ def check_memory(params: Sequence[Tensor], names: Sequence[str]) -> None:
     """Raise if different parameters share memory: as views of flat memory they would not any longer."""
     spans = sorted((p.data_ptr(), p.data_ptr() + p.element_size() * (1 + sum(
         (size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True))), name)
-        for p, name in zip(params, names, strict=True) if p.numel())
+        for p, name in zip(map(local, params), names, strict=True) if p.numel())
     for (_, end, first), (begin, _, second) in pairwise(spans):
         if begin < end:
             raise ValueError(f"{first} and {second} share memory and are different parameters, which flat memory "
                              "would part: tie them as one parameter (b.weight = a.weight)")
+
+
+def check_divisible(divided: bool, pattern: Any, params: Sequence[Tensor], names: Sequence[str], cls: Any) -> None:
+    """Raise if an optimizer needs whole parameters of which no rank has the whole."""
+    cut = [name for name, p in zip(names, params, strict=True) if shares(p)]
+    if cut and (pattern is None or not divided):
+        what = getattr(cls, "__name__", cls)
+        why = "is none of this package" if pattern is None else "does not step every element by itself, as it is used"
+        raise ValueError(f"{cut[0]} is cut over several ranks, and {what} {why}: Zero gives it whole parameters, of "
+                         "which no rank has any here. Take fasttrain.parallel.shard(model, mesh=mesh) with "
+                         "Mesh(shard=...), where it steps shards, or DataParallel with it alone")
 
 
 def others_refused(zero: Any) -> None:

@@ -15,7 +15,9 @@ from fasttrain.dist.wire import as_bytes
 from fasttrain.kernels.item import order
 from fasttrain.kernels.pack import view_of
 from fasttrain.optim import statedict
-from fasttrain.parallel.zero_pieces import Piece, Place, row_major
+from fasttrain.optim.local import as_whole, local, part_of, shares, whole_of
+from fasttrain.optim.placing import place
+from fasttrain.parallel.zero_pieces import Piece, Place, slot_of
 from fasttrain.precision.codecs import PLAIN, array_shapes, codec
 from fasttrain.precision.storage import is_plain
 
@@ -54,26 +56,21 @@ def arrays(zero: Any, where: Place) -> dict[str, Array]:
 
 def consolidate(zero: Any, to: int | None) -> dict[str, Any]:
     """The whole state dict on one rank, or on all (None). Buckets follow one another, so that no rank has all twice."""
-    wire, pieces = zero.reducer.wire, zero._pieces
-    if to is not None and not 0 <= to < wire.size:
-        raise ValueError(f"to={to}: the mesh has ranks 0 to {wire.size - 1}; None for all")
-    mine = [_told(piece, zero.inner.state.get(piece.param, {})) for piece in pieces]
-    manifests = [json.loads(text) for text in wire.gather_objects_json(json.dumps(mine))]
-    here = to is None or wire.rank == to
+    goal = Goal(zero.reducer, to)
+    wires = {group: one.wire for group, one in zero.method.divided.items()}
+    mine = json.dumps([_told(piece, zero.inner.state.get(piece.param, {})) for piece in zero._pieces])
+    manifests = {group: [json.loads(text) for text in wires[group].gather_objects_json(mine)]
+                 for group in sorted(wires, key=lambda group: (wires[group].ranks, group))}
     state: dict[Place, dict[str, Any]] = {}
-    for index in range(len(zero.reducer.buckets)):
-        sends = [as_bytes(value.contiguous()) for piece in pieces if piece.bucket == index
-                for value in zero.inner.state.get(piece.param, {}).values() if isinstance(value, Tensor)]
-        nothing = torch.empty(0, dtype=torch.uint8, device=wire.device)
-        sent = torch.cat([one.to(wire.device) for one in sends]) if sends else nothing
-        told_here = [[one for one in manifest if one["bucket"] == index] for manifest in manifests]
-        came = [torch.empty(sum(map(_bytes, one)) if here else 0, dtype=torch.uint8, device=wire.device)
-                for one in told_here]
-        wire.all_to_all(came, [sent if to in (None, rank) else nothing for rank in range(wire.size)]).wait()
-        if here:
-            for data, manifest in zip(came, told_here, strict=True):
-                _assemble(zero, state, data, manifest)
-    if not here:
+    for index, bucket in enumerate(zero.reducer.buckets):
+        told = [[one for one in manifest if one["bucket"] == index] for manifest in manifests[bucket.plan.group]]
+        found: dict[Place, dict[str, Any]] = {}
+        _bring(zero, index, told, goal, found)
+        for where in sorted(found):
+            whole = _joined(zero, where, found[where])
+            if goal.here:
+                state[where] = whole
+    if not goal.here:
         return {}
     numbers = {where: number for number, where in enumerate(
         (g, i) for g, group in enumerate(zero.param_groups) for i in range(len(group["params"])))}
@@ -81,6 +78,57 @@ def consolidate(zero: Any, to: int | None) -> dict[str, Any]:
                "params": [numbers[g, i] for i in range(len(group["params"]))]}
               for g, group in enumerate(zero.param_groups)]
     return {"state": {numbers[where]: state[where] for where in sorted(state)}, "param_groups": groups}
+
+
+class Goal:
+    """Where wholes go.
+
+    Arguments:
+        to: the rank that gets them; None: all.
+
+    Attributes:
+        here: this rank does.
+        to: the rank in each group that gathers what its ranks have; None: all, so that parts can be joined then.
+
+    Raises:
+        ValueError: there is no such rank.
+        RuntimeError: stages of a pipeline have different parameters, and none has all.
+    """
+
+    def __init__(self, reducer: Any, to: int | None):
+        mesh, wire = reducer.reach.mesh, reducer.wire
+        size, rank = (wire.size, wire.rank) if mesh is None else (mesh.size, mesh.rank)
+        if to is not None and not 0 <= to < size:
+            raise ValueError(f"to={to}: the mesh has ranks 0 to {size - 1}; None for all")
+        if mesh is not None and mesh.sizes["pipeline"] > 1:
+            raise RuntimeError("the stages of a pipeline step different parameters, and no rank brings all together: "
+                               "save and load with fasttrain.checkpoint.Checkpointer, whose checkpoints load under any "
+                               "other mesh, in one process too")
+        self.here, self.to = to is None or rank == to, to if mesh is None else None
+
+
+def _bring(zero: Any, index: int, told: Sequence[Sequence[Mapping[str, Any]]], goal: Goal,
+           found: dict[Place, dict[str, Any]]) -> None:
+    """Gather the states of a bucket's parameters, as far as the ranks of its group hold them."""
+    wire = zero.method.divided[zero.reducer.buckets[index].plan.group].wire
+    sends = [as_bytes(value.contiguous()) for piece in zero._pieces if piece.bucket == index
+             for value in zero.inner.state.get(piece.param, {}).values() if isinstance(value, Tensor)]
+    nothing = torch.empty(0, dtype=torch.uint8, device=wire.device)
+    sent = torch.cat([one.to(wire.device) for one in sends]) if sends else nothing
+    here = goal.to is None or wire.rank == goal.to
+    came = [torch.empty(sum(map(_bytes, one)) if here else 0, dtype=torch.uint8, device=wire.device) for one in told]
+    wire.all_to_all(came, [sent if goal.to in (None, rank) else nothing for rank in range(wire.size)]).wait()
+    if here:
+        for data, manifest in zip(came, told, strict=True):
+            _assemble(zero, found, data, manifest)
+
+
+def _joined(zero: Any, where: Place, state: dict[str, Any]) -> dict[str, Any]:
+    """The states of a parameter of which ranks along other axes hold other parts."""
+    p, known = zero.param_groups[where[0]]["params"][where[1]], arrays(zero, where)
+    if not shares(p):
+        return state
+    return {key: whole_of(as_whole(value.contiguous(), p)) if key in known else value for key, value in state.items()}
 
 
 def _told(piece: Piece, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,7 +176,7 @@ def _assemble(zero: Any, state: dict[Place, dict[str, Any]], data: Tensor,
                     one["shape"], one["stride"], dtype=dtype, device=values.device).copy_(shaped)
                 continue
             if key not in whole:
-                whole[key] = _empty(p, known[key], dtype, values.device)
+                whole[key] = _empty(local(p.detach()), known[key], dtype, values.device)
             first = known[key].length(told["first"])
             _flat(whole[key])[first : first + len(values)] = values
 
@@ -177,9 +225,9 @@ def _cut(value: Any, piece: Piece, array: Array | None) -> Any:
         return value
     if array is None:
         return value.clone()
-    if not codec(array.number).block and not row_major(piece.whole):
-        flat = torch.empty(value.numel(), dtype=value.dtype, device=value.device)
-        view_of(flat, piece.whole.detach(), 0).copy_(value)
+    if codec(array.number).block:
+        begin = array.length(place(piece.name, piece.whole)[0])  # whole blocks follow one another in what is held
+        flat = value.reshape(-1)[begin : begin + array.length(piece.held.numel())]
     else:
-        flat = value.reshape(-1)
+        flat = slot_of(part_of(value, piece.whole), piece)
     return flat[array.length(piece.first) : array.length(piece.first + piece.numel)].clone()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fasttrain.optim import clip
+from fasttrain.optim.local import version
 from fasttrain.parallel.reducer import Reducer
 from fasttrain.parallel.zero_arrival import ByBucket, refuse
 from fasttrain.parallel.zero_buckets import Memory
@@ -196,7 +197,7 @@ class Stepping(clip.Clipped, torch.optim.Optimizer):
         """This rank's pieces of these parameters were stepped before the others."""
         params = list(params)
         torch.autograd.graph.increment_version(params)
-        self._versions.update((p, p._version) for p in params)
+        self._versions.update((p, version(p)) for p in params)
 
     def _give(self) -> None:
         """Let the pieces have the gradients that came since the last step."""
@@ -242,11 +243,11 @@ class Stepping(clip.Clipped, torch.optim.Optimizer):
     # --- What was written or moved outside ----------------------------------------------------------------------------
 
     def _remember(self) -> None:
-        self._versions = {p: p._version for p in self.reducer.params}
+        self._versions = {p: version(p) for p in self.reducer.params}
 
     def _notice_writes(self) -> None:
         """A parameter that was written since the last step: its piece was."""
-        written = [piece.param for piece in self._pieces if piece.whole._version != self._versions[piece.whole]]
+        written = [piece.param for piece in self._pieces if version(piece.whole) != self._versions[piece.whole]]
         if written:
             torch.autograd.graph.increment_version(written)
         self._remember()

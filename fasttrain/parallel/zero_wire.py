@@ -25,8 +25,9 @@ def scatter(wire: Wire, out: Tensor, bucket: Tensor, cut: Cut, divisor: int) -> 
     Returns:
         A work, whose result is the sum of squares of `out` and whether something in it is not finite.
     """
-    if _even(cut, len(bucket)) and wire.backend == "nccl" and out.dtype == bucket.dtype and divisor == wire.size:
-        return wire.reduce_scatter(out, bucket, "avg", squares=True)
+    if _even(cut, len(bucket)) and wire.backend == "nccl" and out.dtype == bucket.dtype:
+        mean = divisor == wire.size  # which NCCL makes by itself
+        return wire.reduce_scatter(out, bucket, "avg" if mean else "sum", 1.0 if mean else 1.0 / divisor, squares=True)
     chunks = [bucket[begin:end] for begin, end in cut]
     mine = chunks[wire.rank]
     ticket = wire.issue("reduce_scatter", bucket.nbytes, bucket.nbytes - mine.nbytes)

@@ -106,6 +106,6 @@ class Assumed:
             f"and {(self.across or device.across) / 1e9:.0f} GB/s across, of which collectives reach {self.links:.0%}; "
             "no latency; a ring is as slow as its slowest link",
             "tensor, context and expert traffic waits for nothing and hides under nothing; gradients hide under the "
-            "backward pass of one micro-batch, and what ZeRO 3 gathers under all that is computed; parameters "
-            "that ZeRO 1 and 2 gather hide under nothing; between stages only the filling and draining of the pipeline waits",
+            "backward pass of one micro-batch, and what ZeRO 3 gathers under all that is computed; parameters that "
+            "ZeRO 1 and 2 gather hide under nothing; between stages only filling and draining the pipeline waits",
         ]

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from fasttrain.dist.mesh import Mesh
 from fasttrain.precision.mixed import Precision
 from fasttrain.train.blocks import compile_blocks, recompute
 from fasttrain.train.config import TrainConfig
@@ -14,8 +15,22 @@ from fasttrain.train.usage import count_flops
 
 
 def make(config: TrainConfig, device: torch.device, vocabulary: int = VOCABULARY) -> Any:
-    """The model of a run with its first weights, its blocks recomputed and compiled; to be divided afterwards."""
-    model = precision_of(config, device).cast(_new(config, vocabulary).to(device))
+    """The whole model of a run with its first weights, its blocks recomputed and compiled."""
+    return finish(config, precision_of(config, device).cast(blank(config, None, vocabulary).to(device)))
+
+
+def blank(config: TrainConfig, mesh: Mesh | None, vocabulary: int = VOCABULARY) -> GPT:
+    """The whole model of a run.
+
+    Arguments:
+        mesh: along whose axis "expert" experts are divided.
+    """
+    return GPT(config.layers, config.width, config.heads, config.sequence, config.ngrams, config.rows, vocabulary,
+               config.kv_heads, config.gated, config.tied, config.experts, config.top_k, mesh)
+
+
+def finish(config: TrainConfig, model: Any) -> Any:
+    """What is done to the blocks of a model before it is wrapped: they are recomputed, and compiled."""
     if config.recompute is not None:
         recompute(model, config.recompute, blocks="blocks")
     if config.compile:
@@ -36,9 +51,5 @@ def flops_of_step(config: TrainConfig, vocabulary: int = VOCABULARY) -> float:
         2064384.0
     """
     with torch.device("meta"):
-        model, sequence = _new(config, vocabulary), torch.zeros(1, config.sequence, dtype=torch.long)
+        model, sequence = blank(config, None, vocabulary), torch.zeros(1, config.sequence, dtype=torch.long)
     return 3.0 * count_flops(lambda: model(sequence))[1] * config.batch / config.processes
-
-
-def _new(config: TrainConfig, vocabulary: int) -> GPT:
-    return GPT(config.layers, config.width, config.heads, config.sequence, config.ngrams, config.rows, vocabulary)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -37,7 +36,7 @@ def seen(routing: Routing, wire: Wire | None) -> Seen:
 
 
 def load_balancing_loss(routing: Routing, of: Seen) -> Tensor:
-    r"""The load-balancing loss, 1 where all experts get alike, up to the number of experts where one gets all.
+    r"""The load-balancing loss, 1 where all experts get alike, E / top_k where as few as possible get all.
 
     .. math:: E \sum_i f_i P_i
 
@@ -77,25 +76,21 @@ def rebalance(model: nn.Module, rate: float = 1e-3, mesh: Mesh | None = None) ->
 
     Example:
         >>> router = Router(4, experts=2, top_k=1, bias=True)
-        >>> router.load += torch.tensor([3, 1])                     # a layer counts what it sends
+        >>> router.count(torch.tensor([3, 1]))                      # a layer counts what it sends
         >>> rebalance(router, rate=0.1)
-        >>> router.bias, router.load
-        (tensor([-0.1000,  0.1000]), tensor([0, 0]))
+        >>> router.bias
+        tensor([-0.1000,  0.1000])
 
     Reference: Wang et al., arXiv 2408.15664, algorithm 1.
     """
     routers = [part for part in model.modules() if isinstance(part, Router) and part.bias is not None]
     if not routers:
         raise ValueError("no router of the model has a bias to be moved: make the mixtures with router_bias=True")
-    loads = torch.cat(_loads(routers))
+    loads = torch.cat([torch.zeros_like(router.weight[:, 0], dtype=torch.int64) if router.load is None else router.load
+                       for router in routers])
     if mesh is not None and mesh.count(*MEAN) > 1:
         mesh.wire(*MEAN, use="experts").sum_(loads)
     for router, load in zip(routers, loads.split([router.experts for router in routers]), strict=True):
         assert router.bias is not None
         router.bias += rate * torch.sign(load.double().mean() - load).to(router.bias.dtype)
-    for load in _loads(routers):
-        load.zero_()
-
-
-def _loads(routers: Iterable[Router]) -> list[Tensor]:
-    return [router.load for router in routers if router.load is not None]
+        router.load = None

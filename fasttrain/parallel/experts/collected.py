@@ -74,7 +74,7 @@ class _Attached(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, output: Tensor, loss: Tensor, slip: Slip, box: Box) -> Tensor:
         ctx.slip, ctx.box = slip, box
-        return output.view_as(output)
+        return shaped(output, output.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -83,8 +83,16 @@ class _Attached(torch.autograd.Function):
             return grad, None, None, None
         if scale is None:
             raise RuntimeError(REENTRANT if slip.again else FORGOTTEN)
-        by_loss = torch.as_tensor(scale, device=slip.loss.device).to(slip.loss.dtype)
+        by_loss = scale.to(slip.loss) if isinstance(scale, Tensor) else slip.loss.new_full((), scale)
         return grad, by_loss.reshape(()), None, None
+
+
+def shaped(tensor: Tensor, shape: torch.Size) -> Tensor:
+    """The same memory in that shape, which nobody else uses.
+
+    To autograd it is no view, as outputs of torch's own layers are none: `fully_shard` warns of those.
+    """
+    return torch.ops.aten._unsafe_view(tensor, shape)
 
 
 class Boxed(nn.Module):
@@ -149,6 +157,7 @@ def carry(model: nn.Module, scale: float | Tensor | None = 1.0) -> None:
             A tensor is read in backward: write to it what has changed. None: losses are for `auxiliary` again.
 
     Example:
+        >>> from fasttrain.parallel.experts import MoE
         >>> layer = MoE(8, 16, experts=4)
         >>> carry(layer, 1 / 4)
         >>> layer(torch.randn(5, 8)).sum().backward()

@@ -8,13 +8,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fasttrain.dist.mesh import MEAN, Mesh
 from fasttrain.dist.wire import Wire
 from fasttrain.parallel.experts import balance
-from fasttrain.parallel.experts.collected import Box, Boxed
+from fasttrain.parallel.experts.collected import Box, Boxed, shaped
 from fasttrain.parallel.experts.moved import entering, exchanged, gathered, leaving, spread
 from fasttrain.parallel.experts.plan import by_expert, capacity_of, capped, dropless
 from fasttrain.parallel.experts.router import Router, Routing
@@ -91,6 +92,7 @@ class MoE(Boxed):
         ValueError: numbers that do not fit, with the numbers.
 
     Example:
+        >>> from fasttrain.parallel.experts import MoE, auxiliary
         >>> layer = MoE(width=16, hidden=32, experts=4, top_k=2)
         >>> x = torch.randn(2, 5, 16)
         >>> loss = layer(x).square().mean() + auxiliary(layer)
@@ -131,7 +133,7 @@ class MoE(Boxed):
         self.experts.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Of the shape of x: (..., C)."""
+        """Of the shape of x: (..., C). On the meta device shapes and operations only, those of equally busy experts."""
         width = self.router.weight.shape[1]
         if isinstance(x, DTensor):
             raise TypeError(f"a mixture of experts takes plain tensors, and got a DTensor placed {x.placements}: give "
@@ -140,14 +142,20 @@ class MoE(Boxed):
             raise ValueError(f"tokens of shape {tuple(x.shape)}: give (..., {width}), with one dimension of tokens or "
                              "more before the features")
         tokens = x.reshape(-1, width)
+        if x.is_meta:  # who counts operations has no numbers to route by, and no ranks to ask
+            choices = F.linear(tokens, self.router.weight)[:, :1].expand(-1, self.router.top_k).reshape(-1, 1)
+            found = self.experts.imagined(tokens.repeat_interleave(self.router.top_k, 0)) * choices
+            return found.view(len(tokens), self.router.top_k, width).sum(1).to(x.dtype).view(x.shape)
         routing = self.router(tokens)
+        if torch.is_autocast_enabled(x.device.type):  # so they travel in that dtype
+            tokens = tokens.to(torch.get_autocast_dtype(x.device.type))
         if self.ranks.tensor is None:
             weights = routing.weights
         else:  # each rank of it has a term of their derivative
             tokens, weights = (entering(tensor, self.ranks.tensor) for tensor in (tokens, routing.weights))
         output, dropped = self._mixed(tokens, routing, weights)
         output = leaving(output, self.ranks.tensor).to(x.dtype)
-        return self._told(output, routing, dropped).view(x.shape)
+        return shaped(self._told(output, routing, dropped), x.shape)
 
     def _mixed(self, tokens: Tensor, routing: Routing, weights: Tensor) -> tuple[Tensor, Tensor]:
         """(what the experts make of the tokens, how many choices found no room)."""
@@ -199,8 +207,8 @@ class MoE(Boxed):
         if torch._C._current_graph_task_id() == -1:
             choices = max(routing.chosen.numel(), 1)
             self.metrics = Metrics(routing.counts, (dropped / choices).float(), *(loss.detach() for loss in losses))
-            if self.router.load is not None and self.training:
-                self.router.load += routing.counts
+            if self.training:
+                self.router.count(routing.counts)
         return self.box.attach(output, self.balance * losses[0] + self.z * losses[1]) if self.weighted else output
 
     def extra_repr(self) -> str:

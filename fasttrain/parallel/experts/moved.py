@@ -16,12 +16,12 @@ from fasttrain.parallel.experts.plan import Plan
 
 def spread(rows: Tensor, plan: Plan) -> Tensor:
     """The token of each slot: (slots, C) from (tokens, C)."""
-    return _Spread.apply(rows, plan.tokens, plan.places)
+    return _Spread.apply(rows, plan.origins, plan.places)
 
 
 def gathered(slots: Tensor, plan: Plan, weights: Tensor | None = None) -> Tensor:
     """For each token the sum of its slots, weighted if there are weights (tokens, top_k)."""
-    return _Gathered.apply(slots, plan.tokens, plan.places, weights)
+    return _Gathered.apply(slots, plan.origins, plan.places, weights)
 
 
 def exchanged(rows: Tensor, wire: Wire, sends: Sequence[int], receives: Sequence[int]) -> Tensor:
@@ -47,9 +47,9 @@ def leaving(tensor: Tensor, wire: Wire | None) -> Tensor:
 
 class _Spread(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, tokens: Tensor, places: Tensor) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, origins: Tensor, places: Tensor) -> Tensor:
         ctx.save_for_backward(places)
-        return kernel.take(rows, tokens)
+        return kernel.take(rows.contiguous(), origins, places.shape[1])
 
     @staticmethod
     @once_differentiable
@@ -60,22 +60,20 @@ class _Spread(torch.autograd.Function):
 
 class _Gathered(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, slots: Tensor, tokens: Tensor, places: Tensor, weights: Tensor | None) -> Tensor:
-        ctx.save_for_backward(slots if weights is not None else slots.new_empty(0), tokens, places, weights)
+    def forward(ctx: Any, slots: Tensor, origins: Tensor, places: Tensor, weights: Tensor | None) -> Tensor:
+        slots = slots.contiguous()
+        ctx.save_for_backward(slots if weights is not None else None, origins, weights)
+        ctx.choices = places.shape[1]
         return kernel.combine(slots, places, weights)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        slots, tokens, places, weights = ctx.saved_tensors
-        grad = grad.contiguous()
+        slots, origins, weights = ctx.saved_tensors
         if weights is None:
-            return kernel.take(grad, tokens), None, None, None
-        factors = weights.new_zeros(len(tokens) + 1)  # the last for choices without a slot
-        factors[torch.where(places < 0, len(tokens), places)] = weights
-        by_slots = kernel.take(grad, tokens, factors[:-1]) if ctx.needs_input_grad[0] else None
-        by_weights = kernel.products(grad, slots, places).to(weights.dtype) if ctx.needs_input_grad[3] else None
-        return by_slots, None, None, by_weights
+            return kernel.take(grad.contiguous(), origins, ctx.choices), None, None, None
+        by_slots, by_weights = kernel.differentiate(grad.contiguous(), slots, origins, weights)
+        return by_slots, None, None, by_weights.to(weights.dtype)
 
 
 class _Exchanged(torch.autograd.Function):

@@ -10,15 +10,15 @@ from torch import Tensor
 
 
 class Plan(NamedTuple):
-    """Slots in the order of experts, and who has them: what `fasttrain.kernels.rows` takes.
+    """Slots in the order of experts, and what they are for: see `fasttrain.kernels.rows`.
 
     Attributes:
-        tokens: (slots,) the token in each slot, -1 if there is none.
+        origins: (slots,) the choice that each slot is for, ``token * top_k + choice``; -1: none.
         places: (tokens, top_k) the slot of each choice, -1 if it was dropped.
         counts: (experts,) slots with a token, of each expert.
     """
 
-    tokens: Tensor
+    origins: Tensor
     places: Tensor
     counts: Tensor
 
@@ -28,13 +28,13 @@ def dropless(chosen: Tensor, experts: int) -> Plan:
 
     Example:
         >>> plan = dropless(torch.tensor([[1, 0], [1, 2]]), 3)
-        >>> plan.tokens.tolist(), plan.places.tolist(), plan.counts.tolist()
-        ([0, 0, 1, 1], [[1, 0], [2, 3]], [1, 2, 1])
+        >>> plan.origins.tolist(), plan.places.tolist(), plan.counts.tolist()
+        ([1, 0, 2, 3], [[1, 0], [2, 3]], [1, 2, 1])
     """
     order, _, bounds = _sorted(chosen.flatten(), experts)
     places = torch.empty_like(order)
     places[order] = torch.arange(len(order), device=order.device)
-    return Plan(order // chosen.shape[1], places.view(chosen.shape), bounds.diff())
+    return Plan(order, places.view(chosen.shape), bounds.diff())
 
 
 def capped(chosen: Tensor, experts: int, capacity: int) -> Plan:
@@ -44,8 +44,8 @@ def capped(chosen: Tensor, experts: int, capacity: int) -> Plan:
 
     Example:
         >>> plan = capped(torch.tensor([[1, 0], [1, 2]]), 3, 1)
-        >>> plan.tokens.tolist(), plan.places.tolist(), plan.counts.tolist()
-        ([0, 0, 1], [[1, 0], [-1, 2]], [1, 1, 1])
+        >>> plan.origins.tolist(), plan.places.tolist(), plan.counts.tolist()
+        ([1, 0, 3], [[1, 0], [-1, 2]], [1, 1, 1])
 
     Reference: Lepikhin et al., GShard, arXiv 2006.16668, algorithm 1, where a rank's tokens are a group.
     """
@@ -56,7 +56,7 @@ def capped(chosen: Tensor, experts: int, capacity: int) -> Plan:
     places = torch.empty_like(order)
     places[order] = slot
     found = order.new_full((slots + 1,), -1)  # the last for all that are dropped
-    found[torch.where(slot < 0, slots, slot)] = order % max(tokens, 1)
+    found[torch.where(slot < 0, slots, slot)] = order % max(tokens, 1) * choices + order // max(tokens, 1)
     return Plan(found[:slots], places.view(choices, tokens).t().contiguous(), bounds.diff().clamp_max(capacity))
 
 

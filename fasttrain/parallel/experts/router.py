@@ -46,8 +46,9 @@ class Router(nn.Module):
 
     Attributes:
         weight: (experts, width).
-        bias, load: (experts,) the bias, float32, and choices since it was last moved, int64; None without it. `load`
-            is not saved.
+        bias: (experts,) float32, a buffer; None without it.
+        load: (experts,) int64, this rank's choices since the bias was last moved; None before the first. No buffer: it
+            is neither saved nor made equal between ranks.
 
     Raises:
         ValueError: there are fewer experts than a token goes to, or an unknown score.
@@ -62,7 +63,6 @@ class Router(nn.Module):
     """
 
     bias: Tensor | None
-    load: Tensor | None
 
     def __init__(self, width: int, experts: int, top_k: int = 2, *, score: str = "softmax",
                  normalise: bool | None = None, scale: float = 1.0, bias: bool = False,
@@ -77,8 +77,7 @@ class Router(nn.Module):
         self.normalise = top_k > 1 if normalise is None else normalise
         self.weight = nn.Parameter(torch.empty(experts, width, device=device, dtype=dtype))
         self.register_buffer("bias", torch.zeros(experts, device=device) if bias else None)
-        self.register_buffer("load", torch.zeros(experts, dtype=torch.int64, device=device) if bias else None,
-                             persistent=False)
+        self.load: Tensor | None = None
         self.reset_parameters()
 
     @property
@@ -88,9 +87,14 @@ class Router(nn.Module):
     def reset_parameters(self) -> None:
         """Draw the weight, of standard deviation ``1 / sqrt(width)``."""
         nn.init.normal_(self.weight, std=1 / math.sqrt(self.weight.shape[1]))
-        for buffer in (self.bias, self.load):
-            if buffer is not None:
-                buffer.zero_()
+        if self.bias is not None:
+            self.bias.zero_()
+        self.load = None
+
+    def count(self, counts: Tensor) -> None:
+        """Add to the load."""
+        if self.bias is not None:
+            self.load = counts.clone() if self.load is None else self.load + counts
 
     def forward(self, tokens: Tensor) -> Routing:
         """For tokens of shape (N, width)."""

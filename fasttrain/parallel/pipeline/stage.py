@@ -11,6 +11,7 @@ from torch.distributed.pipelining import PipelineStage
 
 from fasttrain.dist.wire import Wire
 from fasttrain.parallel.pipeline.clock import Action
+from fasttrain.parallel.pipeline.forward import counted
 
 
 class View(nn.Module):
@@ -120,7 +121,7 @@ class Stage(PipelineStage):
 
     def _counted(self, kind: str, ops: list[Any]) -> list[Any]:
         for op in ops:
-            self.wire.issue(kind, op.tensor.nbytes, op.tensor.nbytes)
+            counted(self.wire, kind, op.tensor.nbytes)
         return ops
 
 

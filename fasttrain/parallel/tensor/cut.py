@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement, Replicate, distribute_tensor
 
 from fasttrain.optim.local import chunk, is_dtensor
+
+ABSENT = object()
 
 
 def agreed(tensor: Tensor, mesh: Any) -> Tensor:
@@ -57,27 +59,28 @@ def local(p: Any, gradient: Placement) -> Tensor:
 
 
 @contextlib.contextmanager
-def locally(module: nn.Module, gradients: Mapping[str, Placement], others: Mapping[str, Any]) -> Iterator[None]:
-    """Let a module's own code see plain local tensors where its parameters are DTensors.
+def shown(values: Sequence[tuple[nn.Module, str, Any]]) -> Iterator[None]:
+    """Let modules have other attributes for a while, as local tensors in the place of DTensors.
 
     An attribute of the instance is found before a registered parameter is looked for: what is registered, and with it
     `state_dict` and `parameters`, stays as it is.
 
-    Arguments:
-        gradients: names of parameters, and how their gradients are placed.
-        others: attributes of the module, to be otherwise for as long.
+    Example:
+        >>> layer = nn.Linear(2, 1, bias=False)
+        >>> with shown([(layer, "weight", torch.zeros(1, 2))]):
+        ...     layer(torch.ones(2)).item()
+        0.0
+        >>> layer.weight is layer._parameters["weight"]
+        True
     """
-    shown: list[tuple[nn.Module, str]] = []
-    before = {name: module.__dict__[name] for name in others}
+    before = [module.__dict__.get(name, ABSENT) for module, name, _ in values]
     try:
-        for name, gradient in gradients.items():
-            path, _, last = name.rpartition(".")
-            inner = module.get_submodule(path) if path else module
-            inner.__dict__[last] = local(inner._parameters[last], gradient)
-            shown.append((inner, last))
-        module.__dict__.update(others)
+        for module, name, value in values:
+            module.__dict__[name] = value
         yield
     finally:
-        for inner, name in shown:
-            del inner.__dict__[name]
-        module.__dict__.update(before)
+        for (module, name, _), value in zip(values, before, strict=True):
+            if value is ABSENT:
+                del module.__dict__[name]
+            else:
+                module.__dict__[name] = value

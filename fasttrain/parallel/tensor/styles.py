@@ -18,8 +18,9 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from fasttrain.parallel.tensor import partial
-from fasttrain.parallel.tensor.cut import distributed, local, locally
+from fasttrain.parallel.tensor.cut import distributed, local, shown
 from fasttrain.parallel.tensor.moves import ADDENDS, CUT, JOIN, Move, first_moved
+from fasttrain.parallel.tensor.shared import Shared
 
 
 def transposed(module: nn.Module) -> bool:
@@ -34,10 +35,10 @@ def linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or transposed(module)
 
 
-def features(module: nn.Module) -> tuple[int, int]:
+def features(module: Any) -> tuple[int, int]:
     """Features that go into a linear layer, and out."""
-    into, out = module.weight.shape if transposed(module) else reversed(module.weight.shape)  # type: ignore[union-attr, arg-type]
-    return into, out
+    first, second = module.weight.shape
+    return (first, second) if transposed(module) else (second, first)
 
 
 class Site(NamedTuple):
@@ -55,9 +56,15 @@ class Site(NamedTuple):
     name: str
     gradients: dict[str, Placement]
 
-    def local(self, name: str) -> Tensor:
+    def owner(self, name: str) -> tuple[nn.Module, str]:
+        """The module that has a parameter, and the last part of its name."""
+        path, _, last = name.rpartition(".")
+        return self.module.get_submodule(path) if path else self.module, last
+
+    def local(self, name: str) -> Any:
         """What this rank has of a parameter, in the autograd graph; a plain one as it is."""
-        p = self.module._parameters[name]
+        module, last = self.owner(name)
+        p = module._parameters[last]
         return local(p, self.gradients[name]) if name in self.gradients else p
 
 
@@ -91,14 +98,14 @@ class Style(ParallelStyle):
         """The first input as the module gets it."""
         return first_moved(x, at.mesh, self.input, at.name)
 
-    def compute(self, at: Site, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def compute(self, at: Site, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The local output of local inputs."""
-        with locally(at.module, at.gradients, self.others(at)):
+        with shown(self.values(at)):
             return forward(*args, **kwargs)
 
-    def others(self, at: Site) -> dict[str, Any]:
-        """Attributes that are otherwise while the module runs."""
-        return {}
+    def values(self, at: Site) -> list[tuple[nn.Module, str, Any]]:
+        """What modules have in the place of their attributes, while they run."""
+        return [(*at.owner(name), at.local(name)) for name in at.gradients]
 
     def finish(self, at: Site, output: Any) -> Any:
         """The output as it leaves the module."""
@@ -128,7 +135,7 @@ class Style(ParallelStyle):
                 kwargs = {**kwargs, first: self.enter(at, kwargs[first])}
             return self.finish(at, self.compute(at, own, args, kwargs))
 
-        module.forward = types.MethodType(run, module)  # type: ignore[method-assign]
+        module.forward = types.MethodType(run, module)
         return module
 
     def _apply(self, module: nn.Module, device_mesh: Any) -> nn.Module:
@@ -152,16 +159,24 @@ class Column(Style):
         unit: features of what cannot be divided, as a head, and `units`: how errors call several.
     """
 
-    def __init__(self, input: Move | None, pieces: int = 1, unit: int = 1, units: str = "features that go out"):
+    def __init__(self, input: Move | None, pieces: int = 1, unit: int = 1, units: str = ""):
         super().__init__(input)
         self.pieces, self.unit, self.units = pieces, unit, units
+        self.shared: Shared | None = None  # with other columns of the module around this one
+
+    def enter(self, at: Site, x: Any) -> Any:
+        def bring(x: Any) -> Any:
+            return Style.enter(self, at, x)
+
+        return bring(x) if self.shared is None else self.shared.bring(x, bring)
 
     def cuts(self, module: nn.Module) -> dict[str, Placement]:
-        def cut(dim: int) -> Placement:
-            return Shard(dim) if self.pieces == 1 else _StridedShard(dim, split_factor=self.pieces)
-
-        placed = {"weight": cut(1 if transposed(module) else 0)}
-        return {**placed, "bias": cut(0)} if getattr(module, "bias", None) is not None else placed
+        """A bias in pieces is whole on every rank, which uses its part: `fully_shard` cannot cut such a part again."""
+        dim, biased = 1 if transposed(module) else 0, getattr(module, "bias", None) is not None
+        if self.pieces > 1:
+            placed: dict[str, Placement] = {"weight": _StridedShard(dim, split_factor=self.pieces)}
+            return {**placed, "bias": Replicate()} if biased else placed
+        return {"weight": Shard(dim), **({"bias": Shard(0)} if biased else {})}
 
     def problem(self, module: nn.Module, size: int) -> str | None:
         if not linear(module):
@@ -170,12 +185,22 @@ class Column(Style):
         _, out = features(module)
         count, rest = divmod(out, self.unit * self.pieces)
         if rest or count % size:
-            return (f"its {out} features that go out are {out / self.unit / self.pieces:g} {self.units}, which {size} "
-                    f"ranks cannot divide: choose a tensor size that divides them, or another number of {self.units}")
+            whole = f", of {out / self.unit / self.pieces:g} {self.units}," if self.units else ""
+            return (f"its {out} features that go out{whole} cannot be divided by {size}: choose a tensor size that "
+                    f"divides the {self.units or 'features'}, or another number of them")
         return None
 
-    def others(self, at: Site) -> dict[str, Any]:
-        return {"nf": at.module.nf // at.mesh.size()} if transposed(at.module) else {}
+    def values(self, at: Site) -> list[tuple[nn.Module, str, Any]]:
+        found = super().values(at)
+        if transposed(at.module):
+            found.append((at.module, "nf", at.module.nf // at.mesh.size()))
+        if self.pieces == 1:
+            return found
+        return [(module, name, self.part(value, at.mesh) if name == "bias" else value) for module, name, value in found]
+
+    def part(self, bias: Tensor, mesh: Any) -> Tensor:
+        """What this rank uses of a bias in pieces."""
+        return bias.view(self.pieces, mesh.size(), -1)[:, mesh.get_local_rank()].flatten()
 
 
 class Row(Style):
@@ -205,13 +230,13 @@ class Row(Style):
                     "them, or another width")
         return None
 
-    def compute(self, at: Site, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def compute(self, at: Site, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x, = (*args, *kwargs.values())
         return x @ at.local("weight") if transposed(at.module) else F.linear(x, at.local("weight"))
 
     def finish(self, at: Site, output: Any) -> Any:
         output = super().finish(at, output)
-        return output if getattr(at.module, "bias", None) is None else output + at.local("bias")
+        return output if getattr(at.module, "bias", None) is None else output + at.local("bias").to(output.dtype)
 
 
 class Whole(Style):

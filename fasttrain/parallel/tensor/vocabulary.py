@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
@@ -44,7 +45,7 @@ class Lookup(Style):
                 return f"it has {option}={getattr(module, option)}, which needs all rows on one rank: leave it out"
         return None
 
-    def compute(self, at: Site, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def compute(self, at: Site, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tokens, = (*args, *kwargs.values())
         vocabulary = len(at.module.weight)
         return looked_up(tokens, at.local("weight"), first_of(at.mesh, vocabulary), vocabulary, at.module.padding_idx)
@@ -90,7 +91,7 @@ class Head(Style):
         return None if isinstance(module, nn.Linear) else f"a {type(module).__name__} gives no logits"
 
     def finish(self, at: Site, output: Any) -> Any:
-        shape = (*output.shape[:-1], len(at.module.weight))
+        shape = torch.Size((*output.shape[:-1], len(at.module.weight)))
         stride = output.new_empty(shape, device="meta").stride()
         logits = DTensor.from_local(output, at.mesh, [Shard(output.ndim - 1)], run_check=False, shape=shape,
                                     stride=stride)

@@ -1,0 +1,39 @@
+"""Process groups that meet by the names of their members, whatever other groups each of these has.
+
+Under `use_local_synchronization` torch names a group after its ranks and the number of groups that a rank has made so
+far. Where ranks are in different numbers of groups (the stages of a pipeline, the ends of a tie) the members of a new
+one would wait under different names, until the timeout. Here it is the number of groups of these ranks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch.distributed as dist
+
+_made: list[tuple[Any, Counter[tuple[int, ...]]]] = []  # at most one: of the store that torch.distributed uses now
+_lock = threading.Lock()
+
+
+@contextmanager
+def by_members(ranks: Sequence[int]) -> Iterator[None]:
+    """Let the group of these ranks that torch makes within have a name that all of them come to."""
+    torchs: Any = dist.distributed_c10d
+    store = torchs._get_default_store()
+    with _lock:
+        if not _made or _made[0][0] is not store:
+            _made[:] = [(store, Counter())]
+        counted, members = _made[0][1], tuple(ranks)
+        counted[members] += 1
+        name = "fasttrain_" + hashlib.sha1(f"{members} {counted[members]}".encode(), usedforsecurity=False).hexdigest()
+        before = torchs._process_group_name
+        torchs._process_group_name = lambda *_, **__: name
+        try:
+            yield
+        finally:
+            torchs._process_group_name = before
