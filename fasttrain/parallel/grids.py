@@ -115,7 +115,7 @@ class Named(Grid):
 
     def units(self, model: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Module]:
         found = [*(part for part in model.modules() if part in self._experts and part not in blocks), *blocks]
-        if self.mesh.sizes["pipeline"] > 1 and not callable(getattr(model, "run", None)):
+        if self.mesh.sizes["pipeline"] > 1:
             found += hybrid.alone(model, found)
         return [*found, model] if model not in self._experts else found
 
