@@ -73,7 +73,7 @@ class Draws:
     """
 
     def __init__(self, seed: int):
-        self.seed, self.sample, self.turn = seed, 0, 0
+        self.seed, self.sample, self.turn, self.first = seed, 0, 0, 0
         self.step: int | None = None
 
     def at(self, step: int, sample: int = 0) -> None:
@@ -84,7 +84,11 @@ class Draws:
             sample: of the step's batch, counted over all ranks and micro-batches: with b samples in a micro-batch,
                 number m of this rank's a begins with ``(replica * a + m) * b``.
         """
-        self.step, self.sample, self.turn = step, sample, self.turn + 1
+        self.step, self.sample, self.turn, self.first = step, sample, self.turn + 1, sample
+
+    def micro_batch(self, number: int, samples: int) -> None:
+        """Go to one of the equal micro-batches, of so many samples, that begin at `at`: what a `Pipeline` calls."""
+        self.sample, self.turn = self.first + number * samples, self.turn + 1
 
     def contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """For `torch.utils.checkpoint.checkpoint(..., use_reentrant=False, context_fn=draws.contexts)`: recomputing
