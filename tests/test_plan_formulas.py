@@ -25,8 +25,8 @@ def test_configurations_of_transformers_give_their_models_sizes(tmp_path):
     transformers = pytest.importorskip("transformers")
     import torch
 
-    sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                 vocab_size=100)
+    sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, vocab_size=100)
     configs = [
         transformers.GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=32, vocab_size=100),
         transformers.LlamaConfig(**sizes), transformers.LlamaConfig(**sizes, tie_word_embeddings=True, head_dim=32),
@@ -71,7 +71,7 @@ def test_operations_are_those_of_narayanan():
 # --- Pipelines --------------------------------------------------------------------------------------------------------
 
 def order_of(schedule, p, m, v):
-    """Each rank's operations, as torch's class lists them; of 1F1B, whose list in torch 2.13 is only drawn, the paper's."""
+    """Each rank's operations, as torch's class lists them; of 1F1B, whose list torch only draws, the paper's."""
     if schedule == "1f1b":
         order = {}
         for rank in range(p):
@@ -98,7 +98,8 @@ def played(order, stages, forward, inputs, weights):
     last = stages - 1
     takes = {OPERATIONS.FORWARD: forward, OPERATIONS.BACKWARD_INPUT: inputs, OPERATIONS.BACKWARD_WEIGHT: weights,
              OPERATIONS.FULL_BACKWARD: inputs + weights}
-    todo = {rank: [one for one in ops if one is not None and one.computation_type in takes] for rank, ops in order.items()}
+    todo = {rank: [one for one in ops if one is not None and one.computation_type in takes]
+            for rank, ops in order.items()}
     ended, clock, live, most = {}, dict.fromkeys(todo, 0.0), dict.fromkeys(todo, 0), dict.fromkeys(todo, 0)
     while any(todo.values()):
         before = sum(map(len, todo.values()))
@@ -184,7 +185,8 @@ def test_bytes_on_links_are_those_of_the_formulas():
         p = links_of(job, Way(data=8, pipeline=4), rank)["pipeline"]
         assert p.sent == 8 * ends * tokens * h * 2
         assert (p.across, p.spans) == (p.sent, True)
-    assert links_of(job, Way(data=8, pipeline=4, schedule="zbv", chunks=2), 3)["pipeline"].sent == 8 * 2 * tokens * h * 2
+    v_shaped = links_of(job, Way(data=8, pipeline=4, schedule="zbv", chunks=2), 3)["pipeline"]
+    assert v_shaped.sent == 8 * 2 * tokens * h * 2  # the last rank hands on to itself
     here = tensors.stage(shape, expert=8)
     experts = sum(one.numel for one in here.held if one.expert)
     both = links_of(job, Way(data=4, expert=8))

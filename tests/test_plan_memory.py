@@ -17,7 +17,8 @@ from fasttrain.train.dry import states_bytes
 @pytest.mark.parametrize("model, precision, how", [
     (sizes(), "fp32", "none"), (sizes(2, True, True, 3), "fp32", "none"), (sizes(1, True), "bf16", "none"),
     (sizes(2, False, True, 2), "bf16-pure", "none"), (sizes(2, True), "bf16-pure", "none"),
-    (sizes(2, False, False, 2), "fp32", "full"), (sizes(2, True), "bf16", "full"), (sizes(ngrams=2), "bf16-pure", "full")])
+    (sizes(2, False, False, 2), "fp32", "full"), (sizes(2, True), "bf16", "full"),
+    (sizes(ngrams=2), "bf16-pure", "full")])
 def test_activations_of_the_main_jobs_model(model, precision, how):
     job, way = job_of(model, precision), Way(recompute=how)
     bytes_kept, _ = kept(*model_of(model, precision, how))
@@ -25,11 +26,12 @@ def test_activations_of_the_main_jobs_model(model, precision, how):
 
 
 @pytest.mark.parametrize("model, precision, storage", [
-    (sizes(2, True, True, 3), "fp32", "plain"), (sizes(), "bf16-pure", "plain"), (sizes(ngrams=2), "bf16-pure", "split"),
+    (sizes(2, True, True, 3), "fp32", "plain"), (sizes(), "bf16-pure", "plain"),
+    (sizes(ngrams=2), "bf16-pure", "split"),
     (sizes(ngrams=2), "bf16-pure", "mixed"), (sizes(2, True, True, 2), "bf16-pure", "8-byte"),
     (sizes(ngrams=3), "bf16-pure", "5-byte")])
 def test_weights_gradients_and_states(model, precision, storage):
-    made, chosen = model_of(model, precision)
+    made, _ = model_of(model, precision)
     with stepped(made, **({} if storage == "plain" else {"storage": storage})) as optimizer:
         job = job_of(model, precision, storage)
         said = states.kept(whole(job), job, Way())

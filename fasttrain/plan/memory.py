@@ -1,8 +1,8 @@
 """What a rank has in memory at its fullest moment, part by part.
 
-The moments that can be: the loss of a micro-batch, the backward pass of its last block and of its first, and that of the
-embedding. What autograd keeps is least at the end, gradients most; where gradients have buckets, or were added up over
-micro-batches before, they are all there at any time.
+The moments that can be: the loss of a micro-batch, the backward pass of its last block and of its first, and that of
+the embedding. What autograd keeps is least at the end, gradients most; where gradients have buckets, or were added up
+over micro-batches before, they are all there at any time.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ class Memory(NamedTuple):
     """Bytes on one rank at its fullest moment.
 
     Attributes:
-        weights, gradients, states, gathered: see `fasttrain.plan.states.Kept`; of gradients those that are there then.
+        weights, gradients, states, gathered: see `fasttrain.plan.states.Kept`; the gradients are those of then.
         activations: what autograd keeps of all micro-batches that are between forward and backward, without the head.
-        logits: what it keeps of the head and the loss, and while the loss is differentiated two more of the logits' size.
+        logits: what it keeps of the head and the loss, and while that is differentiated two more of the logits' size.
         working: what a block's backward pass makes for a while, and keeps again where it is recomputed; a gradient that
             is on its way to its bucket.
         buffers: between stages of a pipeline, in which activations and gradients arrive.
@@ -67,8 +67,8 @@ def moments(job: Job, way: Way, here: Stage) -> Iterator[Memory]:
     steady = way.terms > 1 or m > 1  # gradients are all there at any time
 
     def at(gradients: float, activations: float, logits: float, working: float) -> Memory:
-        return Memory(has.weights, has.gradients if steady else gradients, has.states, has.gathered, activations, logits,
-                      working, arrives)
+        return Memory(has.weights, has.gradients if steady else gradients, has.states, has.gathered, activations,
+                      logits, working, arrives)
 
     if head:
         copies = 2 * kept.FP32 * way.tokens(job) * job.shape.vocabulary if way.tensor == 1 else 0
