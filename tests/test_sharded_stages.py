@@ -67,7 +67,7 @@ def trained(wire: Any, sizes: dict[str, int], schedule: str, tied: bool, sequenc
 
 
 @pytest.mark.parametrize(("sizes", "schedule", "tied", "sequence"), [
-    (dict(pipeline=2, shard=2), "Schedule1F1B", True, False),
+    pytest.param(dict(pipeline=2, shard=2), "Schedule1F1B", True, False, marks=pytest.mark.slow),
     (dict(pipeline=2, shard=2), "zero bubble", False, False),
     (dict(pipeline=2, shard=2, tensor=2), "ScheduleGPipe", True, True),
 ], ids=str)
