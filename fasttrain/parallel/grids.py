@@ -15,7 +15,7 @@ from fasttrain.dist.watcher import Watcher
 from fasttrain.dist.watching import wire_over
 from fasttrain.dist.wire import Wire
 from fasttrain.parallel import held, hybrid, shardable, ties
-from fasttrain.parallel.counted import Counted
+from fasttrain.parallel.widened import widen
 
 STAGE = ("data", "shard", "expert", "context", "tensor")  # their ranks have parameters of the same names
 
@@ -142,8 +142,9 @@ class Named(Grid):
         return dict(found)
 
     def widen(self, model: nn.Module) -> None:
-        Counted(self.mesh, [(name, p) for name, p in model.named_parameters() if p.requires_grad], self._ties.counts)
         self._ties.found(model)
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        widen(self.mesh, self.everyone, trained, self._ties.stages)
 
     def tie(self) -> None:
         self._ties.add()

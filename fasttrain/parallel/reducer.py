@@ -24,7 +24,6 @@ from fasttrain.optim.local import local
 from fasttrain.parallel import blame, reduced, steps
 from fasttrain.parallel.buckets import Bucket
 from fasttrain.parallel.carried import bucket_of
-from fasttrain.parallel.counted import Counted
 from fasttrain.parallel.grouped import grouped
 from fasttrain.parallel.hierarchy import ranks_and_method
 from fasttrain.parallel.items import Items
@@ -32,6 +31,7 @@ from fasttrain.parallel.over_axes import Reach
 from fasttrain.parallel.timeline import Timeline
 from fasttrain.parallel.told import Told
 from fasttrain.parallel.vouching import Vouching
+from fasttrain.parallel.widened import widen
 from fasttrain.parallel.wires import Method
 
 MIB = 1 << 20
@@ -114,10 +114,8 @@ class Reducer(Vouching, Items, Told):
         for p in other:
             p.grad_dtype = None  # any: the first comes in the parameter's own, and is cast as it is packed
         reduced.own(self.params, self)
-        if axes is not None and axes.sizes["pipeline"] > 1:  # an optimizer has the parameters of a stage only
-            groups = {name: reach.groups[group] for (name, _), group in zip(named, reach.group, strict=True)}
-            here = axes.coordinates["pipeline"]
-            Counted(axes, named, lambda name: groups[name].stages[:1] in ((), (here,)))
+        if axes is not None and not reach.single:
+            widen(axes, axes.wire(use="norms"), named, tied or {})
         self._hooks: list[Any] = []
         if not self.idle:
             self._attach()
