@@ -142,6 +142,8 @@ class Named(Grid):
         return dict(found)
 
     def widen(self, model: nn.Module) -> None:
+        if self.mesh.sizes["pipeline"] > 1 and callable(getattr(model, "run", None)):
+            register_fsdp_forward_method(model, "run")  # what stages call instead of the model
         self._ties.found(model)
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         widen(self.mesh, self.everyone, trained, self._ties.stages)
