@@ -14,7 +14,7 @@ from fasttrain.data import Windows
 from fasttrain.precision.codecs import NUMBER
 from fasttrain.train import text
 from fasttrain.train.config import TrainConfig
-from fasttrain.train.model import loss_of
+from fasttrain.train.objective import loss_of
 
 CODES: dict[str, Coder] = {
     **{name: partial(ours, NUMBER[name]) for name in ("bf16", "int8", "e4m3", "e5m2")},

@@ -15,7 +15,8 @@ from fasttrain.optim import Optimizer
 from fasttrain.schedules import warmup_cosine
 from fasttrain.train import recipe
 from fasttrain.train.config import TrainConfig
-from fasttrain.train.model import GPT, loss_of
+from fasttrain.train.model import GPT
+from fasttrain.train.objective import loss_of
 from fasttrain.train.text import Text
 from fasttrain.train.validation import validation
 

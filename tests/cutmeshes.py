@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from fasttrain.dist.mesh import Mesh
 from fasttrain.optim.local import is_dtensor, local, positions
 
 PARTS = ("embed", "mix", "up", "norm", "down", "head")
-MESHES: dict[str, dict[str, int]] = {  # of up to four ranks; None of them: a single process without any
+MESHES: dict[str, dict[str, int]] = {  # of up to four ranks; a single process has none
     "single": {},
     "tensor 2": dict(tensor=2),
     "pipeline 2": dict(pipeline=2),
@@ -58,6 +59,10 @@ class Experts(nn.Module):
 
     def set_extra_state(self, state: Any) -> None:
         assert state == {"experts": 4}
+
+
+def mesh_of(name: str) -> Mesh | None:
+    return Mesh(**MESHES[name]) if MESHES[name] else None
 
 
 def whole_model(seed: int, dtype: torch.dtype, tied: bool = True) -> nn.Sequential:
@@ -114,10 +119,13 @@ def placed(value: Tensor, mesh: Any, placements: Any) -> DTensor:
 class Run:
     """A model on a mesh, its optimizer, a schedule and more. Gradients are functions of parameters and their names."""
 
-    def __init__(self, mesh: Mesh | None, stored: str = "ours", seed: int = 0, tied: bool = True):
+    def __init__(self, mesh: Mesh | None, stored: str = "ours", seed: int = 0, tied: bool = True,
+                 alter: Callable[[nn.Sequential], None] | None = None):
         dtype, kind, options = STORED[stored]
         self.mesh = mesh
         whole = whole_model(seed, dtype, tied)
+        if alter is not None:
+            alter(whole)
         self.model = whole if mesh is None else cut(whole, mesh)
         named = [[(name, p) for name, p in self.named() if (p.ndim < 2) == small] for small in (False, True)]
         # By the whole model's names are random draws, which are to be the same wherever a parameter lies. Groups that

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from fasttrain.train.blocks import compile_blocks, recompute
-from fasttrain.train.model import GPT, loss_of
+from fasttrain.train.model import GPT
+from fasttrain.train.objective import loss_of
 from fasttrain.train.usage import count_flops
 
 

@@ -40,9 +40,10 @@ def cut(wire: Any, names: list[str]) -> None:
     """Parameters of every layout that fits: their parts are those of the whole, in chunks of any size."""
     from torch.distributed.device_mesh import init_device_mesh
 
+    meshes = {shape: init_device_mesh("cpu", shape) for shape in ((4,), (2, 2))}
     for name in names:
         mesh_shape, placements = LAYOUTS[name]
-        mesh = init_device_mesh("cpu", mesh_shape)
+        mesh = meshes[mesh_shape]
         rules = {"*": Normal(0.5)}
         with torch.device("meta"):
             whole, model = Bag(), Bag()

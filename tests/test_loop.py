@@ -8,14 +8,14 @@ import pytest
 import ranks
 import torch
 
+from fasttrain.dist.mesh import Mesh
 from fasttrain.dist.wire import Wire
 from fasttrain.optim.local import is_dtensor
 from fasttrain.schedules import warmup_cosine
 from fasttrain.train import recipe
 from fasttrain.train.config import TrainConfig
-from fasttrain.train.division import callable_of, divide
+from fasttrain.train.division import divide
 from fasttrain.train.loop import train
-from fasttrain.train.making import make
 from fasttrain.train.text import Text
 from fasttrain.train.validation import held_out_nats, validation
 
@@ -32,17 +32,17 @@ def make_text():
 def run(wire, config, text=None, ngrams=2, rows=64):
     torch.manual_seed(config.seed)
     text = text or make_text()
-    model = make(dataclasses.replace(config, ngrams=ngrams, rows=rows), wire.device, text.vocabulary)
-    parallel = divide(config, model, wire)
+    config = dataclasses.replace(config, ngrams=ngrams, rows=rows, processes=wire.size)
+    divided = divide(config, Mesh(**config.axes), text.vocabulary)
     records = []
-    optimizer = recipe.build(config, callable_of(parallel))
+    optimizer = recipe.build(config, divided.called)
     rates = []
     optimizer.register_step_pre_hook(lambda *_: rates.append([group["lr"] for group in optimizer.param_groups]))
-    train(config, parallel, optimizer, text, records.append)
+    train(config, divided, optimizer, text, records.append)
     peak = recipe.settings(config)["lr"]
     expected = [peak * warmup_cosine(config.steps, config.rise)(step) for step in range(config.steps)]
     assert rates == [[lr, lr] for lr in expected], "both groups follow the schedule"
-    return records, [p.detach().full_tensor() if is_dtensor(p) else p.detach() for p in model.parameters()]
+    return records, [p.detach().full_tensor() if is_dtensor(p) else p.detach() for p in divided.called.parameters()]
 
 
 def losses(records):

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fasttrain.train.model import GPT, Embedding, loss_of, rotary, rotate
+from fasttrain.train.model import GPT, Embedding, rotary, rotate
+from fasttrain.train.objective import loss_of
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import torch
 from mixtures import grads, naive, values
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from fasttrain.parallel.experts import MoE, Router, auxiliary, metrics, rebalance
 from fasttrain.parallel.experts import grouped as products
@@ -181,8 +182,8 @@ def test_recomputing_changes_nothing(capacity: float | None) -> None:
     other, x = copy.deepcopy(layer), tokens(3, 5).requires_grad_()
     (layer(x).pow(2).sum() + auxiliary(layer)).backward()
     y = x.detach().clone().requires_grad_()
-    output = checkpoint(other, y, use_reentrant=False)
-    (output.pow(2).sum() + auxiliary(other)).backward()
+    output = checkpoint(lambda z: other(z).pow(2), y, use_reentrant=False)  # all of the layer runs again
+    (output.sum() + auxiliary(other)).backward()
     assert torch.equal(x.grad, y.grad)
     for name, grad in grads(layer).items():
         assert torch.equal(grad, grads(other)[name]), name
@@ -230,6 +231,13 @@ def test_parameters_are_named_and_initialised() -> None:
     assert float(layer.experts.gate.detach().std()) == pytest.approx(64**-0.5, rel=0.05)
     with torch.device("meta"):
         assert MoE(64, 128, 8).experts.up.is_meta
+
+
+def test_operations_are_counted_on_meta() -> None:
+    """Those of the router and of two of eight experts, with three matrices each."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        assert MoE(16, 32, 8, gated=True)(torch.zeros(3, 5, 16)).shape == (3, 5, 16)
+    assert counter.get_total_flops() == 2 * 15 * 16 * (8 + 2 * 3 * 32)
 
 
 # --- Refusals ---------------------------------------------------------------------------------------------------------

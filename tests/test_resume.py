@@ -8,13 +8,13 @@ import torch
 from test_loop import TINY, losses, make_text
 
 from fasttrain.checkpoint.find import complete
+from fasttrain.dist.mesh import Mesh
 from fasttrain.optim.local import is_dtensor
 from fasttrain.train import recipe, source
 from fasttrain.train.config import ASKED
-from fasttrain.train.division import callable_of, divide
+from fasttrain.train.division import divide
 from fasttrain.train.journal import Journal, records
 from fasttrain.train.loop import train
-from fasttrain.train.making import make
 from fasttrain.train.place import Place
 from fasttrain.train.rank import work
 
@@ -25,8 +25,9 @@ def part(wire, folder, config, stop_after=None):
     """The job from its newest checkpoint on, until it ends or is asked to stop."""
     torch.manual_seed(config.seed)
     read = source.load(config) if config.tokens is not None else make_text()
-    parallel = divide(config, make(config, wire.device, read.vocabulary), wire)
-    optimizer = recipe.build(config, callable_of(parallel))
+    config = dataclasses.replace(config, processes=wire.size)
+    divided = divide(config, Mesh(**config.axes), read.vocabulary)
+    optimizer = recipe.build(config, divided.called)
     made = []
     optimizer.register_step_post_hook(lambda *_: made.append(1))
     journal = Journal(folder / "log.jsonl") if wire.rank == 0 else None
@@ -40,10 +41,10 @@ def part(wire, folder, config, stop_after=None):
         def asked(self):
             return stop_after is not None and len(made) >= stop_after - 1 and wire.rank == wire.size - 1
 
-    reason = train(config, parallel, optimizer, read, tell, folder, stopping=Asked())
+    reason = train(config, divided, optimizer, read, tell, folder, stopping=Asked())
     if journal is not None:
         journal.close()
-    weights = [p.detach().full_tensor() if is_dtensor(p) else p.detach() for p in callable_of(parallel).parameters()]
+    weights = [p.detach().full_tensor() if is_dtensor(p) else p.detach() for p in divided.called.parameters()]
     return reason, [w.clone() for w in weights]
 
 

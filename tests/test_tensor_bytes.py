@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fasttrain.dist.mesh import Mesh
 from fasttrain.parallel.tensor import tensor_parallel
+from fasttrain.train.blocks import recompute
 from fasttrain.train.model import GPT
 
 BATCH, POSITIONS, WIDTH, LAYERS = 3, 8, 12, 2
@@ -43,13 +44,15 @@ class Counted(TorchDispatchMode):
 def counted(wire: Any, size: int) -> dict[Any, tuple[Counter[str], int]]:
     mesh, found = Mesh(tensor=size), {}
     tokens = torch.randint(40, (BATCH, POSITIONS))
-    for kind in ("gpt", "gated", "own"):
+    for kind in ("gpt", "gated", "recomputed", "own"):
         for sequence in (False, True):
             if kind == "own":
                 model = tensor_parallel(own(torch.float32, 40), mesh, PLAN, sequence=sequence)
             else:
-                model = tensor_parallel(GPT(LAYERS, WIDTH, 4, POSITIONS, ngrams=3, rows=20, vocabulary=40,
-                                            gated=kind == "gated"), mesh, sequence=sequence)
+                model = GPT(LAYERS, WIDTH, 4, POSITIONS, ngrams=3, rows=20, vocabulary=40, gated=kind == "gated")
+                if kind == "recomputed":
+                    recompute(model)
+                tensor_parallel(model, mesh, sequence=sequence)
             with Counted() as sent:
                 model(tokens).to_local().square().sum().backward()
             found[kind, sequence] = sent.calls, sent.elements
@@ -65,6 +68,10 @@ def test_bytes_are_those_of_the_formula(size: int) -> None:
         for sequence in (False, True):
             calls = Counter(all_gather=2 * half, reduce_scatter=2 * half) if sequence else Counter(all_reduce=2 * half)
             assert found[kind, sequence] == (calls, (LAYERS * 8 + 4) * N), (kind, sequence)
+    # Recomputed, but for the last sum of a block, after which nothing is kept: torch's checkpoint stops before it.
+    assert found["recomputed", False] == (Counter(all_reduce=2 * half + LAYERS), (LAYERS * 10 + 4) * N)
+    assert found["recomputed", True] == (Counter(all_gather=2 * half + 2 * LAYERS, reduce_scatter=2 * half + LAYERS),
+                                         (LAYERS * 11 + 4) * N)
     # Queries, keys and values are three modules that read one tensor: it is brought to them once, as in the GPT.
     assert found["own", False] == (Counter(all_reduce=6), 12 * N)
     # Beside these: positions of one sample in the backward pass, and into and out of the module that needs all.

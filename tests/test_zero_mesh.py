@@ -11,9 +11,10 @@ import torch
 from onmesh import Model, loss_of, parallelized, term_of, tokens_of, whole
 from torch.testing import assert_close
 
+from fasttrain.checkpoint import Checkpointer
 from fasttrain.optim import AdamW
 from fasttrain.optim.local import local
-from fasttrain.parallel import DataParallel, Mesh, Zero
+from fasttrain.parallel import DataParallel, Mesh, Zero, shard
 
 CLOSE = dict(rtol=1e-10, atol=1e-10)
 
@@ -34,7 +35,9 @@ def trained(wire: Any, sizes: dict[str, int], stage: int, sequence: bool, tied: 
     parts = sum(local(p).numel() if "norm" not in name or not sequence else p.numel() / mesh.sizes["tensor"]
                 for name, p in params.items())
     assert everywhere == mesh.wire().sum_(torch.tensor(float(parts))) / mesh.terms
+    wires = model.reducer.reach.everyone
     for step in range(3):
+        before = sum(one.bytes["reduce_scatter"] for one in wires)
         micros = 1 + step % 2
         for micro in range(micros):
             loss = loss_of(model, tokens_of(step, term_of(mesh), micro)) / micros
@@ -43,6 +46,8 @@ def trained(wire: Any, sizes: dict[str, int], stage: int, sequence: bool, tied: 
             else:
                 with model.no_sync():
                     loss.backward()
+        sent = sum(one.bytes["reduce_scatter"] for one in wires) - before
+        assert sent == model.reducer.bytes_per_step() / 2 * (2 if step == 1 else 1)  # and as much when they come back
         onmesh.gradients(alone, step, mesh.terms, micros)
         squares, found = ours.grad_statistics()
         assert not found
@@ -93,3 +98,35 @@ def resumed(model: Any, ours: Any, theirs: Any, alone: Any, mesh: Any) -> None:
 ], ids=str)
 def test_trains_as_one_process(sizes: dict[str, int], stage: int, sequence: bool, tied: bool, overlap: bool) -> None:
     ranks.run(trained, torch.Size([*sizes.values()]).numel(), {"data": 1, **sizes}, stage, sequence, tied, overlap)
+
+
+def saved(wire: Any, folder: str, sizes: dict[str, int], stage: int) -> None:
+    mesh = Mesh(**sizes, watch=False)
+    inside = parallelized(Model(), mesh, True)
+    model: Any = DataParallel(inside, mesh=mesh) if stage < 3 else shard(inside, mesh).module
+    ours: Any = Zero(model, AdamW, stage=stage, lr=1e-2) if stage < 3 else AdamW(model.named_parameters(), lr=1e-2)
+    state = {"model": model, "optimizer": ours}
+    with Checkpointer(folder, mesh=mesh) as checkpoints:
+        if checkpoints.load(state) is None:
+            for step in range(2):
+                loss_of(model, tokens_of(step, term_of(mesh), 0)).backward()
+                ours.step()
+                ours.zero_grad()
+            checkpoints.save(2, state).wait()
+            return
+    alone = Model()
+    theirs = AdamW(alone.named_parameters(), lr=1e-2)
+    for step in range(3):
+        onmesh.gradients(alone, step, 2, 1)
+        theirs.step()
+    loss_of(model, tokens_of(2, term_of(mesh), 0)).backward()
+    ours.step()
+    for (name, p), q in zip(inside.named_parameters(), alone.parameters(), strict=True):
+        close(p.detach(), q.detach(), f"{name} after loading under {sizes}")
+
+
+def test_what_was_saved_goes_on_under_other_meshes(tmp_path: Any) -> None:
+    ranks.run(saved, 4, str(tmp_path), dict(data=2, tensor=2), 1)
+    for sizes, stage in ((dict(data=1, shard=2, tensor=2), 3), (dict(data=1, context=2, tensor=2), 2)):
+        ranks.run(saved, 4, str(tmp_path), sizes, stage)
+    ranks.run(saved, 2, str(tmp_path), dict(data=2), 2)

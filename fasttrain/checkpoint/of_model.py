@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fasttrain.checkpoint import encoding
-from fasttrain.checkpoint.names import bare, names_in, ties_of_whole
+from fasttrain.checkpoint.names import bare, names_in, stages_of_whole, ties_of_whole
 from fasttrain.checkpoint.parts import DTYPES, Among, Part, first_writes, need_memory, parts_of, tensor_of
 from fasttrain.checkpoint.problems import Problem
 from fasttrain.checkpoint.saved import Plan, Saved, given, refuse, whole_reads
@@ -96,6 +96,8 @@ class OfModel:
             return {"name": name, **({"device": "cuda"} if value.is_cuda else {})}
 
         told = {"kind": "model", "same": others, "extra": encoding.encode(rest, take)}
+        if stages := stages_of_whole(self.module):
+            told["stages"] = [[number, names] for number, names in stages]
         return parts + extra, told
 
     def plan(self, saved: Saved, elsewhere: Set[str] = frozenset()) -> Plan:
@@ -118,18 +120,19 @@ class OfModel:
         for other, name in others.items():
             tied[name].append(other)
         chosen: dict[str, str] = {}
-        missing, apart = [], []
+        missing, apart, torn = [], [], set[str]()
         for name, all_names in tied.items():
             homes = {one if one in there else same[one] for one in all_names if one in there or same.get(one) in there}
             missing += [f"{one} {tuple(tensors[name].shape)}" for one in all_names
                         if one not in there and same.get(one) not in there and not homes]
             if len(homes) > 1:
                 apart.append(" and ".join(sorted(homes)))
+                torn |= homes
             elif homes:
                 chosen[name] = homes.pop()
         everything = {*tensors, *others, *away}
         unexpected = [f"{name} {saved.kinds[f'{self.key}/{name}'].shape}"
-                      for name in sorted(there - set(chosen.values()) - away)]
+                      for name in sorted(there - set(chosen.values()) - away - torn)]
         unexpected += [f"{name} (the same as {of})" for name, of in same.items() if name not in everything
                        and of in chosen.values()]
         parts = self._parts({name: tensors[name] for name in chosen})

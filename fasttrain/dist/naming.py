@@ -7,6 +7,7 @@ one would wait under different names, until the timeout. Here it is the number o
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -22,14 +23,14 @@ _lock = threading.Lock()
 @contextmanager
 def by_members(ranks: Sequence[int]) -> Iterator[None]:
     """Let the group of these ranks that torch makes within have a name that all of them come to."""
-    torchs = dist.distributed_c10d
+    torchs: Any = dist.distributed_c10d
     store = torchs._get_default_store()
     with _lock:
         if not _made or _made[0][0] is not store:
             _made[:] = [(store, Counter())]
         counted, members = _made[0][1], tuple(ranks)
         counted[members] += 1
-        name = f"fasttrain {'_'.join(map(str, members))} {counted[members]}"
+        name = "fasttrain_" + hashlib.sha1(f"{members} {counted[members]}".encode(), usedforsecurity=False).hexdigest()
         before = torchs._process_group_name
         torchs._process_group_name = lambda *_, **__: name
         try:

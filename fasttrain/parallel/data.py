@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join, Joinable
 
 from fasttrain.dist.failures import first_words
-from fasttrain.parallel import sharing
+from fasttrain.parallel import sharing, ties
 from fasttrain.parallel.accumulate import Accumulation
 from fasttrain.parallel.hooks import TorchHook
 from fasttrain.parallel.join import Present, Shadow, ask
 from fasttrain.parallel.reducer import MIB, Reducer
+from fasttrain.parallel.tensor.partial import declare, declared
 from fasttrain.precision.loss_scale import LossScaler
 
 
@@ -66,13 +67,13 @@ class DataParallel(nn.Module, Joinable):
         self.gradient_as_bucket_view, self.static_graph, self.dim = True, static_graph, dim
         self.device_ids, self.output_device = device_ids, output_device
         self._options = {"wire": wire, "order": order, "grad_dtype": grad_dtype, "static_graph": static_graph,
-                         "timeout_s": timeout_s, "watch": watch, "tied": tied}
+                         "timeout_s": timeout_s, "watch": watch, "tied": ties.told(module, tied)}
         if bucket_cap_mb is not None:
             self._options |= {"bucket_bytes": int(bucket_cap_mb * MIB),
                               "first_bucket_bytes": int(min(bucket_cap_mb, 1) * MIB)}
         self._reduce(given[0] if given else None)
         if init_sync:
-            sharing.share(self.reducer.reach, module, tied or {})
+            sharing.share(self.reducer.reach, module, ties.told(module, tied))
 
     def _reduce(self, mesh: Any) -> None:
         self._one_graph: bool | None = None  # not looked yet
@@ -82,16 +83,19 @@ class DataParallel(nn.Module, Joinable):
     def __getstate__(self) -> dict[str, Any]:
         """Without process groups, which cannot be pickled; what is made of it gets its own."""
         reducer = self.reducer
-        state = {**self.__dict__, "_ranks": reducer.reach.mesh or reducer.method.grid or reducer.wire.ranks}
+        state = {**self.__dict__, "_ranks": reducer.reach.mesh or reducer.method.grid or reducer.wire.ranks,
+                 "_declared": [name for name, p in self.module.named_parameters() if declared(p)]}
         for name in ("reducer", "_join_config"):
             state.pop(name, None)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy reduces over the same ranks, all of which must make one."""
-        ranks = state.pop("_ranks")
+        ranks, adding = state.pop("_ranks"), state.pop("_declared")
         super().__setstate__(state)
         Joinable.__init__(self)
+        for name in adding:
+            declare(self.module.get_parameter(name))
         self._reduce(ranks)
 
     # --- torch's surface ----------------------------------------------------------------------------------------------

@@ -159,5 +159,5 @@ def grouped(wire: str | Method | Callable[[], Method], reach: Reach) -> Method:
                          f"{', '.join(reach.groups) or 'none'}: give its class, of which each group gets its own, or a "
                          f"name: {', '.join(METHODS)}")
     name = method_of(wire).name
-    made = {group: Alone() if reach.wires[group].size == 1 else method_of(wire) for group in reach.groups}
+    made = {group: Alone() if reach.worlds[group] == 1 else method_of(wire) for group in reach.groups}
     return (GroupedCodes if name == Int8.name else Grouped)(made, reach, name)

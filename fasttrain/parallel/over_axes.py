@@ -7,18 +7,22 @@ the pipeline, where it has several stages.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fasttrain.dist.fingerprint import agree, fingerprint
+from fasttrain.dist.fingerprint import DisagreementError, Fingerprint, agree, fingerprint
 from fasttrain.dist.layout import Entry, FlatLayout
 from fasttrain.dist.mesh import MEAN, Mesh
 from fasttrain.dist.wire import Wire
+from fasttrain.dist.work import Watch
 from fasttrain.optim.local import is_dtensor, local
+from fasttrain.parallel import tied_names
 from fasttrain.parallel.groups import PLAIN, Group, evenly_cut, group_of
 from fasttrain.parallel.wires import Parts
 
@@ -33,6 +37,7 @@ class Reach:
         speaks: whether the loss and the items of this rank count: where several have the same, one of them does.
         number: by which errors call this rank.
         groups: of parameters, by name.
+        members: ranks of each group, by name, ascending.
         wires: of each group, by name.
         group: of each parameter, in their order.
         ties: of parameters that lie on several stages: the index of each here, or None, in an order that all stages
@@ -45,10 +50,12 @@ class Reach:
     mesh: Mesh | None = None
     speaks = alike = True
     ties: Sequence[int | None] = ()
+    _tied: Mapping[str, tuple[int, ...]] = MappingProxyType({})
+    _watch: Watch | None = None
 
     def __init__(self, wire: Wire, count: int):
         self.wire, self.terms, self.number = wire, wire.size, wire.rank
-        self.groups, self.wires = {PLAIN: Group()}, {PLAIN: wire}
+        self.groups, self.members, self.wires = {PLAIN: Group()}, {PLAIN: wire.ranks}, {PLAIN: wire}
         self.group = [PLAIN] * count
 
     @classmethod
@@ -61,31 +68,34 @@ class Reach:
         made.speaks = mesh.last_stage and mesh.coordinates["tensor"] == 0
         made.alike = all(evenly_cut(p) for _, p in named)
         names = {name: index for index, (name, _) in enumerate(named)}
-        made.ties = [names.get(name) for name in tied]
-        made._connect(mesh)
+        made.ties, made._tied = [names.get(name) for name in tied], {name: tuple(tied[name]) for name in tied}
+        made.members = {name: group.ranks(mesh) for name, group in made.groups.items()}
+        made._watch, made.wires = mesh.wire().watch, {}
+        made.wire = made._wire(mesh.ranks(*MEAN, "tensor"))
+        if mesh.sizes["pipeline"] > 1:
+            made.across = made._wire(mesh.ranks("pipeline"))
         return made
 
-    def _connect(self, mesh: Mesh) -> None:
-        """Make the wires: their own, because gradients travel while others issue collectives.
+    def _wire(self, ranks: list[int]) -> Wire:
+        """A wire of its own, because gradients travel while others issue collectives."""
+        assert self.mesh is not None
+        return Wire(self.mesh.device, self.mesh.timeout_s, ranks, self._watch)
 
-        Of every choice of ranks one, in an order that all ranks share, so that none waits for another in a circle.
-        """
-        here, along = mesh.ranks(*MEAN, "tensor"), mesh.ranks("pipeline")
-        members = {name: group.ranks(mesh) for name, group in self.groups.items()}
-        watch = mesh.wire().watch
-        made: dict[tuple[int, ...], Wire] = {}
-        for ranks in sorted({tuple(ranks) for ranks in (here, along, *members.values()) if ranks is not along
-                             or len(along) > 1}):
-            made[ranks] = Wire(mesh.device, mesh.timeout_s, ranks, watch)
-        self.wire, self.across = made[tuple(here)], made[tuple(along)] if len(along) > 1 else None
-        self.wires = {name: made[tuple(ranks)] for name, ranks in members.items()}
+    def _connect(self) -> None:
+        """Make the wires of groups: one for each choice of ranks, in an order that all ranks share, so that none waits
+        for another in a circle."""
+        made = {tuple(self.wire.ranks): self.wire}
+        for ranks in sorted(self.members.values()):
+            if tuple(ranks) not in made:
+                made[tuple(ranks)] = self._wire(ranks)
+        self.wires = {name: made[tuple(ranks)] for name, ranks in self.members.items()}
 
     # --- What it is made of -------------------------------------------------------------------------------------------
 
     @property
     def worlds(self) -> dict[str, int]:
         """Ranks of each group, as a layout takes them."""
-        return {name: wire.size for name, wire in self.wires.items()} or {PLAIN: 1}
+        return {name: len(ranks) for name, ranks in self.members.items()} or {PLAIN: 1}
 
     @property
     def everyone(self) -> list[Wire]:
@@ -97,11 +107,11 @@ class Reach:
     def single(self) -> bool:
         """Whether there is one group alone, of all ranks that compare and of as many as a gradient is the mean of."""
         return self.across is None and self.terms == self.wire.size and len(self.groups) == 1 and all(
-            wire is self.wire for wire in self.wires.values())
+            ranks == self.wire.ranks for ranks in self.members.values())
 
     def carry(self, name: str) -> float:
         """What the mean of an earlier pass is multiplied by where gradients of a group add to it."""
-        return self.terms / self.wires[name].size
+        return self.terms / len(self.members[name])
 
     def entries(self, named: Sequence[tuple[str, Tensor]], whole: bool = False) -> list[Entry]:
         """The entries of a layout; `whole`: of all ranks' parts together, which are compared."""
@@ -119,13 +129,14 @@ class Reach:
     # --- Agreeing -----------------------------------------------------------------------------------------------------
 
     def agree(self, named: Sequence[tuple[str, Tensor]], layout: FlatLayout, options: dict[str, Any]) -> None:
-        """Raise on all ranks that compare if they were not built alike.
+        """Raise on all ranks that compare if they were not built alike; then connect the groups.
 
         The ranks of a stage compare parameters by their whole shapes and their placements, as parts may differ in size;
         those along the pipeline the options; those of a tie the tied parameters, whatever each stage calls them.
 
         Raises:
             DisagreementError: the same text on every rank that compares.
+            ValueError: a tie is of parameters that are not trained here.
         """
         entries, laid = list(layout.entries), layout
         mesh = None if self.mesh is None else self.mesh.sizes
@@ -134,18 +145,47 @@ class Reach:
             entries = self.entries(named, whole=True)
             laid = relaid(layout, entries, self.worlds)
         placements = {name: [str(placement) for placement in p.placements] for name, p in divided}
-        agree(self.wire, fingerprint(entries, laid, options | {"placements": placements}, mesh=mesh))
+        self._agree_in_all_stages(fingerprint(entries, laid, options | {"placements": placements}, mesh=mesh))
         if self.across is not None:
-            common = {"options": {key: options[key] for key in ("wire", "static_graph")}, "ties": len(self.ties),
-                      "layout": dict(vars(layout.options))}
-            agree(self.across, fingerprint([], FlatLayout.of([], 1), common, mesh=mesh))
-        for name in sorted(self.groups, key=lambda name: self.wires[name].ranks):
+            common = {key: options[key] for key in ("wire", "static_graph")}
+            agree(self.across, fingerprint([], FlatLayout.of([], 1), common | {
+                "layout": vars(layout.options), "ties": list(self._tied.values()), "held as said": not self._missing},
+                mesh=mesh))
+            if self._missing:
+                name = self._missing[0]
+                raise ValueError(f"{name} is tied across stages {list(self._tied[name])}, and is no trained parameter "
+                                 "of this one: leave out ties that nobody trains, and name parameters as this stage "
+                                 "does")
+        if self.mesh is not None:
+            self._connect()
+        for name in sorted(self.groups, key=lambda name: self.members[name]):
             if self.groups[name].stages:
                 mine = sorted((entry for entry in entries if entry.group == name),
                               key=lambda entry: layout.order.index(entry.name))
                 ties = [replace(entry, name=f"tie {place}") for place, entry in enumerate(mine)]
                 agree(self.wires[name], fingerprint(ties, FlatLayout.of(ties, {name: self.wires[name].size}), {
                     "placements": [placements.get(entry.name) for entry in mine]}))
+                known, stage = dict(named), 0 if self.mesh is None else self.mesh.coordinates["pipeline"]
+                tied_names.settle(self.wires[name], stage, [(entry.name, known[entry.name]) for entry in mine])
+
+    def _agree_in_all_stages(self, mine: Fingerprint) -> None:
+        """Compare with the ranks of this stage, and raise if those of any stage differ."""
+        told = []
+        try:
+            agree(self.wire, mine)
+        except DisagreementError as error:
+            told = [str(error)]
+        if self.across is not None:
+            told = [text for texts in self.across.gather_objects_json(json.dumps(told)) for text in json.loads(texts)]
+        if told:
+            raise DisagreementError("\n".join(told))
+
+    @property
+    def _missing(self) -> list[str]:
+        """Ties that name this stage, which does not hold the parameter."""
+        here = 0 if self.mesh is None else self.mesh.coordinates["pipeline"]
+        return [name for (name, stages), index in zip(self._tied.items(), self.ties, strict=True)
+                if here in stages and index is None]
 
     # --- In every step ------------------------------------------------------------------------------------------------
 

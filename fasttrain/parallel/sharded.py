@@ -20,8 +20,9 @@ from fasttrain.dist import accounting
 from fasttrain.dist.mesh import Mesh
 from fasttrain.dist.watcher import Watcher
 from fasttrain.dist.wire import Wire
+from fasttrain.optim import clip
 from fasttrain.optim.arrival import Arrival
-from fasttrain.parallel import replaced, shardable
+from fasttrain.parallel import replaced, shardable, ties
 from fasttrain.parallel.accumulate import Accumulation
 from fasttrain.parallel.grids import Grid, Named, Torch
 from fasttrain.parallel.scattered import Gathered, Scattered
@@ -80,7 +81,7 @@ def shard(model: nn.Module, mesh: Mesh | DeviceMesh | None = None, *, blocks: st
     shardable.check_model(model)
     parts = shardable.blocks_of(model, blocks)
     reduce_dtype = shardable.reduce_dtype_of(wire, reduce_dtype)
-    grid: Grid = Named(mesh, model, tied or {}) if isinstance(mesh, Mesh) else \
+    grid: Grid = Named(mesh, model, ties.told(model, tied)) if isinstance(mesh, Mesh) else \
         Torch(mesh, model, timeout_s, watch)
     named = shardable.agreed(grid.alike, model, parts, {
         "stage": 3, "reduce_dtype": reduce_dtype, "param_dtype": param_dtype, "mesh": grid.shape,
@@ -148,10 +149,10 @@ class Sharded:
             yield
 
     def reduce(self, params: Iterable[Tensor] | None = None) -> None:
-        """Reduce gradients that accumulated while `paused`: every rank that holds parts of them calls it.
+        """Take gradients that accumulate while `paused` as complete; every rank that holds parts of them calls it.
 
         Arguments:
-            params: those whose gradients are complete; what travels together is sent when all of it is. None: all.
+            params: the parameters; what travels together is sent when all of it is complete. None: all that are left.
         """
         self._later.reduce(params)
 
@@ -166,7 +167,7 @@ class Sharded:
         Each parameter is counted once, over all axes of the mesh, stages included; a collective of all ranks, with
         the same bits on each. `optimizer.clip_grad_norm_` and `LossScaler` get the same.
         """
-        return optimizer.grad_statistics()
+        return optimizer.grad_statistics() if hasattr(optimizer, "grad_statistics") else clip.statistics([optimizer])
 
     def losses(self, loss: Tensor, stop: float = 0.0, items: int | None = None) -> tuple[Tensor, Tensor]:
         """The mean loss over all ranks, and how many wish to stop; a collective of all ranks.

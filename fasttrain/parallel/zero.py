@@ -17,12 +17,14 @@ from torch import Tensor
 from fasttrain.dist.fingerprint import agree, fingerprint
 from fasttrain.dist.layout import FlatLayout
 from fasttrain.optim import Optimizer
-from fasttrain.parallel import zero_cut, zero_state, zero_weights
+from fasttrain.parallel import zero_state, zero_weights
 from fasttrain.parallel.reducer import Reducer
 from fasttrain.parallel.zero_buckets import Memory, rotation
+from fasttrain.parallel.zero_cut import Cut
 from fasttrain.parallel.zero_gather import Gathering
+from fasttrain.parallel.zero_groups import Division, cuts_of, divisions
 from fasttrain.parallel.zero_method import Scatter
-from fasttrain.parallel.zero_pieces import codecs_of, costs, divisible, patterns, pieces, samples
+from fasttrain.parallel.zero_pieces import Piece, codecs_of, costs, divisible, patterns, pieces, samples
 from fasttrain.parallel.zero_refused import check_divisible, check_memory, check_wire, others_refused, reducer_of
 from fasttrain.parallel.zero_step import OWN, Stepping
 from fasttrain.precision.codecs import STOCHASTIC
@@ -104,32 +106,32 @@ class Zero(Stepping):
         self.divided = divisible(self._pattern, params_of)
         check_divisible(self.divided, self._pattern, self.reducer.params, self.reducer.names, optimizer_class)
         plans = self.reducer.layout.buckets
-        cuts = [zero_cut.shards(plan) for plan in plans] if self.divided else zero_cut.whole(
-            plans, costs(self._pattern, params_of, self._names))
+        divided = divisions(self.reducer.reach)
+        cuts = cuts_of(plans, divided, None if self.divided else costs(self._pattern, params_of, self._names))
         agree(self.reducer.wire, fingerprint([], FlatLayout.of([], 1), {
             "zero": stage, "optimizer": optimizer_class, "divided": self.divided, "rotating": rotating,
             "groups": [[self._names.get(p, "frozen") for p in group] for group in params_of]}))
-        self._divide(cuts, travels, rotating)
+        self._divide(cuts, divided, travels, rotating)
         self._options(optimizer_class, options)
         self._gathering = Gathering(self._memories, module if overlap else None)
         self._remember()
         others_refused(self)
         self._built = True
 
-    def _divide(self, cuts: list[zero_cut.Cut], travels: torch.dtype | None, rotating: int) -> None:
+    def _divide(self, cuts: list[Cut], divided: dict[str, Division], travels: torch.dtype | None,
+                rotating: int) -> None:
         """Have buckets and parameters lie as they are cut."""
         reducer = self.reducer
-        self.method = Scatter(cuts, reducer.reach, travels, self.stage == 2)
+        self.method = Scatter(cuts, reducer.reach, divided, travels, self.stage == 2)
         reducer.shard(self.method, rotation(reducer.layout.buckets, reducer.reach, rotating)
                       if self.stage == 2 else None)
         self.method.lay(reducer.buckets, reducer.params, reducer.names)
         with torch.no_grad():
-            wires = reducer.reach.wires
-            memories = [[Memory(bucket, dtype, cut, wires[bucket.plan.group])
+            memories = [[Memory(bucket, dtype, cut, divided[bucket.plan.group].wire)
                          for dtype in dict.fromkeys(p.dtype for p in bucket.params)]
                         for bucket, cut in zip(reducer.buckets, cuts, strict=True)]
-            self._pieces = pieces({group: wire.rank for group, wire in wires.items()}, reducer.buckets, cuts, memories,
-                                  self._where, self._names, self._pattern, not self.divided)
+            self._pieces = pieces({group: one.wire.rank for group, one in divided.items()}, reducer.buckets, cuts,
+                                  memories, self._where, self._names, self._pattern, not self.divided)
         self._memories = [memory for together in memories for memory in together]
 
     def _options(self, optimizer_class: Callable[..., torch.optim.Optimizer], options: dict[str, Any]) -> None:
@@ -249,6 +251,10 @@ class Zero(Stepping):
         """
         for piece in self._pieces:
             yield piece.name, piece.first, piece.numel, self.inner.state.get(piece.param, {})
+
+    def ranks_of(self, piece: Piece) -> list[int]:
+        """The ranks among which the parameter of a piece is divided, by their numbers among all processes."""
+        return self.method.divided[self.reducer.buckets[piece.bucket].plan.group].wire.ranks
 
     @property
     def _step_supports_amp_scaling(self) -> bool:

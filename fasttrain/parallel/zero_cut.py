@@ -23,12 +23,14 @@ class Owned(NamedTuple):
     at: int
 
 
-def shards(bucket: Bucket) -> Cut:
-    """The equal shards of a bucket."""
-    return tuple((rank * bucket.shard, (rank + 1) * bucket.shard) for rank in range(bucket.world))
+def shards(bucket: Bucket, count: int | None = None) -> Cut:
+    """The equal shards of a bucket, or so many: a divisor of its ranks."""
+    count = bucket.world if count is None else count
+    size = bucket.elements // count
+    return tuple((rank * size, (rank + 1) * size) for rank in range(count))
 
 
-def whole(buckets: Sequence[Bucket], costs: Mapping[str, float]) -> list[Cut]:
+def whole(buckets: Sequence[Bucket], costs: Mapping[str, float], counts: Sequence[int] | None = None) -> list[Cut]:
     """Cuts between slots: each rank gets one run of neighbouring slots of a bucket, or none.
 
     Each bucket is divided into at most as many runs as there are ranks, so that the most costly one costs as little as
@@ -36,6 +38,7 @@ def whole(buckets: Sequence[Bucket], costs: Mapping[str, float]) -> list[Cut]:
 
     Arguments:
         costs: of each slot, by its name, in any unit.
+        counts: ranks of each bucket; None: those of its group.
 
     Example:
         >>> import torch
@@ -46,12 +49,13 @@ def whole(buckets: Sequence[Bucket], costs: Mapping[str, float]) -> list[Cut]:
     """
     loads: dict[str, list[float]] = {}
     cuts = []
-    for bucket in buckets:
-        load = loads.setdefault(bucket.group, [0.0] * bucket.world)
-        runs = _runs(bucket.slots, costs, bucket.world)
+    for number, bucket in enumerate(buckets):
+        count = bucket.world if counts is None else counts[number]
+        load = loads.setdefault(bucket.group, [0.0] * count)
+        runs = _runs(bucket.slots, costs, count)
         runs.sort(key=lambda run: -_cost(run, costs))
-        ranks = sorted(range(bucket.world), key=lambda rank: (load[rank], rank))
-        cut = [(0, 0)] * bucket.world
+        ranks = sorted(range(count), key=lambda rank: (load[rank], rank))
+        cut = [(0, 0)] * count
         for rank, run in zip(ranks, runs, strict=False):
             cut[rank] = run[0].start, run[-1].start + max(run[-1].numel, 1)
             load[rank] += _cost(run, costs)

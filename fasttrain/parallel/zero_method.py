@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +16,7 @@ from fasttrain.parallel.over_axes import Reach
 from fasttrain.parallel.wires import Method, Parts, Sent
 from fasttrain.parallel.zero_buckets import Rotating
 from fasttrain.parallel.zero_cut import Cut
+from fasttrain.parallel.zero_groups import Division
 from fasttrain.parallel.zero_shown import Shown
 from fasttrain.parallel.zero_wire import scatter
 
@@ -30,8 +31,9 @@ class Scatter(Method):
     parameter has a gradient meanwhile.
 
     Arguments:
-        cuts: of each bucket, over the ranks of its group.
+        cuts: of each bucket.
         reach: the groups.
+        divided: over which ranks their states are, by group.
         travels: the dtype in which gradients travel to be added; None: the bucket's.
         rotating: buckets are `Rotating`, and shards have memory of their own; else they lie in the buckets.
 
@@ -45,9 +47,10 @@ class Scatter(Method):
     name = "shards"
     final = True
 
-    def __init__(self, cuts: Sequence[Cut], reach: Reach, travels: torch.dtype | None, rotating: bool):
+    def __init__(self, cuts: Sequence[Cut], reach: Reach, divided: Mapping[str, Division], travels: torch.dtype | None,
+                 rotating: bool):
         super().__init__()
-        self.reach = reach
+        self.reach, self.divided = reach, divided
         self.cuts, self.travels, self.rotating = list(cuts), travels, rotating
         self.own: list[Tensor] = []
         self._back: dict[torch.dtype, float] = {}  # bytes of a parameter, by the dtype of its bucket
@@ -64,7 +67,7 @@ class Scatter(Method):
     def lay(self, buckets: Sequence[Bucket], params: Sequence[Tensor], names: Sequence[str]) -> None:
         """Learn where the buckets of these parameters lie; once."""
         for bucket, cut in zip(buckets, self.cuts, strict=True):
-            begin, end = cut[self.reach.wires[bucket.plan.group].rank]
+            begin, end = cut[self.divided[bucket.plan.group].wire.rank]
             mine = bucket.data[begin:end]
             self.own.append(torch.zeros_like(mine) if self.rotating else mine)
             self._back[bucket.plan.dtype] = max(float(p.dtype.itemsize) for p in bucket.params)
@@ -96,7 +99,8 @@ class Scatter(Method):
         if self.travels is not None:
             data = data.to(self.travels)
         landing = Landing(self, index, scatter(
-            self.reach.wires[bucket.plan.group], self.own[index], data, self.cuts[index], self.divisor))
+            self.reach.wires[bucket.plan.group], self.own[index], data,
+            self.divided[bucket.plan.group].among_all(self.cuts[index]), self.divisor))
         if isinstance(bucket, Rotating):
             self._users[memory] = landing
         if self.arriving is not None:
@@ -133,10 +137,11 @@ class Scatter(Method):
         """Add what has come to what was there; the sum of squares and the flag of all of it."""
         if self.arriving is not None:
             self.arriving.landed(index)
-        if self._sums is None:
-            return parts
-        squares, found = norm.squares([self._sums[index].add_(self.own[index])])
-        return squares[0], found | parts[1]
+        if self._sums is not None:
+            squares, found = norm.squares([self._sums[index].add_(self.own[index])])
+            parts = squares[0], found | parts[1]
+        counts = self.divided[self.layout.buckets[index].group].counts
+        return parts if counts else (torch.zeros_like(parts[0]), parts[1])
 
 
 class OfGroup(Method):

@@ -56,7 +56,8 @@ def arrays(zero: Any, where: Place) -> dict[str, Array]:
 
 def consolidate(zero: Any, to: int | None) -> dict[str, Any]:
     """The whole state dict on one rank, or on all (None). Buckets follow one another, so that no rank has all twice."""
-    goal, wires = Goal(zero.reducer, to), zero.reducer.reach.wires
+    goal = Goal(zero.reducer, to)
+    wires = {group: one.wire for group, one in zero.method.divided.items()}
     mine = json.dumps([_told(piece, zero.inner.state.get(piece.param, {})) for piece in zero._pieces])
     manifests = {group: [json.loads(text) for text in wires[group].gather_objects_json(mine)]
                  for group in sorted(wires, key=lambda group: (wires[group].ranks, group))}
@@ -109,7 +110,7 @@ class Goal:
 def _bring(zero: Any, index: int, told: Sequence[Sequence[Mapping[str, Any]]], goal: Goal,
            found: dict[Place, dict[str, Any]]) -> None:
     """Gather the states of a bucket's parameters, as far as the ranks of its group hold them."""
-    wire = zero.reducer.reach.wires[zero.reducer.buckets[index].plan.group]
+    wire = zero.method.divided[zero.reducer.buckets[index].plan.group].wire
     sends = [as_bytes(value.contiguous()) for piece in zero._pieces if piece.bucket == index
              for value in zero.inner.state.get(piece.param, {}).values() if isinstance(value, Tensor)]
     nothing = torch.empty(0, dtype=torch.uint8, device=wire.device)

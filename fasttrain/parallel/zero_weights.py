@@ -39,7 +39,7 @@ def full_precision(zero: Any, to: int | None) -> list[Tensor]:
 def _brought(zero: Any, index: int, mine: Sequence[Tensor], goal: Goal) -> dict[Tensor, Tensor]:
     """What the ranks of a bucket's group hold of its parameters, flat, in the order of slots."""
     bucket, cut = zero.reducer.buckets[index], zero.method.cuts[index]
-    wire = zero.reducer.reach.wires[bucket.plan.group]
+    wire = zero.method.divided[bucket.plan.group].wire
     here = goal.to is None or wire.rank == goal.to
     of_ranks = [owned(bucket.plan, cut, rank) for rank in range(wire.size)]
     nothing = torch.empty(0, dtype=torch.uint8, device=wire.device)

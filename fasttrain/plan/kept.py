@@ -1,7 +1,8 @@
 """What autograd keeps between the forward and the backward pass of a micro-batch, item by item.
 
-Of the main job's GPT these are the tensors that its operators keep, on a CPU counted by a test to the byte. Of published
-models it is the count of Korthikanti et al., arXiv 2205.05198, section 4: one list, of which equations 1 to 4 are sums.
+Of the main job's GPT these are the tensors that its operators keep, on a CPU counted by a test to the byte. Of
+published models it is the count of Korthikanti et al., arXiv 2205.05198, section 4: one list, of which equations 1 to 4
+are sums.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from fasttrain.plan.shapes import Shape
 from fasttrain.plan.tensors import Stage, of_part, on_rank
 
 Divided = Literal["tensor", "stream", "input", ""]
-FP32, INT64 = 4, 8
+FP32, INT64, BOOL = 4, 8, 1
+TERMS = 20  # bytes of what a cross-entropy over a divided vocabulary keeps and gathers of each row
 
 
 class Item(NamedTuple):
@@ -59,7 +61,7 @@ def _ours(job: Job, context: int) -> Iterator[Item]:
         yield Item("the same, heads side by side", a * shape.queries, "tensor")
     yield from _our_norm(job, "feed")
     if shape.gated:
-        if a < FP32:  # autocast casts it for each of the two layers
+        if job.precision == "bf16":  # autocast casts it for each of the two layers
             yield Item("input of the other up layer", a * shape.width, "input")
         yield Item("gate, its activation, what goes up, and their product", 4 * a * shape.hidden, "tensor")
     else:
@@ -142,15 +144,16 @@ def whole_block(job: Job, way: Way, regather: bool = False) -> float:
 
 
 def masks(job: Job, way: Way) -> float:
-    """Bytes of masks that attention keeps of a block, where sequences are cut and a CPU needs them as numbers.
+    """Bytes that a block keeps of a cut sequence, whatever the micro-batch: the angles of its positions, and masks.
 
-    Of each of its two chunks of s / 2c positions a rank has a mask over the positions up to its end: 2c + 1 chunks for
-    both. The first chunk of all needs none: the first rank has less.
+    Where a CPU needs masks as numbers: of each of its two chunks of s / 2c positions a rank has one over the positions
+    up to its end, 2c + 1 chunks for both. The first chunk of all needs none: the first rank has less.
     """
-    if way.context == 1 or job.kernels != "cpu" or job.shape.family != "ours":
+    if way.context == 1 or job.shape.family != "ours":
         return 0
+    angles = FP32 * job.shape.head * job.sequence / way.context  # a cosine and a sine for two features
     size = job.sequence // (2 * way.context)
-    return job.act * size * size * (2 * way.context + 1)
+    return angles + (job.act * size * size * (2 * way.context + 1) if job.kernels == "cpu" else 0)
 
 
 def total(items: Sequence[Item], way: Way, regather: bool = False) -> float:
@@ -161,22 +164,35 @@ def total(items: Sequence[Item], way: Way, regather: bool = False) -> float:
 def of_embedding(job: Job, way: Way) -> float:
     """Bytes that the embedding keeps: tokens, and the rows of endings; masks of drop-out."""
     shape, whole = job.shape, job.micro_batch * job.sequence
-    if shape.family == "ours":  # tokens are a view of windows, which have one more; each rank looks all of them up
-        return INT64 * (job.micro_batch * (job.sequence + 1) + whole * (shape.ngrams - 1))
-    return INT64 * whole / way.context + (way.tokens(job) * shape.width if shape.dropout else 0)
+    if shape.family != "ours":
+        return INT64 * whole / way.context + (way.tokens(job) * shape.width if shape.dropout else 0)
+    if way.tensor > 1:  # of each table which row of this rank's it is, and whether it is none of these
+        return (INT64 + BOOL) * whole * shape.ngrams
+    return INT64 * (_window(job) + whole * (shape.ngrams - 1))  # each rank of the context axis looks all of them up
+
+
+def _window(job: Job) -> int:
+    """Tokens, of which inputs and targets are views."""
+    return job.micro_batch * (job.sequence + 1)
 
 
 def of_head(job: Job, way: Way) -> float:
-    """Bytes that the last norm and the loss keep: the logits foremost, as logarithms of probabilities in fp32."""
+    """Bytes that the last norm and the loss keep: the logits foremost.
+
+    Whole, they are kept as logarithms of probabilities in fp32, and divided as they are, beside the terms of each row.
+    """
     shape, tokens = job.shape, way.tokens(job)
     columns = -(-shape.vocabulary // way.tensor)
-    logits = FP32 * tokens * columns
-    if shape.family == "ours":
-        norm = tokens * total(list(_our_norm(job, "head")), way)
-        cast = shape.vocabulary * shape.width // way.tensor * job.act if job.precision == "bf16" else 0
-        return norm + logits + INT64 * tokens + FP32 + cast
-    norms = [Item("input of the norm", job.act * shape.width, "stream"), Item("of the head", job.act * shape.width, "input")]
-    return tokens * total(norms, way) + logits
+    if shape.family != "ours":
+        norms = [Item("input of the norm", job.act * shape.width, "stream"),
+                 Item("of the head", job.act * shape.width, "input")]
+        return tokens * total(norms, way) + FP32 * tokens * columns
+    norm = tokens * total(list(_our_norm(job, "head")), way)
+    cast = columns * shape.width * job.act if job.precision == "bf16" else 0
+    if way.tensor == 1:
+        return norm + cast + FP32 * tokens * columns + INT64 * tokens + FP32
+    targets = tokens if way.context > 1 else _window(job)
+    return norm + cast + job.act * tokens * columns + TERMS * tokens + INT64 * targets + INT64
 
 
 def of_stage(here: Stage, job: Job, way: Way) -> tuple[float, float]:

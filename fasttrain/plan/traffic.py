@@ -15,8 +15,6 @@ from fasttrain.plan.job import Job, Way
 from fasttrain.plan.states import buckets
 from fasttrain.plan.tensors import Stage, of_rank
 
-TERMS = 20  # bytes of a row that a vocabulary-parallel cross-entropy gathers: see fasttrain.losses
-
 
 class Link(NamedTuple):
     """What a rank sends in a step along an axis.
@@ -53,8 +51,8 @@ def _link(name: str, sent: float, way: Way, per_node: int, *axes: str, pairs: bo
 
 
 def enters(job: Job) -> int:
-    """Bytes of an element that is brought to columns: norms of the main job give fp32 under autocast."""
-    return kept.FP32 if job.shape.family == "ours" else job.act
+    """Bytes of an element that is brought to columns: norms give what their weights are, under autocast fp32."""
+    return kept.FP32 if job.precision == "bf16" else job.act
 
 
 def of_block(job: Job, way: Way) -> float:
@@ -80,11 +78,15 @@ def of_ends(parts: Sequence[str], job: Job, way: Way) -> float:
     found = 0.0
     if "embedding" in parts:
         tokens = job.micro_batch * job.sequence if job.shape.family == "ours" else way.tokens(job)
-        # The embedding's own parameters are of job.param bytes, and lookups are not cast.
         found += once * tokens * job.param * 2
     if "head" in parts:
-        found += once * way.tokens(job) * enters(job) * 2 + (t - 1) * TERMS * way.tokens(job)
+        found += once * way.tokens(job) * enters(job) * 2 + of_loss(job, way)
     return found
+
+
+def of_loss(job: Job, way: Way) -> float:
+    """Terms of each row that the ranks of a divided vocabulary gather."""
+    return (way.tensor - 1) * kept.TERMS * way.tokens(job)
 
 
 def of_context(job: Job, way: Way) -> float:
@@ -109,7 +111,7 @@ def boundary(job: Job, way: Way) -> float:
 
 
 def of_pipeline(rank: int, job: Job, way: Way) -> float:
-    """Between stages, a micro-batch: activations to the next, gradients to the one before, but for stages of one rank."""
+    """Between stages, a micro-batch: activations to the next, gradients to the last, but for stages of one rank."""
     mine = of_rank(rank, way.pipeline, way.chunks, way.schedule == "zbv")
     count = way.pipeline * way.chunks
     sends = sum((stage + 1 < count and stage + 1 not in mine) + (stage > 0 and stage - 1 not in mine) for stage in mine)

@@ -161,7 +161,7 @@ class TrainConfig:
         return min(50, self.steps // 10) if self.warmup is None else self.warmup
 
     @property
-    def axes(self) -> dict[str, int | None]:
+    def axes(self) -> dict[str, int]:
         """Sizes for `fasttrain.parallel.Mesh`: what options do not divide divides the batch."""
         rest = self.processes // max(1, self.tensor * self.pipeline * self.expert * self.context)
         data = (1 if self.zero == 3 else rest) if self.copies is None else self.copies

@@ -1,37 +1,109 @@
-"""How the model lies on the processes, by `--zero`, and what that changes for the loop."""
+"""How the model lies on the processes, by `--zero`, `--tensor` and the rest, and what that changes for the loop."""
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor, nn
+
+from fasttrain.dist.mesh import Mesh
 from fasttrain.dist.watcher import Watcher
-from fasttrain.dist.wire import Wire
-from fasttrain.parallel import DataParallel, shard
+from fasttrain.parallel import ContextParallel, DataParallel, shard
 from fasttrain.parallel.sharded import Sharded
+from fasttrain.train import making
 from fasttrain.train.config import TrainConfig
+from fasttrain.train.model import VOCABULARY
+from fasttrain.train.objective import IGNORED, loss_of_logits, nats_of_logits, own_positions
+from fasttrain.train.validation import Sums
 
 FLOAT = 4  # bytes of a parameter, and of its gradient unless --wire says otherwise
 
 
-def divide(config: TrainConfig, model: nn.Module, wire: Wire) -> DataParallel | Sharded:
-    """Let the processes of `wire` share the model: whole on each, or at stage 3 a part on each.
+class Divided(NamedTuple):
+    """A model on the processes of a mesh.
 
-    Make the optimizer afterwards (`recipe.build`).
+    Attributes:
+        model: what reduces its gradients.
+        mesh: the processes.
+        called: what is called with a batch; of a pipeline the parts of this process.
     """
+
+    model: DataParallel | Sharded
+    mesh: Mesh
+    called: nn.Module
+
+
+def divide(config: TrainConfig, mesh: Mesh, vocabulary: int = VOCABULARY) -> Divided:
+    """Make the model of a run, each process only what it has of it; the optimizer afterwards (`recipe.build`)."""
+    made = making.blank(config, mesh, vocabulary)
+    if config.context > 1:
+        made.context = ContextParallel(mesh)
+    if config.tensor > 1 or config.pipeline > 1:
+        made = _cut(config, mesh, made)
+    model = making.finish(config, made, mesh.device)
     if config.zero < 3:
-        return DataParallel(model, mesh=wire, wire=config.wire, broadcast_buffers=False)
-    watch = wire.watch if isinstance(wire.watch, Watcher) else False
-    return shard(model, blocks="blocks", wire=config.wire, timeout_s=wire.timeout_s, watch=watch)
+        wrapped = DataParallel(model, mesh=mesh, wire=config.wire, broadcast_buffers=False, init_sync=False)
+        return Divided(wrapped, mesh, wrapped)
+    watch = mesh.wire().watch
+    sharded = shard(model, mesh, blocks="blocks", wire=config.wire, init_sync=False, timeout_s=mesh.timeout_s,
+                    watch=watch if isinstance(watch, Watcher) else False)
+    return Divided(sharded, mesh, sharded.module)
 
 
-def wire_of(model: DataParallel | Sharded) -> Wire:
-    """The wire by which gradients and parameters travel."""
-    return model.everyone if isinstance(model, Sharded) else model.reducer.wire
+def _cut(config: TrainConfig, mesh: Mesh, model: nn.Module) -> nn.Module:
+    from fasttrain.parallel.pipeline import split
+    from fasttrain.parallel.pipeline.costs import counted
+    from fasttrain.parallel.tensor import tensor_parallel
+
+    sample = None  # with experts, whose rows depend on numbers: parameters are counted in the place of operations
+    if not config.experts:
+        sample = torch.zeros(1, config.sequence, dtype=torch.long, device="meta")
+    costs = counted(model, sample) if config.pipeline > 1 else None
+    model = tensor_parallel(model, mesh, sequence=config.sequence_parallel)
+    if costs is None:
+        return model
+    return split(model, mesh, config.stages, costs=costs, schedule=config.pipeline_schedule)
 
 
-def callable_of(model: DataParallel | Sharded) -> nn.Module:
-    """What is called with a batch."""
-    return model.module if isinstance(model, Sharded) else model
+class Pipelines(NamedTuple):
+    """Of a model in stages: what trains it, and what validates it."""
+
+    training: Any
+    validating: Any
+
+    @classmethod
+    def of(cls, config: TrainConfig, divided: Divided) -> Pipelines:
+        """Made on every process, after the optimizer."""
+        from fasttrain.parallel.experts import carry
+        from fasttrain.parallel.pipeline import Pipeline
+
+        module = divided.called.module if isinstance(divided.called, DataParallel) else divided.called
+
+        def loss(logits: Tensor, targets: Tensor) -> Tensor:
+            return loss_of_logits(logits, own_positions(module, targets), config.label_smoothing, config.z_loss)
+
+        def nats(logits: Tensor, targets: Tensor) -> tuple[Tensor, int]:
+            own = own_positions(module, targets)
+            return nats_of_logits(logits, own), int((own != IGNORED).sum())
+
+        if config.experts:
+            carry(module, 1 / config.accumulate)  # only the last stage has a loss to which theirs could be added
+        context = making.precision_of(config, divided.mesh.device).autocast
+        training, validating = (Pipeline(divided.model, divided.mesh, how, config.pipeline_schedule, config.accumulate,
+                                         context=context) for how in (loss, nats))
+        return cls(training, validating)
+
+    def sums(self, inputs: Tensor, targets: Tensor) -> Sums:
+        """As `fasttrain.train.validation.summed`."""
+        self.validating.evaluate(inputs, targets)
+        nats, items, _ = self.validating.sums
+        return nats, nats.new_tensor(float(items))
+
+    def close(self) -> None:
+        """Leave their groups."""
+        self.training.close()
+        self.validating.close()
 
 
 def bytes_by_formula(config: TrainConfig, model: DataParallel | Sharded) -> float:

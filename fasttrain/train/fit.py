@@ -17,6 +17,7 @@ from fasttrain.checkpoint.stopping import Stopping
 from fasttrain.guards.bad_steps import NonFinite
 from fasttrain.guards.spikes import LossSpikes, SpikeDecision
 from fasttrain.guards.stopping import EarlyStopping, Gap
+from fasttrain.parallel.pipeline import Pipeline
 from fasttrain.precision.mixed import Precision
 from fasttrain.train.batches import split
 from fasttrain.train.clock import PhaseClock
@@ -72,7 +73,9 @@ class Loop:
         data: batches of this rank, each for a whole step: a `fasttrain.data.Loader`, or any iterable. Its position is
             in checkpoints if it has `state_dict` and `load_state_dict`.
         optimizer: of the model's parameters; of this package, a `fasttrain.parallel.Zero`, or torch's.
-        loss: from (model, micro-batch) to the mean loss, or to (sum, number of items): see `Stepper`.
+        loss: from (model, micro-batch) to the mean loss, or to (sum, number of items); with a pipeline from (model,
+            batch) to (inputs, targets): see `Stepper`.
+        pipeline: a `fasttrain.parallel.pipeline.Pipeline` of the model, which cuts batches into micro-batches itself.
         steps: of the whole run.
         accumulate: micro-batches of a step (`split`).
         batch_size: a schedule of the samples in a step, as `fasttrain.schedules.rounded` makes; the data is a
@@ -100,7 +103,7 @@ class Loop:
 
     def __init__(self, model: Any, data: Any, optimizer: Any, loss: Loss, *, steps: int, accumulate: int = 1,
                  batch_size: Callable[[int], float] | None = None, clip: float = 1.0, schedule: Any = None,
-                 precision: Precision | None = None,
+                 precision: Precision | None = None, pipeline: Pipeline | None = None,
                  evaluate: Callable[[int], Record] | None = None, evaluate_every: int = 0, metric: str = "loss",
                  bad_steps: NonFinite | None = None, spikes: LossSpikes | None = None,
                  early: EarlyStopping | None = None, gap: Gap | None = None,
@@ -121,7 +124,7 @@ class Loop:
         precision = precision or Precision("fp32", clock.device)
         scaler = precision.scaler()
         self.stepper = Stepper(model, optimizer, loss, clip=clip, context=precision.autocast, scaler=scaler,
-                               clock=clock)
+                               pipeline=pipeline, clock=clock)
         self.meter, self.tidy = Meter(clock, tokens, flops, peak), Tidy()
         self.data, self.optimizer, self.schedule, self.accumulate = data, optimizer, schedule, accumulate
         self.evaluate, self.evaluate_every, self.metric = evaluate, evaluate_every, metric
@@ -190,7 +193,7 @@ class Loop:
 
     def _make_step(self, batch: Any) -> None:
         self.stepper.stop = self.stopping is not None and self.stopping.asked
-        self.stepper.run(split(batch, self.accumulate))
+        self.stepper.run([batch] if self.stepper.pipeline is not None else split(batch, self.accumulate))
         self.keeper.taken()
         self.step = self.stepper.steps
         rate = self.optimizer.param_groups[0]["lr"]

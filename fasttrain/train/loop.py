@@ -19,16 +19,14 @@ from fasttrain.guards.averages import ema
 from fasttrain.guards.bad_steps import NonFinite
 from fasttrain.guards.spikes import LossSpikes
 from fasttrain.guards.stopping import EarlyStopping
-from fasttrain.parallel import DataParallel
-from fasttrain.parallel.sharded import Sharded
 from fasttrain.schedules import parse, warmup_cosine
 from fasttrain.schedules.scheduler import Scheduler
 from fasttrain.train.config import ASKED, TrainConfig
-from fasttrain.train.division import all_counted, bytes_by_formula, callable_of, wire_of
+from fasttrain.train.division import Divided, Pipelines, all_counted, bytes_by_formula
 from fasttrain.train.dry import STEPS, dry_run
 from fasttrain.train.fit import Loop
 from fasttrain.train.making import flops_of_step, precision_of
-from fasttrain.train.model import loss_of
+from fasttrain.train.objective import loss_of
 from fasttrain.train.profiling import Profile
 from fasttrain.train.source import Source
 from fasttrain.train.usage import peak_flops
@@ -38,7 +36,7 @@ QUICK_WINDOWS = 64  # of a validation during the run; the one at its end reads e
 Record = dict[str, Any]
 
 
-def train(config: TrainConfig, model: DataParallel | Sharded, optimizer: torch.optim.Optimizer, source: Source,
+def train(config: TrainConfig, divided: Divided, optimizer: torch.optim.Optimizer, source: Source,
           emit: Callable[[Record], None], directory: Path | None = None, again: bool = False,
           stopping: Stopping | None = None, profile: Profile | None = None) -> str:
     """Run the main job, and hand every record (a dict of JSON values, the same on each process) to `emit`.
@@ -61,25 +59,32 @@ def train(config: TrainConfig, model: DataParallel | Sharded, optimizer: torch.o
     Raises:
         TooManyBadSteps: loss or gradients were not finite for so many steps in a row, on every process.
     """
-    wire, called = wire_of(model), callable_of(model)
-    precision = precision_of(config, wire.device)
+    mesh, called = divided.mesh, divided.called
+    precision = precision_of(config, mesh.device)
     precision.check(called, optimizer)
 
     def look(whole: bool = False) -> Record:
         with ema(optimizer, model=called, required=False):
-            return validation(called, source.held_out, config, wire, None if whole else QUICK_WINDOWS, source.unit,
-                              source.vocabulary)
+            return validation(called if pipelines is None else pipelines.sums, source.held_out, config, mesh,
+                              None if whole else QUICK_WINDOWS, source.unit, source.vocabulary)
 
-    def loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        return loss_of(model, batch["tokens"].long(), config.label_smoothing, config.z_loss)
+    def loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> Any:
+        tokens = batch["tokens"].long()
+        if pipelines is not None:
+            return tokens[:, :-1], tokens[:, 1:]
+        return loss_of(model, tokens, config.label_smoothing, config.z_loss)
 
     metric = f"bits_per_{source.unit}"
     with contextlib.ExitStack() as stack:
+        pipelines = None
+        if config.pipeline > 1:
+            pipelines = Pipelines.of(config, divided)
+            stack.callback(pipelines.close)
         windows = Windows(source.train, config.sequence, config.seed)
         data = stack.enter_context(
-            Loader(windows, config.batch, rank=wire.rank, world=wire.size, device=wire.device))
+            Loader(windows, config.batch, rank=mesh.replica, world=mesh.replicas, device=mesh.device))
         make_loop: Callable[..., Loop] = partial(
-            Loop, model, data, optimizer, loss,
+            Loop, divided.model, data, optimizer, loss, pipeline=None if pipelines is None else pipelines.training,
             accumulate=config.accumulate, clip=config.clip, precision=precision,
             schedule=Scheduler(optimizer, lr=parse(config.schedule) if config.schedule else
                                warmup_cosine(config.steps, config.rise)),
@@ -91,9 +96,9 @@ def train(config: TrainConfig, model: DataParallel | Sharded, optimizer: torch.o
         checkpoints = None
         if directory is not None and config.save_every:
             checkpoints = stack.enter_context(Checkpointer(
-                directory / "checkpoints", wire=wire, every=config.save_every,
+                directory / "checkpoints", mesh=mesh, every=config.save_every,
                 keep=Keep(last=config.keep, best=1, metric=metric)))
-        peak = peak_flops(wire.device, precision.dtype)
+        peak = peak_flops(mesh.device, precision.dtype)
         loop = make_loop(
             steps=config.steps, evaluate=lambda step: look(whole=step == config.steps),
             evaluate_every=config.validate_every, metric=metric, checkpoints=checkpoints,
@@ -110,8 +115,8 @@ def train(config: TrainConfig, model: DataParallel | Sharded, optimizer: torch.o
             emit({"event": "end", "step": ended.step, "text": ended.reason})
             emit({"event": "validation", "step": ended.step, "whole": True, **look(whole=True)})
     if ended.traffic is not None and ended.traffic.steps:
-        emit({"event": "wire", "step": ended.step, "formula": bytes_by_formula(config, model),
-              **ended.traffic.per_step(all_counted(model))})
+        emit({"event": "wire", "step": ended.step, "formula": bytes_by_formula(config, divided.model),
+              **ended.traffic.per_step(all_counted(divided.model))})
     if ended.reason == ASKED:
         emit({"event": "end", "step": ended.step, "text": ASKED})
     return ended.reason

@@ -6,20 +6,21 @@ Shapes: B sequences, T positions, C features, H heads, D = C / H features of a h
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fasttrain.losses import cross_entropy
+from fasttrain.parallel.building import Normal, Rule, Zeros, materialize
 
 if TYPE_CHECKING:
+    from fasttrain.dist.mesh import Mesh
     from fasttrain.parallel.context import ContextParallel
 
 VOCABULARY = 256  # of bytes
-IGNORED = -100       # a target that does not count
 
 
 def rotary(positions: int, features: int) -> tuple[Tensor, Tensor]:
@@ -46,6 +47,7 @@ class Block(nn.Module):
         heads: of queries.
         kv_heads: of keys and values, each of which serves ``heads / kv_heads`` of queries.
         gated: multiply what goes up by a gate, in place of squaring it.
+        mixture: makes what takes the place of the feed-forward part.
 
     The rows of `qkv` lie in the order of key heads: queries of the first, its key, its value, then those of the next.
     So ranks that divide the rows (`fasttrain.parallel.tensor_parallel`) have whole heads, and the same code.
@@ -55,7 +57,8 @@ class Block(nn.Module):
 
     context: ContextParallel | None = None  # by what positions are divided over ranks, if they are
 
-    def __init__(self, width: int, heads: int, kv_heads: int | None = None, gated: bool = False):
+    def __init__(self, width: int, heads: int, kv_heads: int | None = None, gated: bool = False,
+                 mixture: Callable[[], nn.Module] | None = None):
         super().__init__()
         self.features, self.shared = width // heads, heads // (kv_heads or heads)
         hidden = feed_width(width, gated)
@@ -63,6 +66,9 @@ class Block(nn.Module):
         self.qkv = nn.Linear(width, (self.shared + 2) * (kv_heads or heads) * self.features, bias=False)
         self.out = nn.Linear(width, width, bias=False)
         self.norm_feed = nn.RMSNorm(width)
+        self.mixture = mixture() if mixture is not None else None
+        if mixture is not None:
+            return
         self.gate = nn.Linear(width, hidden, bias=False) if gated else None
         self.up = nn.Linear(width, hidden, bias=False)
         self.down = nn.Linear(hidden, width, bias=False)
@@ -85,6 +91,8 @@ class Block(nn.Module):
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
 
     def feed(self, x_BTC: Tensor) -> Tensor:
+        if self.mixture is not None:
+            return self.mixture(x_BTC)
         up = self.up(x_BTC)
         return self.down(F.relu(up).square() if self.gate is None else F.silu(self.gate(x_BTC)) * up)
 
@@ -138,6 +146,8 @@ class GPT(nn.Module):
         vocabulary: how many tokens there are.
         kv_heads, gated: of the blocks; see `Block`.
         tied: the last layer has the weight of the single tokens' embedding.
+        experts, top_k: of a `fasttrain.parallel.experts.MoE` in each block; 0: none.
+        mesh: divides the experts.
 
     It is a chain of `parts`, of which a rank of a pipeline may `keep` some; `forward` runs those that there are.
 
@@ -156,36 +166,48 @@ class GPT(nn.Module):
     head: nn.Linear | None
 
     def __init__(self, layers: int, width: int, heads: int, positions: int, ngrams: int = 1, rows: int = 0,
-                 vocabulary: int = VOCABULARY, kv_heads: int | None = None, gated: bool = False, tied: bool = False):
+                 vocabulary: int = VOCABULARY, kv_heads: int | None = None, gated: bool = False, tied: bool = False,
+                 experts: int = 0, top_k: int = 2, mesh: Mesh | None = None):
         super().__init__()
         if heads % (kv_heads or heads):
             raise ValueError(f"{heads} heads cannot share {kv_heads} heads of keys: give a divisor of {heads}")
-        self.positions = positions
+        self.positions, self.experts, self.width, self.features = positions, experts, width, width // heads
         self._context: ContextParallel | None = None
         embedding, head = Embedding(width, ngrams, rows, vocabulary), nn.Linear(width, vocabulary, bias=False)
         if tied:
             head.weight = embedding.bytes.weight
         self.tied = {"head.weight": "embedding.bytes.weight"} if tied else {}
         self.embedding = embedding
-        self.blocks = nn.ModuleList(Block(width, heads, kv_heads, gated) for _ in range(layers))
+        mixture = None
+        if experts:
+            from fasttrain.parallel.experts import MoE
+
+            mixture = partial(MoE, width, feed_width(width, True), experts, top_k, gated=True, mesh=mesh)
+        self.blocks = nn.ModuleList(Block(width, heads, kv_heads, gated, mixture) for _ in range(layers))
         self.norm = nn.RMSNorm(width)
         self.head = head
-        cos, sin = rotary(positions, width // heads)
+        self.build_buffers()
+        if not head.weight.is_meta:
+            materialize(self, seed=int(torch.randint(1 << 62, ())), everything=True)
+
+    def build_buffers(self) -> None:
+        """Compute the tables of angles: all that is not in the state dict."""
+        cos, sin = rotary(self.positions, self.features)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
-        self._initialise()
 
-    def _initialise(self) -> None:
-        """Rows of unit scale; what is added to the stream starts at zero, so every block begins as the identity."""
-        for name, p in self.named_parameters():
-            if name.endswith(("out.weight", "down.weight", "head.weight")):
-                nn.init.zeros_(p)
-            elif ".endings." in name:
-                nn.init.normal_(p, std=0.02)  # most endings are rare: let a row speak once it has learnt something
-            elif "embedding" in name:
-                nn.init.normal_(p, std=1 / math.sqrt(p.shape[1]) if self.tied else 1.0)
-            elif p.ndim == 2:
-                nn.init.normal_(p, std=1 / math.sqrt(p.shape[1]))
+    def initial(self) -> dict[str, Rule]:
+        """How parameters begin, by patterns of their names: rows of unit scale; what is added to the stream at zero.
+
+        So every block begins as the identity.
+        """
+        rows = Normal(1 / math.sqrt(self.width))
+        return {
+            "*.out.weight": Zeros(), "*down*": Zeros(), "head.weight": rows if self.tied else Zeros(),
+            "*.endings.*": Normal(0.02),  # most endings are rare: let a row speak once it has learnt something
+            "embedding.*": rows if self.tied else Normal(1.0),
+            "*.qkv.weight": rows, "*.up*": rows, "*.gate*": rows, "*.router.weight": rows,
+        }
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of the next byte, shape (B, T, V), from integers of shape (B, T), if all parts are here."""
@@ -233,40 +255,3 @@ class GPT(nn.Module):
             else:
                 x = self.blocks._modules[part.removeprefix("blocks.")](x, self.cos, self.sin)
         return x
-
-
-def loss_of(model: nn.Module, windows_BT1: Tensor, label_smoothing: float = 0.0, z_loss: float = 0.0) -> Tensor:
-    """Mean cross-entropy in nats per byte (or token), over windows of shape (B, T + 1): see `loss_of_logits`.
-
-    Inputs and targets overlap by T - 1. Where ranks divide positions it is the mean over those of this rank.
-    """
-    logits, targets = model(windows_BT1[:, :-1]), windows_BT1[:, 1:]
-    return loss_of_logits(logits, own_positions(model, targets), label_smoothing, z_loss)
-
-
-def own_positions(model: nn.Module, targets_BT: Tensor) -> Tensor:
-    """The targets of the positions that this rank computes: all, unless ranks divide them (`GPT.context`)."""
-    context = getattr(model, "context", None)
-    return targets_BT if context is None else context.cut(targets_BT, 1)
-
-
-def loss_of_logits(logits: Tensor, targets_BT: Tensor, label_smoothing: float = 0.0, z_loss: float = 0.0) -> Tensor:
-    """Mean cross-entropy of a model's logits.
-
-    With label smoothing or a z-loss, which are in the mean then, and of logits that ranks divide by vocabulary, it is
-    `fasttrain.losses.cross_entropy`, whose derivative is written over the logits; else torch's.
-    """
-    if label_smoothing or z_loss or hasattr(logits, "placements"):
-        return cross_entropy(logits, targets_BT, label_smoothing=label_smoothing, z_loss=z_loss,
-                             inplace_backward=torch.is_grad_enabled())
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets_BT.flatten())
-
-
-def nats_of_logits(logits: Tensor, targets_BT: Tensor) -> Tensor:
-    """The sum of the cross-entropies of all positions whose target is none of `IGNORED`: float64, of shape ()."""
-    if hasattr(logits, "placements"):
-        nats = cross_entropy(logits, targets_BT, ignore_index=IGNORED, reduction="none")
-    else:
-        nats = F.cross_entropy(logits.flatten(0, 1).float(), targets_BT.flatten(), ignore_index=IGNORED,
-                               reduction="none")
-    return nats.sum(dtype=torch.float64)

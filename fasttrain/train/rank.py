@@ -23,13 +23,13 @@ from fasttrain.checkpoint.stopping import Stopping
 from fasttrain.data.errors import DataError
 from fasttrain.dist import attempt
 from fasttrain.dist.failures import FAILED, INTERRUPTED, PEER_FAILED, PeerFailed, end_process
+from fasttrain.dist.mesh import Mesh
 from fasttrain.dist.watcher import Watcher
 from fasttrain.dist.wire import Wire, WireError
 from fasttrain.train import recipe, report, source
 from fasttrain.train.config import ASKED, PROFILED, BadInput, TrainConfig
-from fasttrain.train.division import callable_of, divide, wire_of
+from fasttrain.train.division import divide
 from fasttrain.train.loop import train
-from fasttrain.train.making import make
 from fasttrain.train.meeting import meet
 from fasttrain.train.place import Place, place
 from fasttrain.train.profiling import Profile
@@ -55,8 +55,9 @@ def work(config: TrainConfig, here: Place, begin: Callable[[Wire], tuple[Source,
     watcher.catch_sigterm(on_stop=lambda: end_process(128 + signal.SIGTERM))
     with watcher.guard(), contextlib.ExitStack() as stack:
         read, directory = begin(wire)
-        parallel = divide(config, make(config, device, read.vocabulary), wire)
-        optimizer = recipe.build(config, callable_of(parallel))
+        mesh = Mesh(**config.axes, device=device, timeout_s=wire.timeout_s, watch=watcher)
+        divided = divide(config, mesh, read.vocabulary)
+        optimizer = recipe.build(config, divided.called)
         restarts = attempt.current() - 1
         log = directory / "log.jsonl"
         again = restarts > 0 or (log.exists() and log.stat().st_size > 0)
@@ -66,12 +67,11 @@ def work(config: TrainConfig, here: Place, begin: Callable[[Wire], tuple[Source,
             (directory / "profile").mkdir(exist_ok=True)
             profile = stack.enter_context(Profile(directory / "profile", device=device))
         stopping = stack.enter_context(Stopping(wire))
-        ended = train(config, parallel, optimizer, read, tell, directory, again, stopping, profile)
+        ended = train(config, divided, optimizer, read, tell, directory, again, stopping, profile)
         if profile is not None and profile.text is not None:
             tell({"event": "profile", "step": PROFILED, "text": profile.text})
     watcher.close()
-    if wire_of(parallel) is not wire:
-        wire_of(parallel).close()
+    mesh.close()
     wire.close()
     return Ended(read, directory, ended, stopping.exit_code if ended == ASKED else 0)
 

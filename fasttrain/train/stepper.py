@@ -14,12 +14,13 @@ from fasttrain.guards.bad_steps import MOST_NAMES, nonfinite
 from fasttrain.guards.later import Arrived, Later
 from fasttrain.parallel import DataParallel, Zero
 from fasttrain.parallel.accumulate import Accumulation
+from fasttrain.parallel.pipeline import Pipeline
 from fasttrain.parallel.sharded import Sharded
 from fasttrain.precision.loss_scale import LossScaler, step_divided
 from fasttrain.train.clock import PhaseClock
 from fasttrain.train.traffic import Traffic
 
-Loss = Callable[[Any, Any], "Tensor | tuple[Tensor, int]"]
+Loss = Callable[[Any, Any], Any]
 
 
 class Numbers(NamedTuple):
@@ -54,10 +55,13 @@ class Stepper:
         model: a module, a `DataParallel`, or what `fasttrain.parallel.shard` returned.
         optimizer: of its parameters; of this package, a `Zero`, or torch's.
         loss: from (model, micro-batch) to the mean loss, a tensor of shape (); or to (sum of losses, number of items),
-            and the gradient is the mean over the items of all micro-batches and ranks.
+            and the gradient is the mean over the items of all micro-batches and ranks. With a pipeline, from a batch to
+            (inputs, targets).
         clip: largest norm of the gradient; 0 does not clip.
         context: makes the context in which `loss` runs (autocast).
         scaler: scales losses; needs an optimizer of this package.
+        pipeline: a `fasttrain.parallel.pipeline.Pipeline` of the model, which has the loss and cuts the batch; it gets
+            `context` and `scaler`.
         clock: what measures the phases "forward_backward", "communication" (what backward did not hide) and
             "optimizer".
 
@@ -68,7 +72,8 @@ class Stepper:
         stop: this rank wishes to stop: the others learn of it with the next step.
 
     Raises:
-        TypeError: a scaler, or a loss with items, with an optimizer of torch.
+        TypeError: a scaler, or a loss with items, with an optimizer of torch; a pipeline of a model that is neither a
+            `DataParallel` nor sharded.
 
     Example:
         >>> from fasttrain.optim import AdamW
@@ -81,55 +86,88 @@ class Stepper:
 
     def __init__(self, model: nn.Module | Sharded, optimizer: Any, loss: Loss, *, clip: float = 0.0,
                  context: Callable[[], AbstractContextManager[Any]] = nullcontext, scaler: LossScaler | None = None,
-                 clock: PhaseClock | None = None):
+                 pipeline: Pipeline | None = None, clock: PhaseClock | None = None):
         self.model: Any = model.module if isinstance(model, Sharded) else model
         self.bare: nn.Module = model.module if isinstance(model, (DataParallel, Sharded)) else model
         self.optimizer, self.loss, self.clip, self.context, self.scaler = optimizer, loss, clip, context, scaler
         self.sharded = model if isinstance(model, Sharded) else None
         self.reducer = model.reducer if isinstance(model, DataParallel) else None
-        owner = self.sharded.everyone if self.sharded else self.reducer.wire if self.reducer else None
-        self.wire: Wire | None = owner
+        self.wire: Wire | None = None  # to all ranks
+        if self.sharded is not None:
+            self.wire = self.sharded.everyone
+        elif self.reducer is not None:
+            mesh = self.reducer.reach.mesh
+            self.wire = self.reducer.wire if mesh is None else mesh.wire()
         self.device = next(self.model.parameters()).device
         self.ours = hasattr(optimizer, "step_scaled") and getattr(optimizer, "_pattern", True) is not None
         if scaler is not None and not self.ours:
             raise TypeError(f"a loss scale needs an optimizer of fasttrain.optim: {type(optimizer).__name__} is not")
+        self.pipeline = pipeline
+        if pipeline is not None:
+            if self.wire is None:
+                raise TypeError(f"a pipeline of a {type(model).__name__}: wrap the model first, in DataParallel(model, "
+                                "mesh=mesh) or shard(model, mesh), also where nobody has a copy of it")
+            pipeline.context, pipeline.scaler = context, scaler
         self.steps = 0
         self.stop = False
         self.clock = clock or PhaseClock(self.device)
-        self.traffic = Traffic(self.wire) if self.wire is not None else None
+        self.traffic = Traffic(self._wires()) if self.wire is not None else None
         self.stepping = False
         self._scale: float | None = None if scaler is None else scaler.get_scale()
         self._later = Later(delay=int(self.device.type == "cuda"))
         self._arrived: list[Arrived] = []
         self._one = torch.ones((), dtype=torch.float64, device=self.device)
 
+    def _wires(self) -> list[Wire]:
+        """Those that a step uses."""
+        found = list(self.reducer.reach.everyone) if self.reducer is not None else []
+        if self.sharded is not None:
+            found += [self.sharded.wire, self.sharded.everyone]
+        if self.pipeline is not None:
+            found.append(self.pipeline.wire)
+        return list({id(wire): wire for wire in found}.values())
+
     def run(self, micro_batches: Sequence[Any]) -> None:
-        """One step. Every rank gives as many micro-batches, of its own part of the data."""
-        accumulate = Accumulation(self.sharded or self.reducer or _Alone(), len(micro_batches))
+        """One step. Every rank gives as many micro-batches, of its own part of the data; a pipeline takes one batch."""
         if self.traffic is not None:
             self.traffic.begin()
         with self.clock("forward_backward"):
-            total = torch.zeros((), dtype=torch.float64, device=self.device)
-            items: int | None = None  # losses are means; 0 are sums without an item on this rank
-            for micro_batch in micro_batches:
-                with accumulate():
-                    with self.context():
-                        result = self.loss(self.model, micro_batch)
-                    if isinstance(result, tuple):
-                        loss, count = result
-                        items = (items or 0) + self._count(count)
-                    else:
-                        loss = result / len(micro_batches)
-                    total += loss.detach()
-                    if self.reducer is not None:
-                        self.reducer.loss, self.reducer.stop = total, self.stop
-                    (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+            total, items = self._accumulated(micro_batches) if self.pipeline is None else self._piped(*micro_batches)
         self._waited("forward_backward")
         with self.clock("optimizer"):
             self._finish(total, items)
         self._waited("optimizer")
         if self.traffic is not None:
             self.traffic.end()
+
+    def _accumulated(self, micro_batches: Sequence[Any]) -> tuple[Tensor, int | None]:
+        """The sum of the losses whose backward passes were made, and of their items; None: they are means."""
+        accumulate = Accumulation(self.sharded or self.reducer or _Alone(), len(micro_batches))
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        items: int | None = None  # losses are means; 0 are sums without an item on this rank
+        for micro_batch in micro_batches:
+            with accumulate():
+                with self.context():
+                    result = self.loss(self.model, micro_batch)
+                if isinstance(result, tuple):
+                    loss, count = result
+                    items = (items or 0) + self._count(count)
+                else:
+                    loss = result / len(micro_batches)
+                total += loss.detach()
+                if self.reducer is not None:
+                    self.reducer.loss, self.reducer.stop = total, self.stop
+                (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        return total, items
+
+    def _piped(self, batch: Any) -> tuple[Tensor, int | None]:
+        """The same, of a batch that a pipeline has worked through."""
+        assert self.pipeline is not None
+        if self.reducer is not None:
+            self.reducer.stop = self.stop
+        self.pipeline.step(*self.loss(self.model, batch))
+        assert self.pipeline.sums is not None
+        return self.pipeline.sums.loss.clone(), self.pipeline.sums.items
 
     def _waited(self, phase: str) -> None:
         """Count what a phase has waited for other ranks as communication."""
@@ -200,16 +238,13 @@ class Stepper:
 
     def _over_ranks(self, loss: Tensor, items: int | None) -> tuple[Tensor, Tensor]:
         """The mean loss and the wishes to stop, over all ranks; of the reducer's they came with the gradients."""
-        stop = self._one * self.stop
         if self.sharded is not None:
-            everyone = self.sharded.everyone
-            loss, stop, items_of_all = everyone.sum_(torch.stack([loss, stop, self._one * (items or 0)]))
-            return loss / (everyone.size if items is None else items_of_all), stop
+            return self.sharded.losses(loss, self.stop, items)
         if self.reducer is not None and not self.reducer.idle:
             sums = self.reducer.sums
             assert sums is not None
-            return sums.loss / (self.reducer.wire.size if items is None else sums.tokens), sums.stop
-        return loss / (1 if items is None else items), stop
+            return sums.loss / (self.reducer.reach.terms if items is None else sums.tokens), sums.stop
+        return loss / (1 if items is None else items), self._one * self.stop
 
     def state_dict(self) -> dict[str, int]:
         """How many steps were made."""

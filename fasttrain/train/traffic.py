@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from fasttrain.dist.wire import Wire
 
 
 class Traffic:
-    """Adds up, over steps and not what lies between them, the bytes of a wire and the seconds that it was waited for.
+    """Adds up, over steps and not what lies between them, the bytes of wires and the seconds that they were waited for.
 
     What is waited for is what computation did not hide. On a GPU the host does not wait, and nothing is measured.
 
     Example:
-        traffic = Traffic(wire)
+        traffic = Traffic([wire])
         for batch in batches:
             traffic.begin()
             loss_of(model, batch).backward()
@@ -24,32 +25,35 @@ class Traffic:
         traffic.per_step()
     """
 
-    def __init__(self, wire: Wire):
-        self.wire = wire
+    def __init__(self, wires: Sequence[Wire]):
+        self.wires = wires
         self.steps, self.bytes, self.seconds = 0, 0, 0.0
+
+    def _sums(self) -> tuple[int, float]:
+        return sum(wire.sent for wire in self.wires), sum(wire.waits.seconds for wire in self.wires)
 
     def begin(self) -> None:
         """A step begins."""
-        self._sent, self._waited = self.wire.sent, self.wire.waits.seconds
+        self._sent, self._waited = self._sums()
 
     def waited(self) -> float:
         """Seconds of waiting since the step began, or since the last call in it."""
-        before, self._waited = self._waited, self.wire.waits.seconds
+        before, (_, self._waited) = self._waited, self._sums()
         self.seconds += self._waited - before
         return self._waited - before
 
     def end(self) -> None:
         """A step has ended."""
         self.waited()
-        self.bytes += self.wire.sent - self._sent
+        self.bytes += self._sums()[0] - self._sent
         self.steps += 1
 
     def per_step(self, all_counted: bool = True) -> dict[str, Any]:
         """Means over the steps: bytes, and seconds of communication that nothing hid. None: not measured.
 
         Arguments:
-            all_counted: all that is sent goes through this wire.
+            all_counted: all that is sent goes through these wires.
         """
-        on_gpu = self.wire.device.type == "cuda"
+        on_gpu = self.wires[0].device.type == "cuda"
         return {"bytes": self.bytes / self.steps if all_counted else None,
                 "exposed_s": None if on_gpu else self.seconds / self.steps}

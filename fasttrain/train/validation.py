@@ -16,7 +16,8 @@ from fasttrain.dist.mesh import MEAN, Mesh
 from fasttrain.dist.wire import Wire
 from fasttrain.train.config import TrainConfig
 from fasttrain.train.making import precision_of
-from fasttrain.train.model import IGNORED, VOCABULARY, nats_of_logits, own_positions
+from fasttrain.train.model import VOCABULARY
+from fasttrain.train.objective import IGNORED, nats_of_logits, own_positions
 from fasttrain.train.tokens import cut
 
 Record = dict[str, Any]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fasttrain.optim.local import local
-from fasttrain.parallel.building import hugging_face
+from fasttrain.parallel.building.buffers import build_all, builders_of
 from fasttrain.parallel.building.defaults import Rules, rules_of
 from fasttrain.parallel.building.places import indices
 from fasttrain.parallel.building.rules import Rule, key_of
@@ -60,7 +60,7 @@ def materialize(model: M, *, seed: int, rules: Rules | None = None, device: torc
         ...     model = nn.Sequential(nn.Embedding(1000, 64), nn.Linear(64, 10))
         >>> model = materialize(model, seed=0, rules={"1.bias": Zeros()})
         >>> model[0].weight.std(), model[1].bias.sum()
-        (tensor(1.00..., grad_fn=...), tensor(0., grad_fn=...))
+        (tensor(0.9965, grad_fn=...), tensor(0., grad_fn=...))
     """
     found = [one for one in held(model, tied) if one.on_meta or (everything and one.is_parameter)]
     chosen = rules_of(model, found, rules)
@@ -72,8 +72,7 @@ def materialize(model: M, *, seed: int, rules: Rules | None = None, device: torc
         for one in found:
             if (rule := chosen[one.name]) is not None:
                 fill(one, rule, key_of(seed, one.name), where)
-        for module in {id(each): each for each in builders.values()}.values():
-            build(module, [one for one in computed if builders.get(one.name) is module], where)
+        build_all(computed, builders, where)
     return model
 
 
@@ -89,39 +88,6 @@ def fill(one: Held, rule: Rule, key: int, device: torch.device | None) -> None:
         out.copy_(rows)
     if one.on_meta:
         replace(one, out)
-
-
-# --- Buffers that are computed ----------------------------------------------------------------------------------------
-
-def builders_of(model: nn.Module, buffers: list[Held]) -> dict[str, nn.Module]:
-    """By the name of a buffer the innermost module that computes it."""
-    found = {}
-    for one in buffers:
-        owner = one.sites[0][0]
-        for module in model.modules():
-            if any(inner is owner for inner in module.modules()) and (
-                    callable(getattr(module, "build_buffers", None)) or hugging_face.has_tables(module)):
-                found[one.name] = module
-    return found
-
-
-def build(module: Any, buffers: list[Held], device: torch.device | None) -> None:
-    """Have a module compute buffers, which keep their dtypes."""
-    where = device_for(buffers[0], device)
-    with torch.device(where):
-        made: dict[str, Tensor] = {}
-        if callable(getattr(module, "build_buffers", None)):
-            module.build_buffers()
-        else:
-            made = hugging_face.rotary_tables(module)
-    for one in buffers:
-        owner, attribute = one.sites[0]
-        new = made.get(attribute, owner._buffers[attribute])
-        if new is None or new.is_meta or new.shape != one.tensor.shape:
-            raise ValueError(f"build_buffers() of {type(module).__name__} left {one.name} "
-                             f"{'on meta' if new is None or new.is_meta else f'of shape {tuple(new.shape)}'}: it is to "
-                             f"assign a tensor of shape {tuple(one.tensor.shape)} on torch's default device")
-        replace(one, new.to(where, one.tensor.dtype))
 
 
 def check(found: list[Held], chosen: Mapping[str, Rule | None], builders: Mapping[str, nn.Module]) -> None:

@@ -14,17 +14,17 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-from fasttrain.precision.draws import operand_key, parameter_key, random_bits, step_key
+from fasttrain.precision.draws import WORD, operand_key, parameter_key, random_words, step_key
 from fasttrain.precision.quantile import normal_quantile, share
 
 WEIGHTS = 1 << 16  # beyond the operands that rounding draws for
 LEAST = 1e-3       # of the normal distribution has to lie within the bounds
 
 
-def key_of(seed: int, name: str) -> int:
-    """The key of a parameter's first values."""
+def key_of(seed: int, name: str, step: int = 0, operand: int = WEIGHTS) -> int:
+    """The key of what is drawn for a name: of a parameter's first values."""
     identity = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
-    return operand_key(parameter_key(step_key(seed, 0), identity), WEIGHTS)
+    return operand_key(parameter_key(step_key(seed, step), identity), operand)
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Rule:
             Of the shape of `index`: computed in float64, rounded once to float32 and from there to `dtype`, or once
             to float64.
         """
-        found = self.drawn(share(random_bits(key, index)))
+        found = self.drawn(share(random_words(key, index).long() & WORD))
         return found if dtype == torch.float64 else found.float().to(dtype)
 
     def drawn(self, u: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ class Normal(Rule):
 
     Example:
         >>> Normal(0.02).values(key_of(0, "weight"), torch.arange(3))
-        tensor([ 0.0011, -0.0239,  0.0070])
+        tensor([ 0.0092,  0.0020, -0.0266])
     """
 
     std: float = 1.0

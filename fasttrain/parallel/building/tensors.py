@@ -15,7 +15,7 @@ from fasttrain.parallel.tensor.partial import declare, declared
 from fasttrain.parallel.wrapped import bare, clean_name, inside_of
 
 
-@dataclass
+@dataclass(eq=False)
 class Held:
     """A parameter or a buffer, once, wherever it stands.
 

@@ -42,18 +42,18 @@ class _Grouped(torch.autograd.Function):
         return by_rows, by_weight, None
 
 
-def in_one_call(rows: Tensor, *sizes: int) -> bool:
+def in_one_call(*tensors: Tensor) -> bool:
     """Whether torch multiplies all groups in one kernel, and the host need not know how large they are.
 
-    So it is for bfloat16 on GPUs, whose kernels take rows of a multiple of 16 bytes.
+    So it is for bfloat16 on GPUs, whose kernels take rows of a multiple of 16 bytes, and one row at least.
     """
-    return (rows.device.type == "cuda" and rows.dtype == torch.bfloat16
-            and all(size * rows.itemsize % 16 == 0 for size in sizes))
+    return all(t.device.type == "cuda" and t.dtype == torch.bfloat16 and len(t) > 0 and t.data_ptr() % 16 == 0
+               and all(size * t.itemsize % 16 == 0 for size in t.shape[1:]) for t in tensors)
 
 
 def _rows(rows: Tensor, matrices: Tensor, counts: Tensor) -> Tensor:
     """``rows[i] @ matrices[e]``, matrices of shape (experts, K, N)."""
-    if in_one_call(rows, *matrices.shape[1:]):
+    if in_one_call(rows, matrices):
         return _rows_in_one(rows, matrices, counts)
     out = rows.new_empty(len(rows), matrices.shape[2])
     for part, matrix, into in zip(rows.split(counts.tolist()), matrices, out.split(counts.tolist()), strict=True):
@@ -63,7 +63,7 @@ def _rows(rows: Tensor, matrices: Tensor, counts: Tensor) -> Tensor:
 
 def _matrices(left: Tensor, right: Tensor, counts: Tensor) -> Tensor:
     """``left[e].T @ right[e]`` for the rows of each expert: (experts, N, K) from (M, N) and (M, K)."""
-    if in_one_call(left, left.shape[1], right.shape[1]):
+    if in_one_call(left, right):
         return _matrices_in_one(left, right, counts)
     out = left.new_empty(len(counts), left.shape[1], right.shape[1])
     for a, b, into in zip(left.split(counts.tolist()), right.split(counts.tolist()), out, strict=True):
@@ -77,7 +77,8 @@ def _rows_in_one(rows: Tensor, matrices: Tensor, counts: Tensor) -> Tensor:
 
 def _matrices_in_one(left: Tensor, right: Tensor, counts: Tensor) -> Tensor:
     found = F.grouped_mm(left.t(), right, offs=_ends(counts))
-    return found.masked_fill_((counts == 0)[:, None, None], 0)  # what it leaves for no rows, torch does not say
+    # On some GPUs it leaves what was in memory for groups of no rows: github.com/pytorch/pytorch/issues/172439.
+    return found.masked_fill_((counts == 0)[:, None, None], 0)
 
 
 def _ends(counts: Tensor) -> Tensor:

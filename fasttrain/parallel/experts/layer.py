@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -132,7 +133,7 @@ class MoE(Boxed):
         self.experts.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Of the shape of x: (..., C)."""
+        """Of the shape of x: (..., C). On the meta device shapes and operations only, those of equally busy experts."""
         width = self.router.weight.shape[1]
         if isinstance(x, DTensor):
             raise TypeError(f"a mixture of experts takes plain tensors, and got a DTensor placed {x.placements}: give "
@@ -141,7 +142,13 @@ class MoE(Boxed):
             raise ValueError(f"tokens of shape {tuple(x.shape)}: give (..., {width}), with one dimension of tokens or "
                              "more before the features")
         tokens = x.reshape(-1, width)
+        if x.is_meta:  # who counts operations has no numbers to route by, and no ranks to ask
+            choices = F.linear(tokens, self.router.weight)[:, :1].expand(-1, self.router.top_k).reshape(-1, 1)
+            found = self.experts.imagined(tokens.repeat_interleave(self.router.top_k, 0)) * choices
+            return found.view(len(tokens), self.router.top_k, width).sum(1).to(x.dtype).view(x.shape)
         routing = self.router(tokens)
+        if torch.is_autocast_enabled(x.device.type):  # so they travel in that dtype
+            tokens = tokens.to(torch.get_autocast_dtype(x.device.type))
         if self.ranks.tensor is None:
             weights = routing.weights
         else:  # each rank of it has a term of their derivative

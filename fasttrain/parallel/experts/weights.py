@@ -43,6 +43,7 @@ class Experts(nn.Module):
     """
 
     gate: nn.Parameter | None
+    divides_itself = True  # `tensor_parallel` leaves its parameters as they are
 
     def __init__(self, width: int, hidden: int, experts: int, *, activation: str | Activation | None = None,
                  gated: bool = False, mesh: Mesh | None = None, device: torch.device | str | None = None,
@@ -100,18 +101,23 @@ class Experts(nn.Module):
         """Rows (experts of this rank, S, width), as many of each expert."""
         return self._through(rows, lambda x, weight: torch.bmm(x, weight.transpose(1, 2)))
 
+    def imagined(self, rows: Tensor) -> Tensor:
+        """Rows (M, width) on the meta device, which have no experts: as many operations as with some."""
+        return self._layers(rows, lambda x, weight: torch.mm(x, weight[0].t()))
+
     def _through(self, rows: Tensor, multiply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         kind = rows.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-
-        def times(x: Tensor, parameter: Tensor) -> Tensor:
-            return multiply(x, local(parameter).to(dtype or parameter.dtype))
-
+        if not torch.is_autocast_enabled(kind):
+            return self._layers(rows, multiply)
+        dtype = torch.get_autocast_dtype(kind)
         with torch.autocast(kind, enabled=False):
-            rows = rows.to(dtype or rows.dtype)
-            if self.gate is None:
-                return times(self.activation(times(rows, self.up)), self.down)
-            return times(self.activation(times(rows, self.gate)) * times(rows, self.up), self.down)
+            return self._layers(rows.to(dtype), lambda x, weight: multiply(x, weight.to(dtype)))
+
+    def _layers(self, rows: Tensor, multiply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        up = multiply(rows, local(self.up))
+        if self.gate is None:
+            return multiply(self.activation(up), local(self.down))
+        return multiply(self.activation(multiply(rows, local(self.gate))) * up, local(self.down))
 
     def extra_repr(self) -> str:
         experts, hidden, width = self.shape

@@ -14,6 +14,7 @@ from fasttrain.dist.wire import Wire
 from fasttrain.parallel.pipeline import costs as costing
 from fasttrain.parallel.pipeline import cuts, held, schedules, tied
 from fasttrain.parallel.pipeline.parts import names_in, parted, whole
+from fasttrain.parallel.ties import TOLD
 
 
 def split(model: Any, mesh: Mesh, stages_per_rank: int | None = None, costs: str | Sequence[float] | None = None,
@@ -69,6 +70,7 @@ def split(model: Any, mesh: Mesh, stages_per_rank: int | None = None, costs: str
     parted(model).keep([part for stage in mine for part in stages[stage]])
     setattr(model, held.MARK, held.Held(schedule.lower(), placement, rank, stages, sums,
                                         {stage: uses[stage] for stage in mine}, ties))
+    setattr(model, TOLD, held.ties(model))
     return model
 
 

@@ -23,7 +23,7 @@ def check_bare(model: nn.Module, device_type: str) -> None:
                              "tensor_parallel on the bare model first, and wrap or compile what it returns")
     p: Any  # a DTensor has more attributes than a Parameter
     for name, p in model.named_parameters():
-        if is_dtensor(p):
+        if is_dtensor(p) and not getattr(model.get_submodule(name.rpartition(".")[0]), "divides_itself", False):
             raise ValueError(f"{name} is a DTensor already, placed {tuple(p.placements)}: call tensor_parallel once, "
                              "on the bare model, before shard or fully_shard")
         if not p.is_meta and p.device.type != device_type:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from fasttrain.dist.mesh import AXES, Mesh
+from fasttrain.optim.local import is_dtensor
 from fasttrain.parallel.tensor import partial
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def tensor_parallel(model: nn.Module, mesh: Mesh | DeviceMesh,
             - ``"column"``: a Linear of which each rank computes some of the features that go out;
             - ``"row"``: a Linear that reads them, whose outputs are added over the ranks;
             - ``"vocabulary"``: an Embedding, or the Linear that gives logits, cut by tokens; evenly or not;
-            - ``"sequence"``: a norm, or whatever treats each position by itself, on the rank's own positions;
+            - ``"sequence"``: a norm, a Dropout, whatever treats each position by itself, on the rank's own positions;
             - ``"replicate"``: a module that needs all positions, computed by every rank;
             - a ParallelStyle of torch, or of `fasttrain.parallel.tensor.styles`.
 
@@ -69,6 +70,7 @@ def tensor_parallel(model: nn.Module, mesh: Mesh | DeviceMesh,
     if axis is None:
         return model
     from fasttrain.parallel.tensor import checks
+    from fasttrain.parallel.tensor.dropout import watch
     from fasttrain.parallel.tensor.names import resolved
     from fasttrain.parallel.tensor.ready import ready_plan
 
@@ -84,6 +86,7 @@ def tensor_parallel(model: nn.Module, mesh: Mesh | DeviceMesh,
     share(model, {name: style for name, (_, style) in styles.items() if isinstance(given[name][1], str)})
     for name, (_, style) in styles.items():
         attach(name, model.get_submodule(name), axis, style)
+    watch(model, axis)
     return model
 
 
@@ -116,6 +119,7 @@ def made(name: str, module: nn.Module, wanted: Any, sequence: bool, whole: bool)
     from torch.distributed.tensor.parallel import ParallelStyle
 
     from fasttrain.parallel.tensor import moves
+    from fasttrain.parallel.tensor.dropout import Dropped
     from fasttrain.parallel.tensor.styles import Column, Row, Style, Whole
     from fasttrain.parallel.tensor.vocabulary import Head, Lookup
 
@@ -135,6 +139,8 @@ def made(name: str, module: nn.Module, wanted: Any, sequence: bool, whole: bool)
         return Lookup(moves.leave(sequence))
     if wanted == "replicate" and sequence:
         return Whole()
+    if wanted == "sequence" and sequence and isinstance(module, nn.Dropout):
+        return Dropped()
     return Style(addends=sequence and wanted == "sequence")
 
 
@@ -154,7 +160,8 @@ def place(model: nn.Module, axis: DeviceMesh, placements: Mapping[int, Any]) -> 
                     twins[id(p)] = distributed(p, axis, placements[id(p)])
                 else:
                     twins[id(p)] = p
-                    p.copy_(agreed(p, axis))
+                    if not is_dtensor(p):  # a module that divides itself has seen to its own
+                        p.copy_(agreed(p, axis))
             module._parameters[name] = twins[id(p)]
     for buffer in model.buffers():
         if buffer.is_floating_point():

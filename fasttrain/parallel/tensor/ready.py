@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from fasttrain.parallel.tensor.dropout import Dropped
 from fasttrain.parallel.tensor.moves import CUT, JOIN, enter, leave
 from fasttrain.parallel.tensor.names import matches
 from fasttrain.parallel.tensor.styles import Column, Row, Style
@@ -37,23 +38,30 @@ def first_like(model: nn.Module, pattern: str) -> Any:
 
 
 def gpt(model: nn.Module, sequence: bool, whole: bool) -> Ready | None:
-    """`fasttrain.train.model.GPT`: `qkv` in the order of key heads, a gate or none, the head tied or not.
+    """`fasttrain.train.model.GPT`: `qkv` by key heads, a gate or experts or neither, the head tied or not.
 
-    What leaves a norm goes to columns only, so it is brought to them there, once.
+    What leaves a norm goes to columns only, so it is brought to them there, once. A mixture of experts divides its own
+    matrices, and takes and gives all positions whole.
     """
     block = first_like(model, "blocks.*")
-    if not all(hasattr(block, name) for name in ("norm_attention", "qkv", "out", "norm_feed", "up", "down", "shared")):
+    if not all(hasattr(block, name) for name in ("norm_attention", "qkv", "out", "norm_feed", "mixture", "shared")):
         return None
     norm = Style(output=enter(sequence), addends=sequence)
-    columns, rows = Column(None), Row(leave(sequence), sequence)
+    if block.mixture is not None:
+        feed = {"blocks.*.norm_feed": Style(output=JOIN if sequence else None, addends=sequence),
+                "blocks.*.mixture": Style(output=CUT if sequence else None), "blocks.*.mixture.router": Style(),
+                "blocks.*.mixture.experts": Style()}
+    else:
+        feed = {"blocks.*.norm_feed": norm, "blocks.*.gate": Column(None), "blocks.*.up": Column(None),
+                "blocks.*.down": Row(leave(sequence), sequence)}
     return Ready("the GPT of the main job", {
         "embedding.bytes": Lookup(None), "embedding.endings.*": Lookup(None),  # their addends are added before the sum
         "embedding": Style(output=leave(sequence)),
         "blocks.*.norm_attention": norm,
         "blocks.*.qkv": Column(None, unit=(block.shared + 2) * block.features, units="heads of keys"),
-        "blocks.*.out": rows,
-        "blocks.*.norm_feed": norm, "blocks.*.gate": columns, "blocks.*.up": columns, "blocks.*.down": rows,
+        "blocks.*.out": Row(leave(sequence), sequence), **feed,
         "norm": norm, "head": Head(None, whole),
+        **({"drop*": Dropped(), "blocks.*.drop*": Dropped()} if sequence else {}),
     }, ("blocks.*",))
 
 
@@ -103,6 +111,7 @@ def gpt2(model: nn.Module, sequence: bool, whole: bool) -> Ready | None:
     }
     if sequence:
         plan |= {f"{base}h.0": Style(CUT), f"{block}.ln_[12]": Style(addends=True),
+                 f"{block}.attn.resid_dropout": Dropped(), f"{block}.mlp.dropout": Dropped(),
                  f"{base}ln_f": Style(output=JOIN, addends=True)}
     return Ready("GPT-2", plan, (block,) if sequence else (f"{block}.attn", f"{block}.mlp", f"{block}.crossattention"))
 
