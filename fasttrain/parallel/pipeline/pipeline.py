@@ -106,10 +106,10 @@ class Pipeline:
 
     def _check(self) -> None:
         kind, placement = schedules.kind(self.schedule), self.held.placement
-        schedules.placed(self.schedule, placement.ranks, placement.each)
-        if kind.shape != placement.shape:
-            raise ValueError(f"the schedule {self.schedule!r} has its stages in a {kind.shape}, and the model was "
-                             f"split for {self.held.schedule!r}, in a {placement.shape}: give schedule to split()")
+        if kind.shape != placement.shape or (kind.exactly and kind.each != placement.each):
+            raise ValueError(f"the schedule {self.schedule!r} has {kind.each} stages on each rank, in a {kind.shape}, "
+                             f"and the model was split for {self.held.schedule!r}, with {placement.each} in a "
+                             f"{placement.shape}: give schedule to split()")
         if placement.ranks != self.mesh.sizes["pipeline"]:
             raise ValueError(f"the model was split over {placement.ranks} ranks, and the mesh has "
                              f"{self.mesh.sizes['pipeline']} along pipeline: take the mesh that split() had")
