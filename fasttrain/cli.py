@@ -21,8 +21,8 @@ from fasttrain.train.config import BadInput, TrainConfig
 from fasttrain.train.options import config_argument, from_file
 from fasttrain.train.place import Place, place
 
-COMMANDS = (("tokenize", Tokenize), ("compare", Compare), ("report", Report), ("schedule", DrawSchedule), ("plan", Plan),
-            ("verify", Verify), ("inspect", Inspect), ("demo", Demo),
+COMMANDS = (("tokenize", Tokenize), ("compare", Compare), ("report", Report), ("schedule", DrawSchedule),
+            ("plan", Plan), ("verify", Verify), ("inspect", Inspect), ("demo", Demo),
             ("doctor", Doctor))
 Command = Tokenize | Compare | Report | DrawSchedule | Plan | Verify | Inspect | Demo | Doctor
 

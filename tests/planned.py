@@ -16,7 +16,8 @@ from fasttrain.plan import shapes, tensors
 from fasttrain.plan.job import Job
 from fasttrain.precision.mixed import Precision
 from fasttrain.train.blocks import recompute
-from fasttrain.train.model import GPT, loss_of
+from fasttrain.train.model import GPT
+from fasttrain.train.objective import loss_of
 
 LAYERS, WIDTH, HEADS, ROWS, VOCABULARY, BATCH, POSITIONS = 3, 64, 4, 50, 96, 4, 16
 

@@ -40,14 +40,18 @@ def own_loss(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     return model(input_ids=tokens[:, 1:], labels=tokens[:, 1:]).loss
 
 
+VOCABULARY, WHOLE = (entropy, 1e-10, "vocabulary"), (own_loss, 1e-5, "whole")  # their losses are made in float32
+CASES = {4: [("Llama", True, WHOLE), ("GPT2", False, VOCABULARY), ("GPT2", True, VOCABULARY)],
+         2: [("Llama", False, VOCABULARY), ("Mistral", True, VOCABULARY), ("Qwen2", True, WHOLE),
+             ("Qwen3", True, VOCABULARY), ("GPT2", True, WHOLE)]}
+
+
 def trained(wire: Any) -> None:
-    """Half of the kinds on each mesh in the one form, half in the other."""
     torch.manual_seed(1)
-    for turn, mesh in enumerate((Mesh(tensor=4), Mesh(tensor=2))):
-        for number, kind in enumerate(KINDS):
-            batches, sequence = list(torch.randint(50, (STEPS, 3, 13))), (number + turn) % 2 == 0
-            # Their losses are computed in float32.
-            loss, bound, whole = ((own_loss, 1e-5, "whole"), (entropy, 1e-10, "vocabulary"))[number % 3 != turn]
+    for size, cases in CASES.items():
+        mesh = Mesh(tensor=size)
+        for kind, sequence, (loss, bound, whole) in cases:
+            batches = list(torch.randint(50, (STEPS, 3, 13)))
             compare(built(kind), mesh, batches, loss, bound, sequence=sequence, loss=whole)
     bare = built("Llama").model  # without a head
     wanted = bare(batches[0][:, 1:]).last_hidden_state

@@ -76,8 +76,8 @@ def problem(schedule: str, pipeline: int, micro_batches: int) -> str | None:
     if schedule in ("interleaved", "zero-bubble"):
         rounds = max(1, micro_batches // pipeline)
         if micro_batches < pipeline or micro_batches % rounds:
-            return (f"{schedule} over {pipeline} ranks takes micro-batches in equal rounds of {pipeline} or more, and a "
-                    f"rank has {micro_batches}")
+            return (f"{schedule} over {pipeline} ranks takes micro-batches in equal rounds of {pipeline} or more, and "
+                    f"a rank has {micro_batches}")
     if schedule == "zbv" and micro_batches < 2 * pipeline - 1:
         return f"zbv over {pipeline} ranks needs {2 * pipeline - 1} micro-batches, and a rank has {micro_batches}"
     return None

@@ -40,8 +40,8 @@ class Plan:
     precision: Literal["fp32", "bf16", "bf16-pure"] = "bf16-pure"
     """As of train."""
     storage: str | None = None
-    """How the optimizer keeps its states: plain, mixed, split, 10-byte, 8-byte, 7-byte, 6-byte, 5-byte. Without it: split
-    where parameters have 16 bits, else plain."""
+    """How the optimizer keeps its states: plain, mixed, split, 10-byte, 8-byte, 7-byte, 6-byte, 5-byte. Without it:
+    split where parameters have 16 bits, else plain."""
     optimizer: str = "AdamW"
     """One of fasttrain.optim that steps element by element."""
     grad_dtype: Literal["same", "fp32"] = "same"
@@ -138,8 +138,8 @@ class Plan:
         names = (*MODEL, "kv_heads", "gated", "tied")
         given = {name: value for name in names if (value := getattr(self, name)) not in (None, False)}
         if self.model == "gpt" and not Path(self.model).exists():
-            return shapes.ours(**{**MODEL, **given})  # type: ignore[arg-type]
+            return shapes.ours(**{**MODEL, **given})
         if given:
-            raise BadInput(f"--{next(iter(given)).replace('_', '-')} with {self.model}, whose sizes are known: leave it out, "
-                           "or plan gpt")
+            raise BadInput(f"--{next(iter(given)).replace('_', '-')} with {self.model}, whose sizes are known: leave "
+                           "it out, or plan gpt")
         return shapes.named(self.model)

@@ -99,13 +99,13 @@ class Assumed:
     def told(self, device: Device) -> list[str]:
         """In words."""
         return [
-            f"{device.name}: {device.memory / 1e9:.0f} GB, {device.flops / 1e12:.0f} TFLOP/s in 16 bits, of which products "
-            f"and attention reach {self.products:.0%}; memory at {device.bandwidth / 1e12:.2f} TB/s, of which a step of the "
-            f"optimizer reaches {self.memory:.0%}",
-            f"nodes of {self.per_node}; each GPU sends {(self.inside or device.inside) / 1e9:.0f} GB/s inside its node and "
-            f"{(self.across or device.across) / 1e9:.0f} GB/s across, of which collectives reach {self.links:.0%}; no "
-            "latency; a ring is as slow as its slowest link",
+            f"{device.name}: {device.memory / 1e9:.0f} GB, {device.flops / 1e12:.0f} TFLOP/s in 16 bits, of which "
+            f"products and attention reach {self.products:.0%}; memory at {device.bandwidth / 1e12:.2f} TB/s, of which "
+            f"a step of the optimizer reaches {self.memory:.0%}",
+            f"nodes of {self.per_node}; each GPU sends {(self.inside or device.inside) / 1e9:.0f} GB/s inside its node "
+            f"and {(self.across or device.across) / 1e9:.0f} GB/s across, of which collectives reach {self.links:.0%}; "
+            "no latency; a ring is as slow as its slowest link",
             "tensor, context and expert traffic waits for nothing and hides under nothing; gradients hide under the "
-            "backward pass of one micro-batch, and what ZeRO 3 gathers under all that is computed; parameters that ZeRO 1 "
-            "and 2 gather hide under nothing; between stages only the filling and draining of the pipeline waits",
+            "backward pass of one micro-batch, and what ZeRO 3 gathers under all that is computed; parameters that "
+            "ZeRO 1 and 2 gather hide under nothing; between stages only filling and draining the pipeline waits",
         ]

@@ -1,7 +1,8 @@
 """What autograd keeps between the forward and the backward pass of a micro-batch, item by item.
 
-Of the main job's GPT these are the tensors that its operators keep, on a CPU counted by a test to the byte. Of published
-models it is the count of Korthikanti et al., arXiv 2205.05198, section 4: one list, of which equations 1 to 4 are sums.
+Of the main job's GPT these are the tensors that its operators keep, on a CPU counted by a test to the byte. Of
+published models it is the count of Korthikanti et al., arXiv 2205.05198, section 4: one list, of which equations 1 to 4
+are sums.
 """
 
 from __future__ import annotations

@@ -1,8 +1,13 @@
-"""What a rank has in memory at its fullest moment, part by part."""
+"""What a rank has in memory at its fullest moment, part by part.
+
+The moments that can be: the loss of a micro-batch, the backward pass of its last block and of its first, and that of
+the embedding. What autograd keeps is least at the end, gradients most; where gradients have buckets, or were added up
+over micro-batches before, they are all there at any time.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from fasttrain.plan import bubbles, kept, states, tensors, traffic
@@ -11,13 +16,14 @@ from fasttrain.plan.tensors import Stage
 
 
 class Memory(NamedTuple):
-    """Bytes on one rank.
+    """Bytes on one rank at its fullest moment.
 
     Attributes:
-        weights, gradients, states, gathered: see `fasttrain.plan.states.Kept`.
-        activations: what autograd keeps of all micro-batches that are between forward and backward, without logits.
-        logits: what the loss keeps, and the gradient of the logits.
-        working: what a block makes for a while: all that it keeps, where it is recomputed; else its largest gradients.
+        weights, gradients, states, gathered: see `fasttrain.plan.states.Kept`; the gradients are those of then.
+        activations: what autograd keeps of all micro-batches that are between forward and backward, without the head.
+        logits: what it keeps of the head and the loss, and while that is differentiated two more of the logits' size.
+        working: what a block's backward pass makes for a while, and keeps again where it is recomputed; a gradient that
+            is on its way to its bucket.
         buffers: between stages of a pipeline, in which activations and gradients arrive.
     """
 
@@ -46,23 +52,72 @@ def telling(way: Way) -> Sequence[int]:
 
 
 def memory(job: Job, way: Way, here: Stage) -> Memory:
-    """What a rank has in memory."""
+    """What a rank has in memory at its fullest moment."""
+    return max(moments(job, way, here), key=lambda one: one.total)
+
+
+def moments(job: Job, way: Way, here: Stage) -> Iterator[Memory]:
+    """What it has at each moment that can be the fullest."""
     has = states.kept(here, job, way)
-    micro_batches = way.micro_batches(job)
+    m = way.micro_batches(job)
     each, head = kept.of_stage(here, job, way)
-    live = bubbles.live(way.schedule, way.pipeline, here.rank, micro_batches, way.chunks)
-    logits = way.tokens(job) * -(-job.shape.vocabulary // way.tensor) if head else 0
-    heads = bubbles.live_head(way.schedule, way.pipeline, micro_batches) * head
-    return Memory(has.weights, has.gradients, has.states, has.gathered, live * each, heads + kept.FP32 * logits,
-                  working(job, way, here), buffers(job, way, here, micro_batches))
+    live = bubbles.live(way.schedule, way.pipeline, here.rank, m, way.chunks)
+    heads = bubbles.live_head(way.schedule, way.pipeline, m)
+    arrives = buffers(job, way, here, m)
+    steady = way.terms > 1 or m > 1  # gradients are all there at any time
+
+    def at(gradients: float, activations: float, logits: float, working: float) -> Memory:
+        return Memory(has.weights, has.gradients if steady else gradients, has.states, has.gathered, activations,
+                      logits, working, arrives)
+
+    if head:
+        copies = 2 * kept.FP32 * way.tokens(job) * job.shape.vocabulary if way.tensor == 1 else 0
+        yield at(0, live * each, heads * head + copies, 0)
+    own = here.elements * job.grad
+    if here.blocks:
+        block = _elements(here, "blocks.") / here.blocks * job.grad
+        first = _elements(here, "embedding") * job.grad
+        largest = max(one.numel for one in here.held if one.name.startswith("blocks.")) * job.grad
+        makes = working(job, way) + (largest if steady else 0)
+        down = job.shape.hidden * job.shape.width / way.tensor * job.grad
+        yield at(own - first - here.blocks * block + down, live * each, (heads - 1) * head, makes)
+        before = kept.of_block(job, way) * (here.blocks - 1)
+        yield at(own - first - block + down, live * each - before, (heads - 1) * head, makes)
+    if "embedding" in here.parts:
+        table = max(one.numel for one in here.held if one.name.startswith("embedding.")) * job.grad
+        rest = (live - 1) * each + kept.of_embedding(job, way)
+        yield at(own, rest, (heads - 1) * head, _handed_on(job, way) + (table if steady else 0))
+    yield at(own, (live - 1) * each, (heads - 1) * head, 0)
 
 
-def working(job: Job, way: Way, here: Stage) -> float:
-    """Bytes that are made and let go within a block's forward or backward pass."""
-    inside = job.shape.hidden * (job.shape.top_k or 1) * (2 if job.shape.gated else 1)
-    made = way.tokens(job) * 2 * inside * job.act / way.tensor  # a gradient of what is inside, and of what made it
-    again = kept.whole_block(job, way) if way.recompute != "none" else 0.0
-    return made + again if here.blocks else 0.0
+def _elements(here: Stage, start: str) -> int:
+    return sum(one.numel for one in here.held if one.name.startswith(start))
+
+
+def _handed_on(job: Job, way: Way) -> float:
+    """Bytes of a gradient between two blocks."""
+    return way.tokens(job) * job.shape.width * kept.stream(job) / (way.tensor if way.sequence else 1)
+
+
+def working(job: Job, way: Way) -> float:
+    """Bytes that are made for a while within a block's backward pass, beyond what is kept until then.
+
+    Differentiating what is inside the feed-forward part takes four tensors of its hidden features without a gate, three
+    with, and one that was kept is let go. What is recomputed is there in whole then; what was kept of it selectively
+    is a part of that.
+    """
+    shape, tokens, a = job.shape, way.tokens(job), job.act
+    hidden = tokens * shape.hidden * (shape.top_k or 1) * a / way.tensor
+    made = hidden * (2 if shape.gated else 3) + _handed_on(job, way)
+    if way.recompute == "none":
+        return made
+    made += kept.whole_block(job, way)
+    if kept.stream(job) == a == kept.FP32:  # the block's input is what its first norm keeps
+        made -= _handed_on(job, way)
+    if way.recompute == "selective":
+        made -= tokens * (a * (2 * shape.queries + 2 * shape.keys) + kept.FP32 * shape.heads) / way.tensor
+        made -= hidden * (2 if shape.gated else 1) + tokens * a * shape.width
+    return made
 
 
 def buffers(job: Job, way: Way, here: Stage, micro_batches: int) -> float:

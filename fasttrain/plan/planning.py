@@ -78,7 +78,7 @@ def look(job: Job, way: Way, device: Device, assumed: Assumed) -> Planned:
 
 def plan(job: Job, gpus: int, device: Device, assumed: Assumed | None = None,
          asked: Asked | None = None) -> tuple[list[Planned], Counter[str]]:
-    """All ways of dividing a job over so many GPUs, those that fit first, then the fastest; where none fits the smallest.
+    """All ways of dividing a job over so many GPUs, the fastest that fit first; where none fits, the smallest.
 
     Returns:
         The ways, and how many are none, by the reason.

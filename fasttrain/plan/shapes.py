@@ -1,4 +1,4 @@
-"""What a plan has to know of a model: its sizes, from options, from a config.json, or from a table of published ones."""
+"""What a plan has to know of a model: its sizes, from options, from a config.json, or from a table of known ones."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ class Shape:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise BadInput(f"{self.name}: {name} is {value!r}: give an integer of at least 1")
         if self.heads % self.kv_heads:
-            raise BadInput(f"{self.name}: {self.heads} heads cannot share {self.kv_heads} heads of keys and values: give "
-                           f"a divisor of {self.heads}")
+            raise BadInput(f"{self.name}: {self.heads} heads cannot share {self.kv_heads} heads of keys and values: "
+                           f"give a divisor of {self.heads}")
         if self.experts and not 0 < self.top_k <= self.experts:
             raise BadInput(f"{self.name}: each token goes to {self.top_k} of {self.experts} experts: give 1 to "
                            f"{self.experts}")
@@ -127,8 +127,8 @@ def named(model: str) -> Shape:
     if path.is_dir():
         path = path / "config.json"
     if not path.exists():
-        raise BadInput(f"{model}: neither a file nor a name: give gpt (and its options), {', '.join(NAMED)}, or the path "
-                       "of a config.json")
+        raise BadInput(f"{model}: neither a file nor a name: give gpt (and its options), {', '.join(NAMED)}, or the "
+                       "path of a config.json")
     try:
         config = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -150,7 +150,8 @@ def from_config(config: Any, name: str) -> Shape:
             width, heads = config["n_embd"], config["n_head"]
             return Shape(name, "gpt2", config["n_layer"], width, heads, heads, width // heads,
                          config.get("n_inner") or 4 * width, config["vocab_size"], config["n_positions"],
-                         config.get("tie_word_embeddings", True), False, bool(config.get("resid_pdrop", 0.1)), source=name)
+                         config.get("tie_word_embeddings", True), False, bool(config.get("resid_pdrop", 0.1)),
+                         source=name)
         if config.get("attention_bias") or config.get("mlp_bias"):
             raise BadInput(f"{name}: its layers have biases, which plans of Llama-like models do not count")
         width, heads = config["hidden_size"], config["num_attention_heads"]

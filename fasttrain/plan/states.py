@@ -98,7 +98,8 @@ def _sharded(held: Sequence[Held], job: Job, shard: int) -> Kept:
         blocks[unit] = blocks.get(unit, 0) + one.numel
     largest = sorted(blocks.values(), reverse=True)
     gathered = sum(largest[:2]) * job.param + largest[0] * job.grad
-    return Kept(elements * job.param, elements * job.grad, sum(states(one.shape, one.numel, job) for one in cut), gathered)
+    kept_states = sum(states(one.shape, one.numel, job) for one in cut)
+    return Kept(elements * job.param, elements * job.grad, kept_states, gathered)
 
 
 @functools.lru_cache(None)
@@ -151,8 +152,8 @@ def _pattern(optimizer: str, storage: str, precision: str) -> Any:
         raise BadInput(f"--storage {storage}: it is plain, {', '.join(PRESETS)}")
     options = {} if storage == "plain" else preset(storage)
     if options and precision != "bf16-pure":
-        raise BadInput(f"--storage {storage} with --precision {precision}: parameters of fp32 are kept as they are; use "
-                       "--storage plain, or --precision bf16-pure")
+        raise BadInput(f"--storage {storage} with --precision {precision}: parameters of fp32 are kept as they are; "
+                       "use --storage plain, or --precision bf16-pure")
     p = torch.nn.Parameter(torch.zeros(1, dtype=DTYPES[PRECISIONS[precision][0]]))
     try:
         made = kind([p], **{"lr": 1e-3, **RECIPES.get(optimizer, {}), **options})

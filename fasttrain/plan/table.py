@@ -64,7 +64,7 @@ def detail(job: Job, best: Planned) -> list[str]:
     said += ["", *lines(rows)]
     if best.links:
         rows = [("GB that the slowest rank sends in a step", "in all", "inside its node", "across nodes")]
-        rows += [(link.axis, f"{link.sent / GB:.3f}", f"{(link.sent - link.across) / GB:.3f}", f"{link.across / GB:.3f}")
+        rows += [(link.axis, *(f"{sent / GB:.3f}" for sent in (link.sent, link.sent - link.across, link.across)))
                  for link in best.links]
         said += ["", *lines(rows)]
     times = "; ".join(f"{name} {seconds:.3g} s" for name, seconds in best.times._asdict().items() if seconds)

@@ -19,8 +19,8 @@ class Held(NamedTuple):
     Attributes:
         name: within the model.
         shape: of what is held.
-        cut: along what tensor parallelism divides it: "column": dimension 0, "row": the last, "vocabulary": dimension 0,
-            padded where it does not divide; "": not.
+        cut: along what tensor parallelism divides it: "column": dimension 0, "row": the last, "vocabulary": dimension
+            0, the first ranks having one more where it does not divide; "": not.
         expert: it is stacked over experts along dimension 0, which the expert axis divides.
         product: it is a matrix that each token is multiplied with (as opposed to looked up).
     """
@@ -89,7 +89,8 @@ def _block(shape: Shape) -> Iterator[Held]:
     yield from _norm(shape, "norm_feed")
     if shape.experts:
         yield Held("router.weight", (shape.experts, width), product=True)
-        for name, size in (("gate", (shape.hidden, width)), ("up", (shape.hidden, width)), ("down", (width, shape.hidden))):
+        up, down = (shape.hidden, width), (width, shape.hidden)
+        for name, size in (("gate", up), ("up", up), ("down", down)):
             yield Held(f"experts.{name}", (shape.experts, *size), "row" if name == "down" else "column", True, True)
         return
     if shape.gated:

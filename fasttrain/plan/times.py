@@ -41,9 +41,9 @@ class Times(NamedTuple):
 def forward_flops(shape: Shape, parts: Sequence[str], sequence: int) -> float:
     """Operations of a token in a forward pass: two for each element of a matrix it is multiplied with, and attention.
 
-    A mixture uses `top_k` of its experts. Attention counts in full, masked or not: s keys for each query, for the products
-    and for what they weigh. For a GPT that is Narayanan et al., arXiv 2104.04473, equation 3, without its head: 24 h^2 +
-    4 s h in a layer.
+    A mixture uses `top_k` of its experts. Attention counts in full, masked or not: s keys for each query, for the
+    products and for what they weigh. For a GPT that is Narayanan et al., arXiv 2104.04473, equation 3: without its head
+    24 h^2 + 4 s h in a layer.
 
     Example:
         >>> from fasttrain.plan.shapes import named

@@ -111,7 +111,7 @@ def boundary(job: Job, way: Way) -> float:
 
 
 def of_pipeline(rank: int, job: Job, way: Way) -> float:
-    """Between stages, a micro-batch: activations to the next, gradients to the one before, but for stages of one rank."""
+    """Between stages, a micro-batch: activations to the next, gradients to the last, but for stages of one rank."""
     mine = of_rank(rank, way.pipeline, way.chunks, way.schedule == "zbv")
     count = way.pipeline * way.chunks
     sends = sum((stage + 1 < count and stage + 1 not in mine) + (stage > 0 and stage - 1 not in mine) for stage in mine)

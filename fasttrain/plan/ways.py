@@ -110,7 +110,7 @@ def unfit(job: Job, sizes: Mapping[str, int], asked: Asked) -> str | None:
         return f"sequences of {job.sequence:,} cannot be cut into {2 * c} chunks for context={c}"
     replicas = sizes["data"] * sizes["shard"] * sizes["expert"]
     if job.batch % (replicas * job.micro_batch):
-        return f"a batch of {job.batch:,} cannot be divided over {replicas} ranks with micro-batches of {job.micro_batch}"
+        return f"a batch of {job.batch:,} cannot be divided over {replicas} ranks, {job.micro_batch} at a time"
     return None
 
 

@@ -16,7 +16,8 @@ from fasttrain.parallel.pipeline import batches, boundaries, held, schedules
 from fasttrain.parallel.pipeline.clock import Action
 from fasttrain.parallel.pipeline.copies import Copies
 from fasttrain.parallel.pipeline.forward import forward
-from fasttrain.parallel.pipeline.gradients import Ready, owner_of, runner
+from fasttrain.parallel.pipeline.gradients import Ready, owner_of
+from fasttrain.parallel.pipeline.parts import parted
 from fasttrain.parallel.pipeline.vigil import Vigil
 from fasttrain.parallel.reducer import Reducer
 from fasttrain.parallel.sharded import Sharded
@@ -90,7 +91,7 @@ class Pipeline:
         self.copies = Copies(self.model, self.held, mesh)
         self.owner: Any = owner_of(model, mesh, self.held, self.copies, self.wire)
         self.copies.make_equal()
-        self._runs, self._ready = runner(self.model, isinstance(model, Sharded)), Ready(self.model, self.held)
+        self._ready = Ready(self.model, self.held)
         self.actions: list[Action] = []
         self.sums: Sums | None = None
         self._vigil = Vigil(self.wire, self.actions)
@@ -196,10 +197,13 @@ class Pipeline:
         return step_divided(one, (squares, found), optimizer, max_norm, self.scaler)
 
     def close(self) -> None:
-        """Leave the groups that it has made; nothing may be under way."""
+        """End its thread, and forget schedules; nothing may be under way.
+
+        Its process groups stay: torch gives a group the name of an earlier one of the same ranks that was destroyed,
+        and its making then waits for ever.
+        """
         self._vigil.close()
-        self.copies.close()
-        self.wire.close()
+        self._built.clear()
 
     # --- One step -----------------------------------------------------------------------------------------------------
 
@@ -216,7 +220,7 @@ class Pipeline:
         """Run a stage of this rank on a micro-batch; the last one gives the loss that is to be differentiated."""
         with self.context():
             x = self._inputs[number] if stage == 0 else given
-            y = self._runs(self.held.stages[stage], x)
+            y = parted(self.model).run(self.held.stages[stage], x)
             return self._loss(number, y) if stage == self.held.placement.stages - 1 else y
 
     def _loss(self, number: int, output: Any) -> Tensor:
@@ -257,7 +261,8 @@ class Pipeline:
         key = batches.shape_of(self._inputs[0], self.wire.device)
         if key not in self._boundaries:
             self._boundaries[key] = boundaries.found(
-                self.wire, self.held, self.model, lambda stage, given: self._run(stage, 0, given))
+                self.wire, self.held, self.model, lambda stage, given: self._run(stage, 0, given),
+                schedules.kind(self.schedule).split)
         return self._boundaries[key]
 
     def _schedule(self) -> Any:
