@@ -6,7 +6,7 @@ import pytest
 from torch.distributed.pipelining import schedules as torchs
 
 from fasttrain.dist import accounting
-from fasttrain.plan import bubbles, kept, places, shapes, states, tensors, times, traffic
+from fasttrain.plan import bubbles, kept, places, shapes, states, tensors, traffic
 from fasttrain.plan.job import AXES, Job, Way
 from fasttrain.train.config import BadInput, TrainConfig
 from fasttrain.train.making import flops_of_step
@@ -56,7 +56,7 @@ def test_activations_of_a_layer_are_those_of_korthikanti(tensor, sequence):
 def test_operations_are_those_that_are_counted(options):
     config = TrainConfig(**{**options, "processes": 1})
     shape = shapes.ours(config.layers, config.width, config.heads, ngrams=config.ngrams, rows=config.rows)
-    one = times.forward_flops(shape, tensors.parts(shape), config.sequence)
+    one = tensors.forward_flops(shape, tensors.parts(shape), config.sequence)
     assert 3 * one * config.batch * config.sequence == flops_of_step(config)
 
 
@@ -64,7 +64,7 @@ def test_operations_are_those_of_narayanan():
     """Equation 3 without what is recomputed: 72 B s l h^2 (1 + s / 6h + V / 12 l h) in a step."""
     shape, s = shapes.named("gpt2-xl"), 1024
     l, h, V = shape.layers, shape.width, shape.vocabulary
-    assert 3 * times.forward_flops(shape, tensors.parts(shape), s) == pytest.approx(
+    assert 3 * tensors.forward_flops(shape, tensors.parts(shape), s) == pytest.approx(
         72 * l * h**2 * (1 + s / (6 * h) + V / (12 * l * h)), rel=1e-12)
 
 

@@ -43,12 +43,18 @@ class Memory(NamedTuple):
 
 def stage(job: Job, way: Way, rank: int) -> Stage:
     """What a rank of the pipeline has."""
-    return tensors.stage(job.shape, rank, way.pipeline, way.chunks, way.schedule == "zbv", way.tensor, way.expert)
+    return tensors.stage(job.shape, rank, way.pipeline, way.chunks, way.schedule == "zbv", way.tensor, way.expert,
+                         job.sequence)
 
 
-def telling(way: Way) -> Sequence[int]:
-    """The ranks of a pipeline among which the fullest and the slowest are: the others are like the second."""
-    return sorted({0, min(1, way.pipeline - 1), way.pipeline - 1})
+def telling(job: Job, way: Way) -> Sequence[int]:
+    """The ranks of a pipeline among which the fullest and the slowest are: the first two, the last, the one with most blocks.
+
+    Of the others each has no more than one of these, and no more micro-batches at a time.
+    """
+    ranks = range(way.pipeline)
+    most = max(ranks, key=lambda rank: stage(job, way, rank).blocks)
+    return sorted({0, min(1, way.pipeline - 1), most, way.pipeline - 1})
 
 
 def memory(job: Job, way: Way, here: Stage) -> Memory:
