@@ -88,10 +88,11 @@ def _block(shape: Shape) -> Iterator[Held]:
     yield from _linear(shape, "out", width, shape.queries, "row")
     yield from _norm(shape, "norm_feed")
     if shape.experts:
-        yield Held("router.weight", (shape.experts, width), product=True)
+        yield Held("mixture.router.weight", (shape.experts, width), product=True)
         up, down = (shape.hidden, width), (width, shape.hidden)
-        for name, size in (("gate", up), ("up", up), ("down", down)):
-            yield Held(f"experts.{name}", (shape.experts, *size), "row" if name == "down" else "column", True, True)
+        for name, size in (("up", up), ("gate", up), ("down", down)):
+            yield Held(f"mixture.experts.{name}", (shape.experts, *size), "row" if name == "down" else "column", True,
+                       True)
         return
     if shape.gated:
         yield from _linear(shape, "gate", shape.hidden, width, "column")
