@@ -61,6 +61,8 @@ class Pipeline:
         context: makes the context in which stages and loss run (autocast).
         scaler: scales losses.
         metrics: by name, from (output, targets) to a tensor of shape (), to be added up over micro-batches.
+        before: called with the number of the micro-batch before each forward pass of a stage: what dropout needs to
+            know which samples come (`fasttrain.parallel.dropout.Draws.at`).
 
     Attributes:
         sums: of the last step or evaluation; see `Sums`.
@@ -80,13 +82,14 @@ class Pipeline:
 
     def __init__(self, model: Any, mesh: Mesh, loss: Loss, schedule: str | None = None, micro_batches: int = 1, *,
                  context: Callable[[], AbstractContextManager[Any]] = nullcontext, scaler: LossScaler | None = None,
-                 metrics: Mapping[str, Metric] | None = None):
+                 metrics: Mapping[str, Metric] | None = None, before: Callable[[int], None] | None = None):
         self.model: nn.Module = model.module if isinstance(model, (DataParallel, Sharded)) else model
         self.held = held.of(self.model)
         self.mesh, self.loss, self.micro_batches = mesh, loss, micro_batches
         self.schedule = (schedule or self.held.schedule).lower()
         self._check()
         self.context, self.scaler, self.metrics = context, scaler, dict(metrics or {})
+        self.before = before
         self.wire = Wire(mesh.device, mesh.timeout_s, mesh.ranks("pipeline"), mesh.wire().watch)
         self.copies = Copies(self.model, self.held, mesh)
         self.owner: Any = owner_of(model, mesh, self.held, self.copies, self.wire)
@@ -112,10 +115,7 @@ class Pipeline:
                              f"{self.mesh.sizes['pipeline']} along pipeline: take the mesh that split() had")
         schedules.check_micro_batches(self.schedule, placement, self.micro_batches)
         if kind.split:
-            schedules.check_split()
-            if any(type(module).__name__ == "OptimizedModule" for module in self.model.modules()):
-                raise ValueError(f"the schedule {self.schedule!r} splits backward passes, which a compiled module does "
-                                 "in one: take 1f1b or interleaved, or do not compile")
+            schedules.check_split(self.model)
 
     # --- What users call ----------------------------------------------------------------------------------------------
 
@@ -218,6 +218,8 @@ class Pipeline:
 
     def _run(self, stage: int, number: int, given: Any) -> Any:
         """Run a stage of this rank on a micro-batch; the last one gives the loss that is to be differentiated."""
+        if self.before is not None:
+            self.before(number)
         with self.context():
             x = self._inputs[number] if stage == 0 else given
             y = parted(self.model).run(self.held.stages[stage], x)
@@ -270,24 +272,10 @@ class Pipeline:
         key = batches.shape_of(self._inputs[0], self.wire.device)
         if key in self._built:
             return self._built[key]
-        from fasttrain.parallel.pipeline.stage import Stage, View
+        from fasttrain.parallel.pipeline.stage import stages_of
 
-        between, count = self._between(), self.held.placement.stages
-        ends = (torch.empty(1, dtype=torch.int64),), (torch.empty(1, requires_grad=True),)
-        stages = []
-        for index in self.held.mine:
-            def run(number: int, *given: Tensor, index: int = index) -> Any:
-                return self._run(index, number, between[index - 1].given(given) if index else None)
-
-            view = View(self.model, self.held.names[index], run)
-            stages.append(Stage(view, index, count, self.wire.device, between[index - 1].empty("meta") if index else
-                                ends[0], between[index].empty("meta") if index < count - 1 else ends[1], self.wire,
-                                self.actions))
-        schedule = schedules.make(self.schedule, stages, self.micro_batches, lambda output, number: output)
-        if not schedules.kind(self.schedule).one:
-            from torch.distributed.pipelining.schedules import _ComputationType
-
-            schedule.register_custom_function(_ComputationType.REDUCE_GRAD, self._reduce)
+        stages = stages_of(self.model, self.held, self._between(), self._run, self.wire, self.actions)
+        schedule = schedules.make(self.schedule, stages, self.micro_batches, lambda loss, number: loss, self._reduce)
         while len(self._built) >= KEPT:
             del self._built[next(iter(self._built))]
         self._built[key] = schedule
@@ -295,10 +283,10 @@ class Pipeline:
 
     # --- Gradients ----------------------------------------------------------------------------------------------------
 
-    def _reduce(self, action: Any, _: Any) -> None:
+    def _reduce(self, stage: int) -> None:
         """All gradients of a stage are there, while other stages of the pipeline still work."""
-        self.actions.append(Action("R", action.stage_index, -1))
-        if params := self._ready.over(action.stage_index):
+        self.actions.append(Action("R", stage, -1))
+        if params := self._ready.over(stage):
             self.owner.reduce(params)
 
     def _finish(self) -> None:
