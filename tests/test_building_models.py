@@ -51,6 +51,56 @@ def test_gpt(tied: bool, sizes: dict[str, int]) -> None:
     ranks.run(divided, 4 if "shard" in sizes else 2, tied, sizes)
 
 
+# --- Experts, and stages ----------------------------------------------------------------------------------------------
+
+def mixtures(wire: Any) -> dict[str, Tensor]:
+    """A mixture of experts over both ranks, and the whole one: the same values, by its own rules."""
+    from fasttrain.parallel import Mesh
+    from fasttrain.parallel.experts import MoE
+
+    mesh = Mesh(expert=2, watch=False)
+    with torch.device("meta"):
+        model, one = (MoE(16, 24, 4, 2, gated=True, mesh=each, router_bias=True) for each in (mesh, None))
+    materialize(model, seed=2)
+    materialize(one, seed=2)
+    for (name, p), other in zip(model.named_parameters(), one.named_parameters(), strict=True):
+        assert_same_bits(whole(p), other[1].detach(), name)
+    assert_same_bits(model.router.bias, torch.zeros(4))
+    return {name: p.detach() for name, p in one.named_parameters()}
+
+
+def test_experts() -> None:
+    found, _ = ranks.run(mixtures, 2)
+    for name, std in (("experts.up", 0.25), ("experts.down", 24**-0.5), ("router.weight", 0.25)):
+        assert abs(float(found[name].std()) / std - 1) < 6 / found[name].numel() ** 0.5
+
+
+def staged(wire: Any) -> dict[str, Tensor]:
+    """Of a model without names of its own for what is tied: the split knows."""
+    from fasttrain.parallel import Mesh, pipeline
+
+    mesh = Mesh(pipeline=2, watch=False)
+    model = pipeline.split(chain(), mesh)
+    materialize(model, seed=4, rules=RULES)
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def chain() -> nn.Sequential:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Embedding(31, 16), nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 31, bias=False))
+    model[3].weight = model[0].weight
+    return model
+
+
+def test_stages() -> None:
+    wanted = dict(materialize(chain(), seed=4, rules=RULES).named_parameters())
+    found = ranks.run(staged, 2)
+    assert {name for one in found for name in one} == {*wanted, "3.weight"}
+    for one in found:
+        for name, value in one.items():
+            assert_same_bits(value, wanted["0.weight" if name == "3.weight" else name].detach(), name)
+
+
 # --- transformers -----------------------------------------------------------------------------------------------------
 
 def hugging_face(kind: str) -> nn.Module:

@@ -17,7 +17,7 @@ ALONE = [
     Composition({"data": 2}, micro=2), Composition({"shard": 2}, zero=3, micro=2), Composition({"tensor": 2}, micro=2),
     Composition({"tensor": 2}, sequence=True, tied=True), Composition({"pipeline": 2}, micro=4),
     Composition({"expert": 2}, experts=4, micro=2), Composition({"context": 2}, kv_heads=2),
-    Composition({"data": 2}, zero=1), Composition({"data": 2}, zero=2, tied=True, micro=2)]
+    Composition({"tensor": 2}, sequence=True, dtype=torch.float32), Composition({"data": 2}, zero=1), Composition({"data": 2}, zero=2, tied=True, micro=2)]
 TOGETHER = [
     Composition({"pipeline": 2, "tensor": 2}, micro=4, tied=True),
     Composition({"data": 2, "tensor": 2}, sequence=True, gated=True, kv_heads=2, micro=2),
@@ -29,13 +29,14 @@ TOGETHER = [
     Composition({"context": 2, "tensor": 2}, sequence=True, kv_heads=2, micro=2, recompute=True),
     Composition({"pipeline": 2, "context": 2}, micro=2, schedule="zero-bubble"),
     Composition({"data": 2, "shard": 2}, zero=3, recompute=True),
+    Composition({"pipeline": 2, "tensor": 2}, micro=2, schedule="zbv", tied=True, dtype=torch.float32),
     Composition({"pipeline": 2, "data": 2, "tensor": 2}, sequence=True, tied=True, micro=2),
     Composition({"pipeline": 2, "shard": 2, "tensor": 2}, zero=3, sequence=True, kv_heads=2, gated=True, micro=2),
     Composition({"pipeline": 2, "expert": 2, "tensor": 2}, experts=4, sequence=True, micro=2, tied=True)]
 
 
 def steps(wire: Any, how: Composition) -> list[Any]:
-    """What this rank saw in each step; then norm and flag of gradients that are all one."""
+    """What this rank saw in each step; then `ones`, where parameters show their gradients."""
     torch.manual_seed(wire.rank)  # nothing may depend on it
     divided = Divided(how, Mesh(**how.mesh))
     found: list[Any] = []
@@ -44,7 +45,15 @@ def steps(wire: Any, how: Composition) -> list[Any]:
         gradients = divided.gradients() if how.zero not in (1, 2) else {}
         squares, bad = divided.statistics()
         found.append((loss, gradients, squares.sqrt().item(), bool(bad), divided.step(), divided.parameters()))
-    return found
+    return [*found, ones(divided) if gradients else None]
+
+
+def ones(divided: Divided) -> float:
+    """The sum of squares by which an optimizer clips, of gradients that are all one."""
+    divided.backward(0)
+    for p in divided.bare.parameters():
+        local(p.grad).fill_(1.0)
+    return divided.optimizer.grad_statistics()[0].item()
 
 
 def close(got: Any, wanted: Any, what: str, how: Composition) -> None:
@@ -77,12 +86,5 @@ def test_a_divided_model_is_that_of_one_process(how: Composition) -> None:
                 close(p, named[ties.get(name, name)].detach(), f"{name} after step {step} on rank {rank}", how)
                 missing.discard(ties.get(name, name))
         assert not missing, "parameters that no rank has"
-
-
-def ones(wire: Any, how: Composition) -> float:
-    """The norm that the optimizer clips by, of gradients that are all one."""
-    divided = Divided(how, Mesh(**how.mesh))
-    divided.backward(0)
-    for p in divided.bare.parameters():
-        local(p.grad).fill_(1.0)
-    return divided.optimizer.grad_statistics()[0].sqrt().item()
+    count = sum(p.numel() for p in alone.model.parameters())
+    assert {answer[-1] for answer in answers} == {None if how.zero in (1, 2) else float(count)}

@@ -3,13 +3,17 @@
 import itertools
 
 import pytest
+import torch
 from torch.distributed.pipelining import schedules as torchs
 
 from fasttrain.dist import accounting
-from fasttrain.plan import bubbles, kept, places, shapes, states, tensors, times, traffic
+from fasttrain.parallel.pipeline.costs import counted
+from fasttrain.parallel.pipeline.cuts import cut
+from fasttrain.plan import bubbles, kept, places, shapes, states, tensors, traffic
 from fasttrain.plan.job import AXES, Job, Way
 from fasttrain.train.config import BadInput, TrainConfig
 from fasttrain.train.making import flops_of_step
+from fasttrain.train.model import GPT
 
 OPERATIONS = torchs._ComputationType
 COUNTS = {"gpt2": 124_439_808, "gpt2-xl": 1_557_611_200, "llama-3-8b": 8_030_261_248, "llama-3-70b": 70_553_706_496,
@@ -23,8 +27,6 @@ def test_published_models_have_as_many_parameters_as_published(name, count):
 
 def test_configurations_of_transformers_give_their_models_sizes(tmp_path):
     transformers = pytest.importorskip("transformers")
-    import torch
-
     sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
                  num_key_value_heads=2, vocab_size=100)
     configs = [
@@ -56,7 +58,7 @@ def test_activations_of_a_layer_are_those_of_korthikanti(tensor, sequence):
 def test_operations_are_those_that_are_counted(options):
     config = TrainConfig(**{**options, "processes": 1})
     shape = shapes.ours(config.layers, config.width, config.heads, ngrams=config.ngrams, rows=config.rows)
-    one = times.forward_flops(shape, tensors.parts(shape), config.sequence)
+    one = tensors.forward_flops(shape, tensors.parts(shape), config.sequence)
     assert 3 * one * config.batch * config.sequence == flops_of_step(config)
 
 
@@ -64,8 +66,27 @@ def test_operations_are_those_of_narayanan():
     """Equation 3 without what is recomputed: 72 B s l h^2 (1 + s / 6h + V / 12 l h) in a step."""
     shape, s = shapes.named("gpt2-xl"), 1024
     l, h, V = shape.layers, shape.width, shape.vocabulary
-    assert 3 * times.forward_flops(shape, tensors.parts(shape), s) == pytest.approx(
+    assert 3 * tensors.forward_flops(shape, tensors.parts(shape), s) == pytest.approx(
         72 * l * h**2 * (1 + s / (6 * h) + V / (12 * l * h)), rel=1e-12)
+
+
+@pytest.mark.parametrize("options", [dict(tied=True, ngrams=3, rows=50), dict(kv_heads=1, gated=True), dict(experts=4)])
+def test_parameters_are_those_of_the_main_jobs_model(options):
+    with torch.device("meta"):
+        model = GPT(3, 64, 4, 16, **options)
+    shape = shapes.ours(3, 64, 4, **options)
+    held = [held for part in tensors.parts(shape) for held in tensors.of_part(shape, part)]
+    names = {one.name: one.shape for one in held if not (shape.tied and one.name == "head.weight")}
+    assert list(names.items()) == [(name, tuple(p.shape)) for name, p in model.named_parameters()]
+
+
+@pytest.mark.parametrize("vocabulary, stages", [(256, 2), (256, 3), (5000, 4), (5000, 8)])
+def test_pipelines_are_cut_where_the_pipeline_cuts(vocabulary, stages):
+    with torch.device("meta"):
+        model, sample = GPT(10, 64, 4, 16, vocabulary=vocabulary), torch.zeros(1, 16, dtype=torch.long)
+    shape = shapes.ours(10, 64, 4, vocabulary=vocabulary)
+    ours = [len(mine) for mine in tensors.stages(shape, 16, stages)]
+    assert ours == cut(counted(model, sample), stages)
 
 
 # --- Pipelines --------------------------------------------------------------------------------------------------------

@@ -60,3 +60,28 @@ def test_context_parallel(model, precision, how):
     assert (first[0], last[0]) == (expected - unmasked, expected)
     link = next(link for link in traffic.links(here, job, way, 8) if link.axis == "context")
     assert first[1] == last[1] == link.sent
+
+
+def over_both(wire, model_sizes, sequence):
+    mesh = Mesh(tensor=2, context=2, watch=False)
+    model, chosen = model_of(model_sizes, "fp32")
+    tensor_parallel(model, mesh, sequence=sequence)
+    model.context = context = ContextParallel(mesh)
+    with Sent(2) as sent:
+        bytes_kept, loss = kept(model, chosen)
+        loss.backward()
+    return bytes_kept, sum(sent.bytes.values()), context.wire.bytes.total()
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_tensor_and_context_parallel_together(sequence):
+    model = sizes(2, True, True, 2)
+    job, way = job_of(model), Way(tensor=2, context=2, sequence=sequence)
+    here = whole(job, tensor=2)
+    answers = run(over_both, 4, model, sequence)
+    expected, size = sum(planned.of_stage(here, job, way)), job.sequence // 4
+    links = {link.axis: link.sent for link in traffic.links(here, job, way, 8)}
+    for rank, (bytes_kept, over_tensor, over_context) in enumerate(answers):
+        unmasked = job.shape.layers * job.act * size * size if rank < 2 else 0
+        assert bytes_kept == expected - unmasked
+        assert (over_tensor, over_context) == (links["tensor"] - traffic.of_loss(job, way), links["context"])

@@ -9,8 +9,8 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from fasttrain.plan import memory
 from fasttrain.plan.job import Way
 
-LARGE = dict(LAYERS=3, WIDTH=128, POSITIONS=64, BATCH=8, ROWS=400)  # activations count most
-TABLES = dict(LAYERS=1, WIDTH=64, POSITIONS=16, BATCH=2, ROWS=9000)  # gradients do
+LARGE = dict(LAYERS=2, WIDTH=64, POSITIONS=32, BATCH=8, ROWS=100)  # activations count most
+TABLES = dict(LAYERS=1, WIDTH=64, POSITIONS=16, BATCH=2, ROWS=3000)  # gradients do
 
 
 def peak(model_sizes, precision, storage, how, micro_batches):

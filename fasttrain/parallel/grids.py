@@ -115,7 +115,7 @@ class Named(Grid):
 
     def units(self, model: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Module]:
         found = [*(part for part in model.modules() if part in self._experts and part not in blocks), *blocks]
-        if self.mesh.sizes["pipeline"] > 1 and not callable(getattr(model, "run", None)):
+        if self.mesh.sizes["pipeline"] > 1:
             found += hybrid.alone(model, found)
         return [*found, model] if model not in self._experts else found
 
@@ -142,6 +142,8 @@ class Named(Grid):
         return dict(found)
 
     def widen(self, model: nn.Module) -> None:
+        if self.mesh.sizes["pipeline"] > 1 and callable(getattr(model, "run", None)):
+            register_fsdp_forward_method(model, "run")  # what stages call instead of the model
         self._ties.found(model)
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         widen(self.mesh, self.everyone, trained, self._ties.stages)

@@ -9,6 +9,8 @@ et al., Zero Bubble Pipeline Parallelism, arXiv 2401.10241, section 2 and 6 (ZB-
 
 from __future__ import annotations
 
+from fasttrain.parallel.pipeline import figures
+
 SCHEDULES = {"gpipe": (1,), "1f1b": (1,), "interleaved": (2, 4), "zero-bubble": (1, 2), "zbv": (2,)}
 """Names, and stages of a rank that are tried."""
 
@@ -46,20 +48,13 @@ def fraction(schedule: str, pipeline: int, micro_batches: int, chunks: int = 1, 
 def live(schedule: str, pipeline: int, rank: int, micro_batches: int, chunks: int = 1) -> float:
     """Of how many micro-batches a rank keeps the activations at most; a part of one is what one of its stages keeps.
 
-    Of zero-bubble schedules they count until the gradients of weights are there.
+    It is the count of `fasttrain.parallel.pipeline.figures`: until the gradients of weights are there.
 
     Example:
         >>> [live("1f1b", 4, rank, 8) for rank in range(4)], live("interleaved", 4, 0, 8, 2)
-        ([4, 3, 2, 1], 5.5)
+        ([4.0, 3.0, 2.0, 1.0], 5.5)
     """
-    if schedule == "gpipe" or pipeline == 1:
-        return 1 if pipeline == 1 else micro_batches
-    if schedule == "1f1b":
-        return min(micro_batches, pipeline - rank)
-    if schedule == "interleaved":
-        warm = 2 * (pipeline - rank - 1) + (chunks - 1) * pipeline + 1
-        return min(micro_batches, warm / chunks)
-    return min(micro_batches, pipeline)
+    return figures.live(schedule, rank, pipeline, micro_batches, chunks) / chunks if pipeline > 1 else 1
 
 
 def live_head(schedule: str, pipeline: int, micro_batches: int) -> int:

@@ -61,6 +61,8 @@ class Plan:
     ngrams: int | None = None
     rows: int | None = None
     vocabulary: int | None = None
+    experts: int | None = None
+    top_k: int | None = None
 
     data: int | None = None
     """Ranks along this axis. Without it, and so for the next: all that divide the GPUs are tried."""
@@ -135,7 +137,7 @@ class Plan:
 
     def shape(self) -> Shape:
         """Of which model."""
-        names = (*MODEL, "kv_heads", "gated", "tied")
+        names = (*MODEL, "kv_heads", "gated", "tied", "experts", "top_k")
         given = {name: value for name in names if (value := getattr(self, name)) not in (None, False)}
         if self.model == "gpt" and not Path(self.model).exists():
             return shapes.ours(**{**MODEL, **given})

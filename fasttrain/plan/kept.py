@@ -60,7 +60,9 @@ def _ours(job: Job, context: int) -> Iterator[Item]:
     if cpu or context > 1:  # kernels of GPUs write it as the next layer reads it
         yield Item("the same, heads side by side", a * shape.queries, "tensor")
     yield from _our_norm(job, "feed")
-    if shape.gated:
+    if shape.experts:
+        yield from _mixture(job)
+    elif shape.gated:
         if job.precision == "bf16":  # autocast casts it for each of the two layers
             yield Item("input of the other up layer", a * shape.width, "input")
         yield Item("gate, its activation, what goes up, and their product", 4 * a * shape.hidden, "tensor")
@@ -94,14 +96,22 @@ def _published(job: Job, context: int) -> Iterator[Item]:
         if mask:
             yield Item("its mask, and what is left of it", (mask + a) * each, "tensor")
     yield Item("what attention gives, the input of the layer after it", a * shape.queries, "tensor")
-    chosen = shape.top_k or 1
-    yield Item("input of the feed-forward part", a * shape.width * chosen, "stream" if shape.experts else "input")
-    inside = 4 if shape.gated else 2  # gate, activation, up, product; or what the activation reads and gives
-    yield Item("within the feed-forward part", inside * a * shape.hidden * chosen, "tensor")
     if shape.experts:
-        yield Item("what each of its experts gives", a * shape.width * chosen, "stream")
+        yield from _mixture(job)
+    else:
+        inside = 4 if shape.gated else 2  # gate, activation, up, product; or what the activation reads and gives
+        yield Item("input of the feed-forward part", a * shape.width, "input")
+        yield Item("within the feed-forward part", inside * a * shape.hidden, "tensor")
     if mask:
         yield Item("masks of drop-out", 2 * mask * shape.width, "stream")
+
+
+def _mixture(job: Job) -> Iterator[Item]:
+    """A mixture of experts, estimated: each token is `top_k` rows, and experts get all equally many."""
+    rows = job.act * job.shape.top_k
+    yield Item("rows of tokens, to the experts", rows * job.shape.width, "stream")
+    yield Item("gate, its activation, what goes up, and their product, of the rows", 4 * rows * job.shape.hidden, "tensor")
+    yield Item("rows of tokens, from the experts", rows * job.shape.width, "stream")
 
 
 def once_a_block(job: Job, tensor: int) -> int:

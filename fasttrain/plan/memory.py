@@ -22,8 +22,8 @@ class Memory(NamedTuple):
         weights, gradients, states, gathered: see `fasttrain.plan.states.Kept`; the gradients are those of then.
         activations: what autograd keeps of all micro-batches that are between forward and backward, without the head.
         logits: what it keeps of the head and the loss, and while that is differentiated two more of the logits' size.
-        working: what a block's backward pass makes for a while, and keeps again where it is recomputed; a gradient that
-            is on its way to its bucket.
+        working: what a block's backward pass makes for a while, and keeps again where it is recomputed; the gradient of
+            a table of the embedding on its way to where gradients are.
         buffers: between stages of a pipeline, in which activations and gradients arrive.
     """
 
@@ -43,12 +43,18 @@ class Memory(NamedTuple):
 
 def stage(job: Job, way: Way, rank: int) -> Stage:
     """What a rank of the pipeline has."""
-    return tensors.stage(job.shape, rank, way.pipeline, way.chunks, way.schedule == "zbv", way.tensor, way.expert)
+    return tensors.stage(job.shape, rank, way.pipeline, way.chunks, way.schedule == "zbv", way.tensor, way.expert,
+                         job.sequence)
 
 
-def telling(way: Way) -> Sequence[int]:
-    """The ranks of a pipeline among which the fullest and the slowest are: the others are like the second."""
-    return sorted({0, min(1, way.pipeline - 1), way.pipeline - 1})
+def telling(job: Job, way: Way) -> Sequence[int]:
+    """The ranks of a pipeline among which the fullest and the slowest are: the first two, the last, the one with most blocks.
+
+    Of the others each has no more than one of these, and no more micro-batches at a time.
+    """
+    ranks = range(way.pipeline)
+    most = max(ranks, key=lambda rank: stage(job, way, rank).blocks)
+    return sorted({0, min(1, way.pipeline - 1), most, way.pipeline - 1})
 
 
 def memory(job: Job, way: Way, here: Stage) -> Memory:
@@ -77,8 +83,7 @@ def moments(job: Job, way: Way, here: Stage) -> Iterator[Memory]:
     if here.blocks:
         block = _elements(here, "blocks.") / here.blocks * job.grad
         first = _elements(here, "embedding") * job.grad
-        largest = max(one.numel for one in here.held if one.name.startswith("blocks.")) * job.grad
-        makes = working(job, way) + (largest if steady else 0)
+        makes = working(job, way)
         down = job.shape.hidden * job.shape.width / way.tensor * job.grad
         yield at(own - first - here.blocks * block + down, live * each, (heads - 1) * head, makes)
         before = kept.of_block(job, way) * (here.blocks - 1)

@@ -10,7 +10,7 @@ from fasttrain.plan import bubbles, memory, states, times, traffic, ways
 from fasttrain.plan.hardware import Assumed, Device
 from fasttrain.plan.job import Job, Way
 from fasttrain.plan.memory import Memory
-from fasttrain.plan.tensors import parts
+from fasttrain.plan.tensors import forward_flops, parts
 from fasttrain.plan.times import Times
 from fasttrain.plan.traffic import Link
 from fasttrain.plan.ways import Asked
@@ -60,7 +60,7 @@ def look(job: Job, way: Way, device: Device, assumed: Assumed) -> Planned:
     """What one way takes."""
     found: dict[int, Memory] = {}
     slowest: tuple[Times, tuple[Link, ...]] | None = None
-    for rank in memory.telling(way):
+    for rank in memory.telling(job, way):
         here = memory.stage(job, way, rank)
         has = found[rank] = memory.memory(job, way, here)
         links = tuple(traffic.links(here, job, way, assumed.per_node))
@@ -71,7 +71,7 @@ def look(job: Job, way: Way, device: Device, assumed: Assumed) -> Planned:
     taken, links = slowest
     work = taken.compute + taken.serial
     tokens = job.batch * job.sequence
-    flops = 3.0 * tokens * times.forward_flops(job.shape, parts(job.shape), job.sequence)
+    flops = 3.0 * tokens * forward_flops(job.shape, parts(job.shape), job.sequence)
     return Planned(way, found, max(one.total for one in found.values()) <= device.memory, links, taken,
                    taken.bubble / (taken.bubble + work), flops, tokens)
 

@@ -79,7 +79,7 @@ def feed_width(width: int, gated: bool) -> int:
 
 
 def ours(layers: int, width: int, heads: int, *, kv_heads: int | None = None, gated: bool = False, tied: bool = False,
-         ngrams: int = 1, rows: int = 0, vocabulary: int = 256) -> Shape:
+         ngrams: int = 1, rows: int = 0, vocabulary: int = 256, experts: int = 0, top_k: int = 2) -> Shape:
     """The GPT of the main job.
 
     Raises:
@@ -88,8 +88,9 @@ def ours(layers: int, width: int, heads: int, *, kv_heads: int | None = None, ga
     if width < 1 or heads < 1 or width % (2 * heads):
         raise BadInput(f"--width {width} with --heads {heads}: each head needs an even number of features; use a width "
                        f"that is a multiple of {2 * max(1, heads)}")
-    return Shape("gpt", "ours", layers, width, heads, kv_heads or heads, width // heads, feed_width(width, gated),
-                 vocabulary, tied=tied, gated=gated, ngrams=ngrams, rows=rows if ngrams > 1 else 0)
+    return Shape("gpt", "ours", layers, width, heads, kv_heads or heads, width // heads,
+                 feed_width(width, gated or experts > 0), vocabulary, tied=tied, gated=gated or experts > 0,
+                 experts=experts, top_k=top_k if experts else 0, ngrams=ngrams, rows=rows if ngrams > 1 else 0)
 
 
 def _gpt2(name: str, layers: int, width: int, heads: int) -> Shape:

@@ -32,7 +32,7 @@ def text(job: Job, gpus: int, device: Device, assumed: Assumed, found: Sequence[
         f"{job.precision}, {job.optimizer} with storage {job.storage}, gradients of {job.grad} bytes",
         "activations: " + (
             f"counted from the operators of the main job's model, those for {job.kernels}"
-            if shape.family == "ours" else
+            + (", but of its mixtures" if shape.experts else "") if shape.family == "ours" else
             "estimated by Korthikanti et al., arXiv 2205.05198, section 4, extended to this model")
         + ("" if job.flash or shape.family == "ours" else "; attention keeps its products"),
         *assumed.told(device), "",

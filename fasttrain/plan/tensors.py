@@ -88,10 +88,11 @@ def _block(shape: Shape) -> Iterator[Held]:
     yield from _linear(shape, "out", width, shape.queries, "row")
     yield from _norm(shape, "norm_feed")
     if shape.experts:
-        yield Held("router.weight", (shape.experts, width), product=True)
+        yield Held("mixture.router.weight", (shape.experts, width), product=True)
         up, down = (shape.hidden, width), (width, shape.hidden)
-        for name, size in (("gate", up), ("up", up), ("down", down)):
-            yield Held(f"experts.{name}", (shape.experts, *size), "row" if name == "down" else "column", True, True)
+        for name, size in (("up", up), ("gate", up), ("down", down)):
+            yield Held(f"mixture.experts.{name}", (shape.experts, *size), "row" if name == "down" else "column", True,
+                       True)
         return
     if shape.gated:
         yield from _linear(shape, "gate", shape.hidden, width, "column")
@@ -112,32 +113,30 @@ def on_rank(held: Held, tensor: int, expert: int) -> Held:
     return held._replace(shape=tuple(size))
 
 
-def stages(shape: Shape, pipeline: int, chunks: int = 1, v_shaped: bool = False) -> list[list[str]]:
-    """The parts of each rank of a pipeline: `chunks` stages each, or fewer blocks where they do not divide.
-
-    Blocks are divided as evenly as they can be, earlier stages have one more; the embedding goes with the first stage
-    and the head with the last.
+def stages(shape: Shape, sequence: int, pipeline: int, chunks: int = 1, v_shaped: bool = False) -> list[list[str]]:
+    """The parts of each rank of a pipeline, `chunks` stages each, cut by the pipeline's own function.
 
     Arguments:
+        sequence: tokens of a sequence, on which the operations of attention depend.
         v_shaped: a rank has stages r and 2p - 1 - r, and not r, r + p, ...
 
     Example:
         >>> from fasttrain.plan.shapes import ours
-        >>> stages(ours(3, 32, 2), 2)
+        >>> stages(ours(3, 32, 2), 16, 2)
         [['embedding', 'blocks.0', 'blocks.1'], ['blocks.2', 'head']]
     """
-    count = pipeline * chunks
-    least, more = divmod(shape.layers, count)
-    divided: list[list[str]] = []
-    first = 0
-    for stage in range(count):
-        size = least + (stage < more)
-        divided.append([f"blocks.{number}" for number in range(first, first + size)])
-        first += size
-    divided[0].insert(0, "embedding")
-    divided[-1].append("head")
+    names = iter(parts(shape))
+    divided = [[next(names) for _ in range(size)] for size in _cut(shape, sequence, pipeline * chunks)]
     return [[part for stage in of_rank(rank, pipeline, chunks, v_shaped) for part in divided[stage]]
             for rank in range(pipeline)]
+
+
+@functools.lru_cache(None)
+def _cut(shape: Shape, sequence: int, count: int) -> list[int]:
+    from fasttrain.parallel.pipeline.cuts import cut  # torch, which shapes do without
+
+    costs = {part: 3.0 * forward_flops(shape, (part,), sequence) for part in ("embedding", "blocks.0", "head")}
+    return cut([costs["blocks.0" if part.startswith("blocks.") else part] for part in parts(shape)], count)
 
 
 def of_rank(rank: int, pipeline: int, chunks: int, v_shaped: bool) -> Sequence[int]:
@@ -194,9 +193,9 @@ class Stage:
 
 @functools.lru_cache(None)
 def stage(shape: Shape, rank: int = 0, pipeline: int = 1, chunks: int = 1, v_shaped: bool = False, tensor: int = 1,
-          expert: int = 1) -> Stage:
+          expert: int = 1, sequence: int = 1) -> Stage:
     """What a rank of a pipeline has."""
-    mine = stages(shape, pipeline, chunks, v_shaped)[rank]
+    mine = stages(shape, sequence, pipeline, chunks, v_shaped)[rank]
     return Stage(rank, tuple(mine), tuple(held_by(shape, mine, tensor, expert)))
 
 
@@ -209,3 +208,20 @@ def used(shape: Shape, parts: tuple[str, ...]) -> float:
             if held.product:
                 found += held.numel * shape.top_k / shape.experts if held.expert else held.numel
     return found
+
+
+def forward_flops(shape: Shape, parts: Sequence[str], sequence: int) -> float:
+    """Operations of a token in a forward pass: two for each element of a matrix it is multiplied with, and attention.
+
+    A mixture uses `top_k` of its experts. Attention counts in full, masked or not: s keys for each query, for the
+    products and for what they weigh. For a GPT that is Narayanan et al., arXiv 2104.04473, equation 3: without its head
+    24 h^2 + 4 s h in a layer.
+
+    Example:
+        >>> from fasttrain.plan.shapes import named
+        >>> gpt2 = named("gpt2")
+        >>> forward_flops(gpt2, ["blocks.0"], 1024) == 24 * 768**2 + 4 * 1024 * 768
+        True
+    """
+    blocks = sum(part.startswith("blocks.") for part in parts)
+    return 2.0 * used(shape, tuple(parts)) + blocks * 4.0 * sequence * shape.queries

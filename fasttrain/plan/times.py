@@ -9,8 +9,7 @@ from fasttrain.plan import bubbles
 from fasttrain.plan.hardware import Assumed, Device
 from fasttrain.plan.job import Job, Way
 from fasttrain.plan.memory import Memory
-from fasttrain.plan.shapes import Shape
-from fasttrain.plan.tensors import Stage, used
+from fasttrain.plan.tensors import Stage, forward_flops
 from fasttrain.plan.traffic import Link
 
 SERIAL = ("tensor", "context", "expert")  # axes whose traffic computing waits for
@@ -36,23 +35,6 @@ class Times(NamedTuple):
     @property
     def total(self) -> float:
         return sum(self)
-
-
-def forward_flops(shape: Shape, parts: Sequence[str], sequence: int) -> float:
-    """Operations of a token in a forward pass: two for each element of a matrix it is multiplied with, and attention.
-
-    A mixture uses `top_k` of its experts. Attention counts in full, masked or not: s keys for each query, for the
-    products and for what they weigh. For a GPT that is Narayanan et al., arXiv 2104.04473, equation 3: without its head
-    24 h^2 + 4 s h in a layer.
-
-    Example:
-        >>> from fasttrain.plan.shapes import named
-        >>> gpt2 = named("gpt2")
-        >>> forward_flops(gpt2, ["blocks.0"], 1024) == 24 * 768**2 + 4 * 1024 * 768
-        True
-    """
-    blocks = sum(part.startswith("blocks.") for part in parts)
-    return 2.0 * used(shape, tuple(parts)) + blocks * 4.0 * sequence * shape.queries
 
 
 def seconds(job: Job, way: Way, here: Stage, memory: Memory, links: Sequence[Link], device: Device,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fasttrain.dist.mesh import Mesh
 from fasttrain.dist.wire import Wire
 from fasttrain.parallel.data import DataParallel
+from fasttrain.parallel.dropout import Draws
 from fasttrain.parallel.pipeline import batches, boundaries, held, schedules
 from fasttrain.parallel.pipeline.clock import Action
 from fasttrain.parallel.pipeline.copies import Copies
@@ -61,8 +62,8 @@ class Pipeline:
         context: makes the context in which stages and loss run (autocast).
         scaler: scales losses.
         metrics: by name, from (output, targets) to a tensor of shape (), to be added up over micro-batches.
-        before: called with the number of the micro-batch before each forward pass of a stage: what dropout needs to
-            know which samples come (`fasttrain.parallel.dropout.Draws.at`).
+        draws: what `fasttrain.parallel.seed_dropout` returned, called before `split`. Say ``draws.at(step, sample)``
+            before each step; it is told which micro-batch is under way.
 
     Attributes:
         sums: of the last step or evaluation; see `Sums`.
@@ -82,14 +83,13 @@ class Pipeline:
 
     def __init__(self, model: Any, mesh: Mesh, loss: Loss, schedule: str | None = None, micro_batches: int = 1, *,
                  context: Callable[[], AbstractContextManager[Any]] = nullcontext, scaler: LossScaler | None = None,
-                 metrics: Mapping[str, Metric] | None = None, before: Callable[[int], None] | None = None):
+                 metrics: Mapping[str, Metric] | None = None, draws: Draws | None = None):
         self.model: nn.Module = model.module if isinstance(model, (DataParallel, Sharded)) else model
         self.held = held.of(self.model)
         self.mesh, self.loss, self.micro_batches = mesh, loss, micro_batches
         self.schedule = (schedule or self.held.schedule).lower()
         self._check()
-        self.context, self.scaler, self.metrics = context, scaler, dict(metrics or {})
-        self.before = before
+        self.context, self.scaler, self.metrics, self.draws = context, scaler, dict(metrics or {}), draws
         self.wire = Wire(mesh.device, mesh.timeout_s, mesh.ranks("pipeline"), mesh.wire().watch)
         self.copies = Copies(self.model, self.held, mesh)
         self.owner: Any = owner_of(model, mesh, self.held, self.copies, self.wire)
@@ -197,11 +197,7 @@ class Pipeline:
         return step_divided(one, (squares, found), optimizer, max_norm, self.scaler)
 
     def close(self) -> None:
-        """End its thread, and forget schedules; nothing may be under way.
-
-        Its process groups stay: torch gives a group the name of an earlier one of the same ranks that was destroyed,
-        and its making then waits for ever.
-        """
+        """End its thread, and forget schedules; nothing may be under way. Process groups stay until the program ends."""
         self._vigil.close()
         self._built.clear()
 
@@ -218,8 +214,8 @@ class Pipeline:
 
     def _run(self, stage: int, number: int, given: Any) -> Any:
         """Run a stage of this rank on a micro-batch; the last one gives the loss that is to be differentiated."""
-        if self.before is not None:
-            self.before(number)
+        if self.draws is not None:
+            self.draws.micro_batch(number, batches.samples(self._inputs[number]))
         with self.context():
             x = self._inputs[number] if stage == 0 else given
             y = parted(self.model).run(self.held.stages[stage], x)
