@@ -197,7 +197,7 @@ class Pipeline:
         return step_divided(one, (squares, found), optimizer, max_norm, self.scaler)
 
     def close(self) -> None:
-        """End its thread, and forget schedules; nothing may be under way. Process groups stay until the program ends."""
+        """End its thread and forget schedules; nothing may be under way. Process groups stay."""
         self._vigil.close()
         self._built.clear()
 
