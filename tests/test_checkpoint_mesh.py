@@ -130,10 +130,11 @@ def kinds(folder: Path) -> dict[str, Any]:
     return {name: (kind.dtype, kind.shape) for name, kind in tensors.items() if not name.startswith("rng/")}
 
 
-def test_under_one_mesh_and_under_five_others(tmp_path: Path) -> None:
+def test_under_one_mesh_and_under_others(tmp_path: Path) -> None:
+    """Each into itself and into another one, those of two axes into one process too; all pairs are slow."""
     names = list(MESHES)
-    pairs_are_exact("ours", tmp_path, {name: [name, *(names * 2)[place + 1 : place + 6]]
-                                       for place, name in enumerate(names) if place % 2})
+    pairs_are_exact("ours", tmp_path, {name: [name, (names * 2)[place + 3]] for place, name in enumerate(names)} | {
+        "single": [name for name in names if "2 x" in name]})
 
 
 @pytest.mark.slow
@@ -147,5 +148,5 @@ def test_every_mesh_and_every_other(stored: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("stored", ["torch", "split", "adafactor"])
 def test_other_optimizers(stored: str, tmp_path: Path) -> None:
     pairs_are_exact(stored, tmp_path, {
-        "shard 2 x tensor 2": ["single", "pipeline 2"], "pipeline 2 x tensor 2": ["single", "tensor 2"],
-        "single": ["pipeline 2"], "pipeline 2": ["tensor 2"]})
+        "shard 2 x tensor 2": ["pipeline 2"], "pipeline 2 x tensor 2": ["single", "tensor 2"],
+        "single": ["pipeline 2"]})

@@ -19,7 +19,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from fasttrain.checkpoint import Checkpointer, Mismatch, checkpointer, complete, load, load_torch, verify
+from fasttrain.checkpoint import Checkpointer, Incomplete, Mismatch, checkpointer, complete, load, load_torch, verify
 from fasttrain.checkpoint.place import OnMesh, axes_of
 from fasttrain.checkpoint.stages import writers
 from fasttrain.dist.mesh import AXES, Mesh
@@ -159,6 +159,31 @@ def test_what_several_stages_hold_is_written_by_the_one_with_least_to_write() ->
     assert writers(stages) == {"b": 2, "c": 2}
     assert writers({0: {"a": 1}, 1: {"b": 1}}) == {}
     assert writers({1: {"big": 8, "small": 2}, 0: {"big": 8, "small": 2}}) == {"big": 0, "small": 1}
+
+
+def without_the_mesh(wire: Any, folder: str, stages: bool) -> str:
+    """A wire says that all ranks hold the same: stages do not, and of what is cut others hold copies."""
+    if stages:
+        state = {"model": nn.ModuleDict({f"{wire.rank}": nn.Linear(300, 300, bias=False)})}
+    else:
+        state = {"model": Run(Mesh(data=2, tensor=2)).model}
+    with Checkpointer(folder, wire=wire, staging="none") as checkpoints:
+        if wire.rank:
+            checkpoints.save(1, state)
+            return ""
+        with pytest.raises(Incomplete) as raised:
+            checkpoints.save(1, state)
+    return str(raised.value)
+
+
+def test_what_is_not_whole_is_not_published(tmp_path: Path) -> None:
+    found = ranks.run(without_the_mesh, 2, str(tmp_path / "stages"), True)[0]
+    assert "'model/0.weight': the ranks have written 44,032 elements of 90,000; nothing was published" in found
+    found = ranks.run(without_the_mesh, 4, str(tmp_path / "copies"), False)[0]
+    told = re.search(r"the ranks have written (\S+) elements of (\S+); nothing was published", found)
+    assert told is not None, found
+    assert int(told[1].replace(",", "")) == 2 * int(told[2].replace(",", "")), "once by each copy"
+    assert complete(tmp_path / "stages") == complete(tmp_path / "copies") == []
 
 
 # --- Files of others --------------------------------------------------------------------------------------------------

@@ -219,6 +219,41 @@ def test_tensor_parallel(sequence: bool) -> None:
         torch.testing.assert_close(grad, model[0].up.weight.grad, rtol=1e-10, atol=1e-12)
 
 
+def piped(wire: Any, schedule: str) -> dict[str, Tensor]:
+    """The loss and all gradients of this rank's stages, of a batch in four micro-batches."""
+    from fasttrain.parallel import Mesh, pipeline
+
+    mesh = Mesh(pipeline=2, watch=False)
+    model, x = chain()
+    draws = seed_dropout(model, 3)
+    stage = pipeline.split(model, mesh, schedule=schedule)
+    run = pipeline.Pipeline(stage, mesh, nn.functional.mse_loss, micro_batches=4, draws=draws)
+    draws.at(1, sample=8)
+    found = {"loss": run.step(x, x)}
+    return {**found, **{name: p.grad for name, p in stage.named_parameters()}}
+
+
+def chain() -> tuple[nn.Sequential, Tensor]:
+    torch.manual_seed(0)
+    layers = [layer for _ in range(4) for layer in (nn.Linear(6, 6), nn.Dropout(0.5))]
+    return nn.Sequential(*layers).double(), torch.randn(8, 6, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved"])
+def test_pipelines(schedule: str) -> None:
+    """Whatever the order of micro-batches, each draws as its part of the batch."""
+    model, x = chain()
+    seed_dropout(model, 3).at(1, sample=8)
+    loss = nn.functional.mse_loss(model(x), x)
+    loss.backward()
+    wanted = {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}}
+    answers = ranks.run(piped, 2, schedule)
+    assert {name for found in answers for name in found} == set(wanted)
+    for found in answers:
+        for name, value in found.items():
+            torch.testing.assert_close(value, wanted[name], rtol=1e-10, atol=1e-12, msg=name)
+
+
 # --- Recomputing ------------------------------------------------------------------------------------------------------
 
 def gradient(draws: Draws, model: nn.Module, how: dict[str, Any] | None, order: str) -> list[Tensor]:

@@ -11,6 +11,7 @@ from helpers import assert_same_bits
 from ranks import run
 from torch import Tensor
 
+from benchmarks.allocated import peak
 from fasttrain.losses import cross_entropy, cross_entropy_parts, linear_cross_entropy
 
 SMOOTH = Numbers(0.1, 1e-3)
@@ -151,6 +152,36 @@ def surrounded(wire: Any) -> None:
 
 def test_through_a_column_parallel_head() -> None:
     run(surrounded, 2)
+
+
+def highest(wire: Any) -> tuple[int, int, int]:
+    """The most memory of forward and backward beside the logits: ours, ours in place, torch's."""
+    from torch.distributed.tensor.parallel import loss_parallel
+
+    x, targets = cut(torch.randn(64, 3000)), torch.arange(64)
+
+    def ours() -> None:
+        torch.autograd.grad(cross_entropy(x, targets), x)
+
+    def in_place() -> None:
+        torch.autograd.grad(cross_entropy(x.clone(), targets, inplace_backward=True), x)
+
+    def theirs() -> None:
+        with loss_parallel():
+            torch.autograd.grad(torch.nn.functional.cross_entropy(x, targets), x)
+
+    for call in (ours, in_place, theirs):
+        call()
+    return peak(ours), peak(in_place), peak(theirs)
+
+
+def test_memory() -> None:
+    """A derivative, and no more than some numbers for each row; in place not even that (a copy of the logits here)."""
+    for ours, in_place, theirs in run(highest, 2):
+        logits, few = 64 * 1500 * 4, 64 * 2000
+        assert logits <= ours <= logits + few
+        assert in_place <= logits + few
+        assert theirs >= 3.9 * logits
 
 
 def refused(wire: Any) -> list[str]:

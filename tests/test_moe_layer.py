@@ -182,8 +182,8 @@ def test_recomputing_changes_nothing(capacity: float | None) -> None:
     other, x = copy.deepcopy(layer), tokens(3, 5).requires_grad_()
     (layer(x).pow(2).sum() + auxiliary(layer)).backward()
     y = x.detach().clone().requires_grad_()
-    output = checkpoint(other, y, use_reentrant=False)
-    (output.pow(2).sum() + auxiliary(other)).backward()
+    output = checkpoint(lambda z: other(z).pow(2), y, use_reentrant=False)  # all of the layer runs again
+    (output.sum() + auxiliary(other)).backward()
     assert torch.equal(x.grad, y.grad)
     for name, grad in grads(layer).items():
         assert torch.equal(grad, grads(other)[name]), name
@@ -191,29 +191,29 @@ def test_recomputing_changes_nothing(capacity: float | None) -> None:
 
 
 def test_bias_brings_balance() -> None:
-    """A skewed router; the bias alone brings all experts near the mean, and weights do not see it."""
+    """A skewed router; the bias alone brings all experts near the mean."""
     torch.manual_seed(0)
     layer = MoE(8, 8, 4, 2, balance=0.0, z=0.0, router_bias=True, score="sigmoid")
-    x = torch.randn(512, 8) + 0.3
+    x = torch.randn(256, 8) + 0.3
     with torch.no_grad():
         layer.router.weight[0] += 1
         layer(x)
         before = metrics(layer)[""].counts
         rebalance(layer, 0.01)
-        for _ in range(200):
+        for _ in range(60):
             layer.router.count(layer.router(x).counts)
-            rebalance(layer, 0.01)
+            rebalance(layer, 0.02)
         layer(x)
     after = metrics(layer)[""].counts
-    assert int(before.max() - before.min()) > 200
-    assert int(after.max() - after.min()) <= 30  # 0.01 of a score at a time: 512 tokens change over a few at a time
+    assert int(before.max() - before.min()) > 100
+    assert int(after.max() - after.min()) <= 20  # 0.02 of a score at a time: tokens change over a few at a time
     layer.eval()(x)
-    assert int(layer.router.load.sum()) == 1024  # of the last pass in training: evaluation does not count
+    assert int(layer.router.load.sum()) == 512  # of the last pass in training: evaluation does not count
     assert [name for name, _ in layer.named_buffers()] == list(layer.state_dict())[1:2] == ["router.bias"]
 
 
 def test_balance_of_equal_and_of_one() -> None:
-    """1 where all experts get alike, the number of experts where one gets all: for any top_k and score."""
+    """1 where all experts get alike, the number of experts where one gets all."""
     layer = MoE(4, 4, 4, 1)
     with torch.no_grad():
         layer.router.weight.copy_(torch.eye(4) * 100)

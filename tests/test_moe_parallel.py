@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fasttrain.dist.mesh import MEAN, Mesh
 from fasttrain.optim import AdamW
-from fasttrain.parallel import DataParallel, shard
+from fasttrain.parallel import DataParallel, Zero, shard
 from fasttrain.parallel.experts import MoE, auxiliary, metrics, rebalance
 
 WIDTH, HIDDEN, EXPERTS, TOKENS, STEPS, CLIP = 6, 8, 4, 5, 3, 0.1
@@ -179,6 +179,29 @@ def test_equals_one_process_on_more_meshes(sizes: dict[str, int], statistics: st
     if by == "shard" and "shard" not in sizes:
         sizes = {"shard": sizes["data"], **sizes, "data": 1}
     compare(sizes, dict(statistics=statistics, capacity=capacity, gated=True), by)
+
+
+def zeroed(wire: Any, sizes: dict[str, int], options: dict[str, Any], stage: int) -> dict[str, Tensor]:
+    mesh = Mesh(**sizes)
+    model = Model(mesh, **options)
+    parallel = DataParallel(model, mesh=mesh, bucket_cap_mb=0.001)
+    optimizer = Zero(parallel, AdamW, stage=stage, lr=1e-2, weight_decay=0.1)
+    for step in range(STEPS):
+        x = batch(step, mesh.replicas)[mesh.replica]
+        (parallel(x).pow(2).mean() + auxiliary(parallel)).backward()
+        optimizer.clip_grad_norm_(CLIP, norm=parallel.reducer.statistics()[0].sqrt())
+        optimizer.step()
+        optimizer.zero_grad()
+    return values(model)
+
+
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_states_in_shards(stage: int) -> None:
+    """ZeRO divides an expert's states over those that hold a copy of it."""
+    options = dict(statistics="global", gated=True)
+    last = expected(4, options)[2]
+    for found in run(zeroed, 4, dict(data=2, expert=2), options, stage):
+        torch.testing.assert_close(found, last, rtol=1e-10, atol=1e-12)
 
 
 # --- What is sent -----------------------------------------------------------------------------------------------------

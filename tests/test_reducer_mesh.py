@@ -124,12 +124,12 @@ def trained(wire, sizes, sequence, options):
 
 @pytest.mark.parametrize(("size", "sizes", "sequence", "options"), [
     (2, dict(tensor=2), None, {}),
-    (2, dict(tensor=2), "declared", {"wire": "ordered"}),
+    pytest.param(2, dict(tensor=2), "declared", {"wire": "ordered"}, marks=pytest.mark.slow),
     (4, dict(data=2, tensor=2), None, {}),
     (4, dict(data=2, tensor=2), "declared", {}),
     (4, dict(data=2, tensor=2), "settled", {}),
     (4, dict(data=2, tensor=2), "declared", {"wire": "ordered"}),
-    (8, dict(data=2, context=2, tensor=2), None, {}),
+    pytest.param(8, dict(data=2, context=2, tensor=2), None, {}, marks=pytest.mark.slow),
 ], ids=str)
 def test_data_and_tensor(size, sizes, sequence, options):
     assert len({str(outcome) for outcome in run(trained, size, sizes, sequence, options)}) == 1

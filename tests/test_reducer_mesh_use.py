@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from fasttrain import LossScaler
 from fasttrain.dist.mesh import Mesh
 from fasttrain.optim import SGD, AdamW
-from fasttrain.optim.local import local
+from fasttrain.optim.local import is_dtensor, local
 from fasttrain.parallel import DataParallel, Reducer
 from fasttrain.parallel.wires import Ordered, Same
 
@@ -141,6 +142,48 @@ def test_bytes(kind):
         assert sent == formula > 0
 
 
+def kept(wire, how):
+    """What codes lack is a state: of this rank, and of this mesh."""
+    parallel = parallel_of(Mesh(expert=2, tensor=2), wire="int8")
+    method = parallel.reducer.method
+    torch.manual_seed(wire.rank)
+    held = [p.to_local() if is_dtensor(p) else p for p in parallel.parameters()]
+    sum((one * torch.randn(one.shape)).sum() for one in held).backward()
+    state = copy.deepcopy(method.state_dict())
+    found = {group: sum(residual.abs().sum().item() for residual in own["residuals"])
+             for group, own in state["groups"].items()}
+    for own in method.methods.values():
+        for residual in getattr(own, "residuals", ()):
+            residual.fill_(torch.nan)
+    if how == "same":
+        method.of_rank(state, wire.rank, 4)
+        after = method.state_dict()["groups"]
+        return found, all(a.equal(b) for group, own in state["groups"].items()
+                          for a, b in zip(own["residuals"], after[group]["residuals"], strict=True))
+    state["mesh"]["tensor"], state["mesh"]["data"] = 1, 2
+    with pytest.raises(ValueError, match="on a mesh of"):
+        method.load_state_dict(state)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        method.of_rank(state, wire.rank, 4)
+    return [str(one.message) for one in told], all(
+        not residual.any() for own in method.state_dict()["groups"].values() for residual in own["residuals"])
+
+
+def test_residuals_are_kept():
+    for found, equal in run(kept, 4, "same"):
+        assert equal
+        assert set(found) == {"data", "data and tensor", "data copied over tensor"}  # an expert's group is one rank
+        assert all(found.values())
+
+
+def test_residuals_of_another_mesh():
+    answers = run(kept, 4, "other")
+    assert all(zero for _, zero in answers)
+    assert [len(told) for told, _ in answers] == [1, 0, 0, 0]
+    assert "begins anew" in answers[0][0][0]
+
+
 def copied(wire):
     """A deep copy reduces over the same mesh."""
     mesh = Mesh(data=2, tensor=2)
@@ -158,7 +201,7 @@ def test_copies():
 
 
 def elements_of(tensor):
-    return 21 + 48 + 10 + 9 + 4 + 11 + 24 + 40
+    return 21 + 48 + 1000 + 9 + 4 + 11 + 24 + 40
 
 
 def shared(wire):

@@ -112,7 +112,7 @@ def staged(wire, sizes, how, options):
     (4, dict(pipeline=2, data=2), "hooks", {}),
     (4, dict(pipeline=2, data=2), "told", {"wire": "ordered"}),
     (3, dict(pipeline=3), "told", {}),
-    (8, dict(pipeline=4, data=2), "told", {}),
+    pytest.param(8, dict(pipeline=4, data=2), "told", {}, marks=pytest.mark.slow),
 ], ids=str)
 def test_stages(size, sizes, how, options):
     answers = run(staged, size, sizes, how, options)

@@ -86,8 +86,8 @@ def trained(wire: Any, sizes: dict[str, int], stage: int) -> None:
     group = [mesh.index("data", "shard") * mesh.sizes["expert"] * mesh.sizes["context"]
              + other * mesh.sizes["context"] + mesh.coordinates["context"] for other in range(mesh.sizes["expert"])]
     for step in range(2):
-        (model if stage == 3 else sharded)(tokens_of(step, term_of(mesh)), torch.cat([tokens_of(step, term) for term in group]),
-                       step == 1).backward()
+        of_group = torch.cat([tokens_of(step, term) for term in group])
+        (model if stage == 3 else sharded)(tokens_of(step, term_of(mesh)), of_group, step == 1).backward()
         alone.zero_grad()
         for term in range(mesh.terms):
             (alone(tokens_of(step, term), tokens_of(step, term)) / mesh.terms).backward()

@@ -64,10 +64,10 @@ def trained(wire: Any, sizes: dict[str, int], sequence: bool, tied: bool, blocks
 
 
 @pytest.mark.parametrize(("sizes", "sequence", "tied", "blocks"), [
-    (dict(shard=2), False, True, "blocks"),
+    pytest.param(dict(shard=2), False, True, "blocks", marks=pytest.mark.slow),
     (dict(shard=2, tensor=2), True, False, "blocks"),
-    (dict(shard=2, tensor=2), False, True, None),
-    (dict(data=2, shard=2), False, False, "blocks"),
+    pytest.param(dict(shard=2, tensor=2), False, True, None, marks=pytest.mark.slow),
+    pytest.param(dict(data=2, shard=2), False, False, "blocks", marks=pytest.mark.slow),
     (dict(shard=2, context=2), False, False, "blocks"),
     (dict(data=2, shard=2, tensor=2), True, True, "blocks"),
     pytest.param(dict(shard=4, tensor=2), True, True, "blocks", marks=pytest.mark.slow),
@@ -111,8 +111,8 @@ class Wide(Model):
 
 
 @pytest.mark.parametrize("options", [
-    dict(lr=1e-2, master="split", state_dtype="bf16", ema_decay=0.9),
-    dict(lr=1e-2, master="stochastic", state_dtype="bf16"),
+    pytest.param(dict(lr=1e-2, master="split", state_dtype="bf16", ema_decay=0.9), marks=pytest.mark.slow),
+    dict(lr=1e-2, master="stochastic", state_dtype="bf16", ema_decay=0.9),
     dict(lr=1e-2, master="fp32", state_dtype="int8"),
 ], ids=str)
 def test_storages_step_as_the_whole(options: dict[str, Any]) -> None:

@@ -15,8 +15,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel
 
 from fasttrain.dist.mesh import Mesh
+from fasttrain.losses import cross_entropy
 from fasttrain.optim import AdamW
 from fasttrain.optim.local import is_dtensor
+from fasttrain.parallel import seed_dropout
 from fasttrain.parallel.tensor import tensor_parallel
 from fasttrain.parallel.tensor.moves import CUT, JOIN
 from fasttrain.parallel.tensor.partial import declared
@@ -191,6 +193,11 @@ class Dropping(nn.Module):
         return self.head(self.feed(self.drop(self.tokens(tokens))))
 
 
+def told(model: nn.Module, tokens: Tensor) -> Tensor:
+    model.drop.draws.at(3)
+    return cross_entropy(model(tokens[:, :-1]), tokens[:, 1:])
+
+
 def dropping(wire: Any, size: int) -> None:
     mesh = Mesh(tensor=size)
     plan = {"tokens": "vocabulary", "drop": "sequence", "feed.up": "column", "feed.down": "row",
@@ -198,6 +205,10 @@ def dropping(wire: Any, size: int) -> None:
     batches = list(torch.arange(39).view(1, 3, 13).expand(STEPS, 3, 13) % 9)
     for sequence in (False, True):
         compare(lively(Dropping().double()), mesh, batches, entropy, 1e-10, plan=plan, sequence=sequence)
+        by_place = lively(Dropping().double())
+        seed_dropout(by_place, 5)
+        torch.manual_seed(wire.rank)  # which nothing depends on
+        compare(by_place, mesh, batches, told, 1e-10, plan=plan, sequence=sequence)
     model = tensor_parallel(Dropping(), mesh, plan)
     torch.manual_seed(wire.rank)
     model.eval()(batches[0])

@@ -35,7 +35,9 @@ def trained(wire: Any, sizes: dict[str, int], stage: int, sequence: bool, tied: 
     parts = sum(local(p).numel() if "norm" not in name or not sequence else p.numel() / mesh.sizes["tensor"]
                 for name, p in params.items())
     assert everywhere == mesh.wire().sum_(torch.tensor(float(parts))) / mesh.terms
+    wires = model.reducer.reach.everyone
     for step in range(3):
+        before = sum(one.bytes["reduce_scatter"] for one in wires)
         micros = 1 + step % 2
         for micro in range(micros):
             loss = loss_of(model, tokens_of(step, term_of(mesh), micro)) / micros
@@ -44,6 +46,8 @@ def trained(wire: Any, sizes: dict[str, int], stage: int, sequence: bool, tied: 
             else:
                 with model.no_sync():
                     loss.backward()
+        sent = sum(one.bytes["reduce_scatter"] for one in wires) - before
+        assert sent == model.reducer.bytes_per_step() / 2 * (2 if step == 1 else 1)  # and as much when they come back
         onmesh.gradients(alone, step, mesh.terms, micros)
         squares, found = ours.grad_statistics()
         assert not found

@@ -49,11 +49,14 @@ def stepped(wire: Any, options: dict[str, Any], stage: int) -> None:
     if options.get("master") == "stochastic":
         starts = {piece.first % 5 for piece in ours._pieces if piece.name == "down.weight"}
         assert mesh.wire().sum_(torch.tensor(float(len(starts) > 1))) > 0, "a piece begins within a row"
+    if arrives := stage == 1:
+        ours.step_on_arrival()
     for step in range(3):
         x = torch.randn(6, 512, generator=torch.Generator().manual_seed(10 * step + term_of(mesh))).bfloat16()
         for one, optimizer in ((model, ours), (twin, theirs)):
             one(x).float().square().mean().backward()
-            optimizer.clip_grad_norm_(0.1)
+            if not arrives:
+                optimizer.clip_grad_norm_(0.1)
             optimizer.step()
             optimizer.zero_grad()
     for (name, p), q in zip(model.module.named_parameters(), twin.module.parameters(), strict=True):

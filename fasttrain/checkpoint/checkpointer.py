@@ -240,7 +240,7 @@ class Checkpointer:
         path = None
         if self.rank == 0:
             path = publish(self.directory, folder, step, self.size, deadline_s=self.deadline_s, metrics=metrics,
-                           waiting=lambda missing: self._check_peers())
+                           waiting=lambda missing: self._check_peers(), whole=True)
             told |= {"path": str(path), "removed": [str(one) for one in prune(self.directory, self.keep)]}
         self._ended.append(told | {"seconds": time.perf_counter() - begun})
         return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import os
 import time
@@ -15,6 +16,7 @@ from fasttrain.checkpoint import manifest
 from fasttrain.checkpoint.disk import DISK, Files, empty, write_whole
 from fasttrain.checkpoint.errors import Damaged, Incomplete
 from fasttrain.checkpoint.find import listed, step_name
+from fasttrain.checkpoint.regions import Region
 from fasttrain.checkpoint.space import room
 
 POLL_S = 0.01, 0.25  # first and longest
@@ -42,7 +44,7 @@ def checked(step: Any, metrics: Mapping[str, Any] | None) -> tuple[int, dict[str
 
 def publish(directory: Path, part: Path, step: int, world: int, *, deadline_s: float = 600.0,
             metrics: Mapping[str, float] | None = None, waiting: Callable[[list[int]], None] | None = None,
-            files: Files = DISK) -> Path:
+            whole: bool = False, files: Files = DISK) -> Path:
     """Make one checkpoint of what all ranks have written; for rank 0, after its own `write_rank`.
 
     It waits for the manifest of every rank, checks each, writes the one that names them all, and gives the directory
@@ -55,18 +57,21 @@ def publish(directory: Path, part: Path, step: int, world: int, *, deadline_s: f
         deadline_s: how long to wait for the other ranks.
         metrics: what retention may choose by.
         waiting: called now and then with the ranks that are still waited for; it may raise to stop.
+        whole: refuse tensors of which the ranks have written fewer elements than they have, or more.
 
     Returns:
         The checkpoint's own directory.
 
     Raises:
-        Incomplete: ranks have not written theirs in time. Nothing is published.
+        Incomplete: ranks have not written theirs in time, or not all of a tensor. Nothing is published.
         Damaged: a rank's manifest does not agree with itself, or a file of its has not the size it tells.
         NoSpace, OSError: the disk's error. What all ranks have written is removed, unless it was published already.
     """
     step, measured = checked(step, metrics)
     directory = Path(directory)
-    ranks = _wait(part, world, deadline_s, waiting)
+    ranks, tensors = _wait(part, world, deadline_s, waiting)
+    if whole:
+        _check_whole(part, tensors)
     before = listed(directory)
     # One for each that cannot be read: what cannot be read now may be read later, and must not be newer then.
     sequence = 1 + max((found.sequence for found in before if found.sequence > 0), default=0)
@@ -90,19 +95,21 @@ def publish(directory: Path, part: Path, step: int, world: int, *, deadline_s: f
     return path
 
 
-def _wait(part: Path, world: int, deadline_s: float, waiting: Callable[[list[int]], None] | None) -> list[dict]:
-    """Entries of all ranks' manifests, as soon as they are there."""
+def _wait(part: Path, world: int, deadline_s: float,
+          waiting: Callable[[list[int]], None] | None) -> tuple[list[dict], dict[str, list[Region]]]:
+    """Entries of all ranks' manifests, as soon as they are there; and what they hold of each tensor."""
     end = time.monotonic() + deadline_s
     pause, longest = POLL_S
     found: dict[int, dict] = {}
+    tensors: dict[str, list[Region]] = {}
     while True:
         for rank in range(world):
             if rank not in found:
                 with suppress(Incomplete):
-                    found[rank] = _rank(part, rank, world)
+                    found[rank] = _rank(part, rank, world, tensors)
         missing = [rank for rank in range(world) if rank not in found]
         if not missing:
-            return [found[rank] for rank in range(world)]
+            return [found[rank] for rank in range(world)], tensors
         if time.monotonic() > end:
             raise Incomplete(f"{part}: within {deadline_s:g} s nothing came from rank{'s' * (len(missing) > 1)} "
                              f"{', '.join(map(str, missing[:20]))} of {world}; nothing was published")
@@ -112,8 +119,17 @@ def _wait(part: Path, world: int, deadline_s: float, waiting: Callable[[list[int
         pause = min(2 * pause, longest)
 
 
-def _rank(part: Path, rank: int, world: int) -> dict:
-    """The entry of one rank in the checkpoint's manifest."""
+def _check_whole(part: Path, tensors: Mapping[str, list[Region]]) -> None:
+    for name, regions in tensors.items():
+        held, whole = sum(region.elements for region in regions), math.prod(regions[0].shape)
+        if held != whole:
+            raise Incomplete(f"{part}: tensor {name!r}: the ranks have written {held:,} elements of {whole:,}; nothing "
+                             "was published: have all of them save the same state, and give the Checkpointer the mesh "
+                             "of what is cut or lies in stages")
+
+
+def _rank(part: Path, rank: int, world: int, tensors: dict[str, list[Region]]) -> dict:
+    """The entry of one rank in the checkpoint's manifest; what it holds goes to `tensors`."""
     path = part / f"{manifest.stem(rank, world)}.json"
     content = manifest.read_file(path)
     read = manifest.read_rank(path, content, rank, world)
@@ -121,5 +137,7 @@ def _rank(part: Path, rank: int, world: int) -> dict:
         size = (part / name).stat().st_size
         if size != file.size:
             raise Damaged(part / name, f"{size:,} bytes where {file.size:,} were written")
+    for name, _, piece in read.tensors:
+        tensors.setdefault(name, []).append(piece.region)
     return {"file": path.name, "size": len(content), "xxh3": manifest.digest(content),
             "files": {name: file.size for name, file in read.files.items()}}

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fasttrain.checkpoint.parts import Part, boxes
@@ -14,7 +15,7 @@ from fasttrain.optim.local import is_dtensor, local, positions
 from fasttrain.optim.placing import place
 
 
-def in_memory_order(name: str, flat: Tensor, whole: Any, first: int) -> list[Part]:
+def in_memory_order(name: str, flat: Tensor, whole: Any, first: int, row_major: bool = False) -> list[Part]:
     """The parts that an interval is made of, whose elements are counted in the order of a tensor's memory.
 
     Arguments:
@@ -22,9 +23,11 @@ def in_memory_order(name: str, flat: Tensor, whole: Any, first: int) -> list[Par
         whole: a tensor that fills one stretch of memory, in whatever order of its dimensions; or a DTensor whose local
             part does, and is what is counted.
         first: the interval's first element.
+        row_major: they are counted in this order, however they lie.
     """
     index = positions(whole) if is_dtensor(whole) else None
-    return interval(name, flat, local(whole), first, tuple(whole.shape), index)
+    held = torch.empty(local(whole).shape, device="meta") if row_major else local(whole)
+    return interval(name, flat, held, first, tuple(whole.shape), index)
 
 
 def interval(name: str, flat: Tensor, held: Tensor, first: int, shape: tuple[int, ...],

@@ -34,6 +34,15 @@ def ties_of_whole(model: nn.Module) -> Mapping[str, str]:
     return {name: first for name, first in told.items() if first not in own}
 
 
+def stages_of_whole(model: nn.Module) -> list[tuple[int, list[str]]]:
+    """The names of parameters of each stage that is here, by its number, if `split` has made them of a whole model."""
+    inner = bare(model)
+    if not hasattr(inner, held.MARK):
+        return []
+    ties = ties_of_whole(inner)
+    return [(number, [ties.get(name, name) for name in names]) for number, names in held.of(inner).names.items()]
+
+
 class Named:
     """The names of parameters, by the models of one state.
 

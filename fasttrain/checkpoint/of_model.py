@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fasttrain.checkpoint import encoding
-from fasttrain.checkpoint.names import bare, names_in, ties_of_whole
+from fasttrain.checkpoint.names import bare, names_in, stages_of_whole, ties_of_whole
 from fasttrain.checkpoint.parts import DTYPES, Among, Part, first_writes, need_memory, parts_of, tensor_of
 from fasttrain.checkpoint.problems import Problem
 from fasttrain.checkpoint.saved import Plan, Saved, given, refuse, whole_reads
@@ -96,6 +96,8 @@ class OfModel:
             return {"name": name, **({"device": "cuda"} if value.is_cuda else {})}
 
         told = {"kind": "model", "same": others, "extra": encoding.encode(rest, take)}
+        if stages := stages_of_whole(self.module):
+            told["stages"] = [[number, names] for number, names in stages]
         return parts + extra, told
 
     def plan(self, saved: Saved, elsewhere: Set[str] = frozenset()) -> Plan:

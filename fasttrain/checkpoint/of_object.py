@@ -53,18 +53,20 @@ class OfObject:
 
     It is taken to be the same on every rank, and is loaded as the first rank had it; one that is not has an attribute
     `per_rank` that is true (`PerRank`). What was built for another optimizer writes its options when it is built
-    (schedules of torch do): those that it may have written are saved with it and put back when it is loaded. Where the
-    stages of a pipeline have optimizers of different numbers of groups, it is loaded as the first rank of those with as
-    many had it.
+    (schedules of torch do): those that it may have written are saved with it and put back when it is loaded. They are
+    those of the stage of the same number, if there were as many stages of a pipeline; else those that all stages had
+    with as many groups.
 
     Arguments:
         key: of the entry.
         rank: this process's number.
         everyone: all processes.
+        stage, stages: number of this process's stage of a pipeline, and how many there are.
     """
 
-    def __init__(self, key: str, value: Any, rank: int, everyone: Among):
+    def __init__(self, key: str, value: Any, rank: int, everyone: Among, stage: int = 0, stages: int = 1):
         self.key, self.value, self.rank, self.everyone = key, value, rank, everyone
+        self.stage, self.stages = stage, stages
         self.per_rank = bool(getattr(value, "per_rank", False))
 
     def held(self) -> Held:
@@ -90,6 +92,10 @@ class OfObject:
     def plan(self, saved: Saved, elsewhere: Set[str] = frozenset()) -> Plan:
         """How it would be loaded."""
         of = self.rank % saved.world if self.per_rank else self._of(saved)
+        if of is None:
+            return refuse(f"{self.key}: its optimizers had different options in the stages of the checkpoint's "
+                          "pipeline, of which there were another number: give the optimizer of every stage all groups, "
+                          "also those of which it has no parameters")
         told = saved.entry(self.key, of)
         if not isinstance(told, Mapping) or told.get("kind") not in ("object", "each"):
             return refuse(f"{self.key}: the checkpoint has no object of this name")
@@ -124,12 +130,17 @@ class OfObject:
 
         return Plan([], whole_reads(told["state"], saved), apply, order=2)
 
-    def _of(self, saved: Saved) -> int:
-        """The rank as which it is loaded: the first, but for an optimizer of another number of groups."""
+    def _of(self, saved: Saved) -> int | None:
+        """The rank as which it is loaded; None if there are several answers."""
         if (groups := self._groups()) is None:
             return 0
-        return next((rank for rank in tellers(saved)
-                     if len((saved.entry(self.key, rank) or {}).get("groups", ())) == len(groups)), 0)
+        ranks = tellers(saved)
+        fit = [rank for rank in ranks if len((saved.entry(self.key, rank) or {}).get("groups", ())) == len(groups)]
+        if len(ranks) == self.stages and ranks[self.stage] in fit:
+            return ranks[self.stage]
+        if any(saved.entry(self.key, rank) != saved.entry(self.key, fit[0]) for rank in fit):
+            return None
+        return fit[0] if fit else ranks[0]
 
 
 def _other_lengths(mine: Any, saved: Any) -> list[str]:
@@ -183,8 +194,9 @@ def _number(value: Any) -> Any:
 def _compare(key: str, saved: Saved, of: int) -> None:
     """Say it if the ranks had different ones: only that of rank `of` is loaded."""
     first = saved.entry(key, of)
-    others = [rank for rank in range(saved.world) if (told := saved.entry(key, rank)) is not None and told != first
-              and len(told.get("groups", ())) == len(first.get("groups", ()))]
+    if "groups" in first and len(tellers(saved)) > 1:
+        return  # each stage's has the options of its own optimizer
+    others = [rank for rank in range(saved.world) if (told := saved.entry(key, rank)) is not None and told != first]
     if others:
         warnings.warn(f"{key} differed between ranks when it was saved ({of} and {', '.join(map(str, others[:8]))}), "
                       f"and is loaded as rank {of} had it on every rank; wrap it in fasttrain.checkpoint.PerRank if "

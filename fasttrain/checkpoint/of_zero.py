@@ -70,7 +70,7 @@ def _cut(name: str, flat: Tensor, piece: Piece, array: Array) -> list[Part]:
     if codec(array.number).block or (row_major(piece.whole) and not is_dtensor(piece.whole)):
         first = array.length(begin(name, piece.whole) + piece.first)
         return [Part(name, flat.detach(), Region(shape, span=(first, flat.numel())))]
-    return in_memory_order(name, flat.detach(), piece.whole, array.length(piece.first))
+    return in_memory_order(name, flat.detach(), piece.whole, array.length(piece.first), row_major(piece.whole))
 
 
 def _reference(name: str, value: Tensor, piece: Piece, array: Array | None) -> dict[str, Any]:

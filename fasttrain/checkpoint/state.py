@@ -58,7 +58,7 @@ def entries(state: Mapping[str, Any], place: Place) -> dict[str, Entry]:
         elif isinstance(value, torch.optim.Optimizer):
             found[key] = OfOptimizer(key, value, named.of(value, key), place.stage, place.number)
         elif is_object(value):
-            found[key] = OfObject(key, value, place.rank, place.everyone)
+            found[key] = OfObject(key, value, place.rank, place.everyone, place.number, place.stages)
         else:
             found[key] = OfValue(key, value, place.rank, place.everyone)
     return found

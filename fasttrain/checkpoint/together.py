@@ -31,7 +31,7 @@ def told_of(saved: Saved, key: str) -> Any:
                 "extra": _union(one.get("extra", {}) for one in told)}
     if told[0]["kind"] == "optimizer":
         return {**told[0], "digits": _union(one.get("digits", {}) for one in told),
-                "groups": _groups([one["groups"] for one in told], saved)}
+                "groups": _ordered(_groups([one["groups"] for one in told], saved), saved)}
     return told[0]
 
 
@@ -45,7 +45,8 @@ def _union(told: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _groups(stages: list[list[Mapping[str, Any]]], saved: Saved) -> list[dict[str, Any]]:
     """The groups of the first stage, each with the parameters that others have in a group of the same options: in that
-    of the same number where it has them. What fits into none is a group more."""
+    of the same number where it has them. What fits into none is a group more.
+    """
     found: list[dict[str, Any]] = []
     options: list[Any] = []
     for groups in stages:
@@ -60,3 +61,22 @@ def _groups(stages: list[list[Mapping[str, Any]]], saved: Saved) -> list[dict[st
                 found.append({**group, "names": list(group["names"])})
                 options.append(own)
     return found
+
+
+def _ordered(groups: list[dict[str, Any]], saved: Saved) -> list[dict[str, Any]]:
+    """The groups with their parameters in the order of the whole model, where stages have told it.
+
+    A rank with several stages has parameters that do not follow one another.
+    """
+    stages: dict[int, list[str]] = {}
+    for rank in tellers(saved):
+        for told in saved.source.values(rank).get("entries", {}).values():
+            if isinstance(told, Mapping) and told.get("kind") == "model":
+                for number, names in told.get("stages", ()):
+                    stages.setdefault(number, []).extend(names)
+    order: dict[str, int] = {}
+    for number in sorted(stages):
+        for name in stages[number]:
+            order.setdefault(name, len(order))
+    return [{**group, "names": sorted(group["names"], key=lambda name: order.get(name, len(order)))}
+            for group in groups]

@@ -17,23 +17,37 @@ from typing import Any
 import torch.distributed as dist
 
 _made: list[tuple[Any, Counter[tuple[int, ...]]]] = []  # at most one: of the store that torch.distributed uses now
+_torchs: list[Any] = []  # torch's own way of naming, for each thread that is within
 _lock = threading.Lock()
+_given = threading.local()
 
 
 @contextmanager
 def by_members(ranks: Sequence[int]) -> Iterator[None]:
-    """Let the group of these ranks that torch makes within have a name that all of them come to."""
+    """Let the group of these ranks that torch makes within have a name that all of them come to.
+
+    Other threads may make groups meanwhile, in this way or in torch's.
+    """
     torchs: Any = dist.distributed_c10d
-    store = torchs._get_default_store()
+    store, members = torchs._get_default_store(), tuple(ranks)
     with _lock:
         if not _made or _made[0][0] is not store:
             _made[:] = [(store, Counter())]
-        counted, members = _made[0][1], tuple(ranks)
+        counted = _made[0][1]
         counted[members] += 1
-        name = "fasttrain_" + hashlib.sha1(f"{members} {counted[members]}".encode(), usedforsecurity=False).hexdigest()
-        before = torchs._process_group_name
-        torchs._process_group_name = lambda *_, **__: name
-        try:
-            yield
-        finally:
-            torchs._process_group_name = before
+        text = f"{members} {counted[members]}"
+        _torchs.append(_torchs[0] if _torchs else torchs._process_group_name)
+        torchs._process_group_name = _name
+    _given.name = "fasttrain_" + hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+    try:
+        yield
+    finally:
+        _given.name = None
+        with _lock:
+            before = _torchs.pop()
+            if not _torchs:
+                torchs._process_group_name = before
+
+
+def _name(*arguments: Any, **options: Any) -> str:
+    return getattr(_given, "name", None) or _torchs[0](*arguments, **options)

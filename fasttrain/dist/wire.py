@@ -204,8 +204,8 @@ class Wire:
         """Give ``sends[r]`` to rank r, and write what rank r gives into ``into[r]``."""
         if self.backend == "gloo":
             return exchange.all_to_all(self, into, sends)
-        away = sum(t.nbytes for t in sends) - sends[self.rank].nbytes
-        self.issue("all_to_all", 0, away)  # sizes may differ, and who has nothing to send takes part
+        away = sum(t.nbytes for t in sends) - sends[self.rank].nbytes  # none, perhaps, of what others have to send
+        self.issue("all_to_all", 0, away)
         return Single(self._post(), "all_to_all", away, self._try("all_to_all", lambda: dist.all_to_all(
             list(into), list(sends), group=self.group, async_op=True)), polled=False)
 

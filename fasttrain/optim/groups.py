@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fasttrain.optim import kept
 from fasttrain.optim.page import Group, Page
-from fasttrain.optim.part import declared
+from fasttrain.optim.part import called, declared
 from fasttrain.precision.storage import DEFAULTS, describe, is_plain, normalised
 
 BUCKET = 64 << 20  # bytes of gradients that travel together to the host, where an optimizer is offloaded
@@ -118,5 +118,5 @@ class Groups(Page):
             return part.identity
         names = self.param_groups[where[0]].get("param_names")
         before = sum(len(group["params"]) for group in self.param_groups[: where[0]])
-        told = names[where[1]] if names else str(before + where[1])
+        told = called(self._param(where)) or (names[where[1]] if names else str(before + where[1]))
         return int.from_bytes(hashlib.blake2b(told.encode(), digest_size=8).digest(), "little")

@@ -33,6 +33,7 @@ class Part(NamedTuple):
 
 
 _parts: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_names: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def declare(tensor: Tensor, part: Part) -> None:
@@ -41,14 +42,27 @@ def declare(tensor: Tensor, part: Part) -> None:
 
 
 def pass_on(tensor: Tensor, twin: Tensor) -> None:
-    """Let a twin be the part that a tensor is, if it is one."""
+    """Let a twin be the part that a tensor is, if it is one, and have its name."""
     if (part := declared(tensor)) is not None:
         declare(twin, part)
+    if (name := called(tensor)) is not None:
+        call(twin, name)
 
 
 def declared(tensor: Tensor) -> Part | None:
     """Of what the tensor is a part; None if it is a whole."""
     return _parts.get(tensor) if _parts else None
+
+
+def call(p: Tensor, name: str) -> None:
+    """Let a parameter stand under this name in random draws, whatever an optimizer is told: copies that several
+    processes have under several names then stay equal."""
+    _names[p] = name
+
+
+def called(p: Tensor) -> str | None:
+    """The name of a parameter in random draws, if it has one of its own."""
+    return _names.get(p) if _names else None
 
 
 def size_of(tensor: Tensor) -> int:

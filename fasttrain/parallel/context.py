@@ -72,6 +72,10 @@ class ContextParallel:
             self.wire = mesh if isinstance(mesh, Wire) else Wire(
                 mesh.device, mesh.timeout_s, mesh.ranks("context"), mesh.wire().watch)
 
+    def __deepcopy__(self, memo: object) -> ContextParallel:
+        """Copies of a model share it: its wire is one of all ranks."""
+        return self
+
     # --- The cut ------------------------------------------------------------------------------------------------------
 
     @property

@@ -73,7 +73,7 @@ class Draws:
     """
 
     def __init__(self, seed: int):
-        self.seed, self.sample, self.turn = seed, 0, 0
+        self.seed, self.sample, self.turn, self.first = seed, 0, 0, 0
         self.step: int | None = None
 
     def at(self, step: int, sample: int = 0) -> None:
@@ -84,7 +84,11 @@ class Draws:
             sample: of the step's batch, counted over all ranks and micro-batches: with b samples in a micro-batch,
                 number m of this rank's a begins with ``(replica * a + m) * b``.
         """
-        self.step, self.sample, self.turn = step, sample, self.turn + 1
+        self.step, self.sample, self.turn, self.first = step, sample, self.turn + 1, sample
+
+    def micro_batch(self, number: int, samples: int) -> None:
+        """Go to one of the equal micro-batches, of so many samples, that begin at `at`: what a `Pipeline` calls."""
+        self.sample, self.turn = self.first + number * samples, self.turn + 1
 
     def contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """For `torch.utils.checkpoint.checkpoint(..., use_reentrant=False, context_fn=draws.contexts)`: recomputing
@@ -145,12 +149,12 @@ class Dropout(nn.Dropout):
         key = key_of(self.draws.seed, self.name, self.draws.step, MASKS)
         if is_dtensor(input):
             return self._of_dtensor(input, key)
-        held, sizes = self.places(input.shape)
+        held, sizes = self.places(input.shape, input.device)
         return self._dropped(input, key, held, sizes)
 
     def _of_dtensor(self, x: Any, key: int) -> Any:
-        held, sizes = self.places(x.shape)
-        held = [index[here] for index, here in zip(held, positions(x), strict=True)]
+        held, sizes = self.places(x.shape, x.device)
+        held = [index[here.to(x.device)] for index, here in zip(held, positions(x), strict=True)]
         part = self._dropped(x.to_local(), key, held, sizes)
         return type(x).from_local(part, x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=x.stride())
 
@@ -159,20 +163,20 @@ class Dropout(nn.Dropout):
         kept = mask(key, held, sizes, self.p, x.device)
         return Masked.apply(x, kept, 1 / (1 - self.p) if self.p < 1 else 0.0, (key - (1 << 63), self.draws.sample))
 
-    def places(self, shape: Sequence[int]) -> tuple[list[Tensor], list[int]]:
+    def places(self, shape: Sequence[int], device: torch.device) -> tuple[list[Tensor], list[int]]:
         """(for each dimension the indices in the whole of those that are here; the sizes of the whole).
 
         Raises:
             ValueError: a cut does not leave as many as are here.
         """
-        held, sizes = [torch.arange(size) for size in shape], list(shape)
+        held, sizes = [torch.arange(size, device=device) for size in shape], list(shape)
         for dim in range(len(shape)):
             cuts = [cut for cut in self.cuts if cut.dim % len(shape) == dim]
             if not cuts:
                 continue
             for cut in reversed(cuts):
                 sizes[dim] = cut.whole if cut.whole is not None else sizes[dim] * cut.parts
-            index = torch.arange(sizes[dim])
+            index = torch.arange(sizes[dim], device=device)
             for cut in cuts:
                 index = cut.held(index)
             if len(index) != shape[dim]:
@@ -210,7 +214,7 @@ def mask(key: int, held: Sequence[Tensor], sizes: Sequence[int], p: float, devic
     """Whether each element is kept: bool, of the shape that is held.
 
     Arguments:
-        held: for each dimension, the indices in the whole.
+        held: for each dimension, the indices in the whole, on `device`.
         sizes: of the whole.
         p: of zero.
     """
@@ -220,10 +224,10 @@ def mask(key: int, held: Sequence[Tensor], sizes: Sequence[int], p: float, devic
         return kept
     if p >= 1:
         return kept.fill_(False)
-    inner, outer = held[-1].to(device), torch.zeros(1, dtype=torch.int64)
+    inner, outer = held[-1], torch.zeros(1, dtype=torch.int64, device=device)
     for index, size in zip(held[:-1], sizes[:-1], strict=True):
         outer = (outer[:, None] * size + index).flatten()
-    outer = outer.to(device)[:, None] * sizes[-1]
+    outer = outer[:, None] * sizes[-1]
     least = round(p * 2**32) - (1 << 31)  # words have a sign: all are moved by half of their range
     rows, flat = max(1, AT_ONCE.get(device.type, AT_ONCE_ELSEWHERE) // len(inner)), kept.view(-1, len(inner))
     for begin in range(0, len(outer), rows):

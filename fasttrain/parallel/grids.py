@@ -6,8 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import register_fsdp_forward_method
 
@@ -15,9 +14,8 @@ from fasttrain.dist.mesh import MEAN, Mesh
 from fasttrain.dist.watcher import Watcher
 from fasttrain.dist.watching import wire_over
 from fasttrain.dist.wire import Wire
-from fasttrain.kernels import norm
-from fasttrain.optim import wider
 from fasttrain.parallel import held, hybrid, shardable, ties
+from fasttrain.parallel.widened import widen
 
 STAGE = ("data", "shard", "expert", "context", "tensor")  # their ranks have parameters of the same names
 
@@ -108,17 +106,16 @@ class Named(Grid):
         self._experts = set(hybrid.experts(model))
         self._dense = hybrid.of(mesh)
         self._apart = hybrid.of(mesh, "expert") if self._experts else self._dense
-        self._counted: dict[int, bool] = {}
-        self._mask: tuple[tuple[int, ...], Tensor] | None = None  # of these parameters, which count here
 
     def make_equal(self, model: nn.Module) -> None:
         held.make_equal(self.mesh, list(model.named_parameters()))
+        self._ties.make_equal(model)
         # A buffer may tell which part of the vocabulary, or which experts, are here.
         held.make_equal(self.mesh, list(model.named_buffers()), ("data", "shard", "context"))
 
     def units(self, model: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Module]:
         found = [*(part for part in model.modules() if part in self._experts and part not in blocks), *blocks]
-        if self.mesh.sizes["pipeline"] > 1 and not callable(getattr(model, "run", None)):
+        if self.mesh.sizes["pipeline"] > 1:
             found += hybrid.alone(model, found)
         return [*found, model] if model not in self._experts else found
 
@@ -145,22 +142,11 @@ class Named(Grid):
         return dict(found)
 
     def widen(self, model: nn.Module) -> None:
-        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        self._counted = {id(p): held.counts(self.mesh, name, p) and self._ties.counts(name) for name, p in trained}
-        self._ties.found(model)
-        wider.declare([p for _, p in trained], self._widened)
         if self.mesh.sizes["pipeline"] > 1 and callable(getattr(model, "run", None)):
-            register_fsdp_forward_method(model, "run")
+            register_fsdp_forward_method(model, "run")  # what stages call instead of the model
+        self._ties.found(model)
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        widen(self.mesh, self.everyone, trained, self._ties.stages)
 
     def tie(self) -> None:
         self._ties.add()
-
-    def _widened(self, params: Sequence[Tensor], squares: Tensor, bad: Tensor) -> tuple[Tensor, Tensor]:
-        """Each rank adds what no other counts: one collective of two numbers over all ranks."""
-        ids = tuple(map(id, params))
-        if self._mask is None or self._mask[0] != ids:
-            self._mask = ids, torch.tensor([self._counted[one] for one in ids], dtype=torch.bool, device=squares.device)
-        total = norm.total(torch.where(self._mask[1], squares, 0.0)) if len(squares) else squares.sum()
-        both = torch.stack([total, bad.to(total)]).to(self.everyone.device)
-        total, bad = self.everyone.sum_(both)
-        return total, bad != 0

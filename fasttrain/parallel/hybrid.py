@@ -61,10 +61,10 @@ def experts(model: nn.Module) -> list[nn.Module]:
 
 
 def alone(model: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Module]:
-    """The children that a stage of a pipeline calls one after the other, instead of the model itself."""
+    """The parts that a stage of a pipeline calls one after the other, instead of the model itself."""
     found: list[nn.Module] = []
     for part in model.children():
-        if type(part).forward is nn.Sequential.forward:  # taken apart
+        if type(part).forward in (nn.Sequential.forward, nn.Module.forward):  # taken apart; a list, which nobody calls
             found += alone(part, blocks)
         elif part not in blocks and any(True for _ in part.parameters()):
             found.append(part)

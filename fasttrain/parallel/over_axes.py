@@ -22,6 +22,7 @@ from fasttrain.dist.mesh import MEAN, Mesh
 from fasttrain.dist.wire import Wire
 from fasttrain.dist.work import Watch
 from fasttrain.optim.local import is_dtensor, local
+from fasttrain.parallel import tied_names
 from fasttrain.parallel.groups import PLAIN, Group, evenly_cut, group_of
 from fasttrain.parallel.wires import Parts
 
@@ -164,6 +165,8 @@ class Reach:
                 ties = [replace(entry, name=f"tie {place}") for place, entry in enumerate(mine)]
                 agree(self.wires[name], fingerprint(ties, FlatLayout.of(ties, {name: self.wires[name].size}), {
                     "placements": [placements.get(entry.name) for entry in mine]}))
+                known, stage = dict(named), 0 if self.mesh is None else self.mesh.coordinates["pipeline"]
+                tied_names.settle(self.wires[name], stage, [(entry.name, known[entry.name]) for entry in mine])
 
     def _agree_in_all_stages(self, mine: Fingerprint) -> None:
         """Compare with the ranks of this stage, and raise if those of any stage differ."""

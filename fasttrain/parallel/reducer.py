@@ -31,6 +31,7 @@ from fasttrain.parallel.over_axes import Reach
 from fasttrain.parallel.timeline import Timeline
 from fasttrain.parallel.told import Told
 from fasttrain.parallel.vouching import Vouching
+from fasttrain.parallel.widened import widen
 from fasttrain.parallel.wires import Method
 
 MIB = 1 << 20
@@ -113,6 +114,8 @@ class Reducer(Vouching, Items, Told):
         for p in other:
             p.grad_dtype = None  # any: the first comes in the parameter's own, and is cast as it is packed
         reduced.own(self.params, self)
+        if axes is not None and not reach.single:
+            widen(axes, axes.wire(use="norms"), named, tied or {})
         self._hooks: list[Any] = []
         if not self.idle:
             self._attach()

@@ -46,10 +46,9 @@ def blocks_of(model: nn.Module, blocks: str | Sequence[nn.Module] | None) -> lis
         ValueError: there is none of this name, or one is not within the model.
     """
     names = {part: name for name, part in model.named_modules()}
-    lists: dict[str, Any] = {name: part for part, name in names.items()
-                             if isinstance(part, LISTS) and name and len(part)}
+    lists: dict[str, Any] = {name: part for part, name in names.items() if isinstance(part, LISTS) and name}
     if blocks is None:
-        own: list[Any] = [part for part in lists.values() if isinstance(part, nn.ModuleList)]
+        own: list[Any] = [part for part in lists.values() if isinstance(part, nn.ModuleList) and len(part)]
         own.sort(key=lambda part: sum(p.numel() for p in part.parameters()))
         chosen = list(own[-1]) if own else []
     elif isinstance(blocks, str):

@@ -20,6 +20,7 @@ from fasttrain.dist import accounting
 from fasttrain.dist.mesh import Mesh
 from fasttrain.dist.watcher import Watcher
 from fasttrain.dist.wire import Wire
+from fasttrain.optim import clip
 from fasttrain.optim.arrival import Arrival
 from fasttrain.parallel import replaced, shardable, ties
 from fasttrain.parallel.accumulate import Accumulation
@@ -148,10 +149,10 @@ class Sharded:
             yield
 
     def reduce(self, params: Iterable[Tensor] | None = None) -> None:
-        """Reduce gradients that accumulated while `paused`: every rank that holds parts of them calls it.
+        """Take gradients that accumulate while `paused` as complete; every rank that holds parts of them calls it.
 
         Arguments:
-            params: those whose gradients are complete; what travels together is sent when all of it is. None: all.
+            params: the parameters; what travels together is sent when all of it is complete. None: all that are left.
         """
         self._later.reduce(params)
 
@@ -166,7 +167,7 @@ class Sharded:
         Each parameter is counted once, over all axes of the mesh, stages included; a collective of all ranks, with
         the same bits on each. `optimizer.clip_grad_norm_` and `LossScaler` get the same.
         """
-        return optimizer.grad_statistics()
+        return optimizer.grad_statistics() if hasattr(optimizer, "grad_statistics") else clip.statistics([optimizer])
 
     def losses(self, loss: Tensor, stop: float = 0.0, items: int | None = None) -> tuple[Tensor, Tensor]:
         """The mean loss over all ranks, and how many wish to stop; a collective of all ranks.

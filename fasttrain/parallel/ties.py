@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fasttrain.dist.mesh import AXES, Mesh
 from fasttrain.dist.wire import Wire
 from fasttrain.optim.local import local
+from fasttrain.parallel import tied_names
 
 TOLD = "tied_stages"  # attribute of a model that was split into stages: what it has for `tied`
 
@@ -34,9 +35,21 @@ class Ties:
 
     def found(self, model: nn.Module) -> None:
         """Take the parameters from the model, which has its shards now."""
-        self.params = {}
+        named: dict[tuple[int, ...], list[tuple[str, Tensor]]] = {}
         for name, stages in self.stages.items():
-            self.params.setdefault(stages, []).append(model.get_parameter(name))
+            named.setdefault(stages, []).append((name, model.get_parameter(name)))
+        for stages in sorted(named):
+            tied_names.settle(self.wires[stages], self.stage, named[stages])
+        self.params = {stages: [p for _, p in pairs] for stages, pairs in named.items()}
+
+    @torch.no_grad()
+    def make_equal(self, model: nn.Module) -> None:
+        """Give every stage the first one's copies; a collective, as `add`."""
+        for stages in sorted(self.wires):
+            for name in (name for name, given in self.stages.items() if given == stages):
+                mine = local(model.get_parameter(name).detach())
+                if not mine.is_meta:
+                    mine.copy_(self.wires[stages].broadcast_(mine.contiguous()))
 
     def counts(self, name: str) -> bool:
         """Whether this stage counts a parameter in norms: the first one that has it does."""

@@ -38,6 +38,9 @@ class Later:
 
     def __init__(self, model: nn.Module):
         self.model = model
+        self._complete: set[int] = set()  # parameters, by identity
+        self._reduced: set[int] = set()   # units
+        self._held: list[Any] = []        # so that identities stay theirs
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -54,12 +57,17 @@ class Later:
                 unit.post_forward_mesh_info = kept
 
     def reduce(self, params: Iterable[Tensor] | None = None) -> None:
-        """Reduce the units whose parameters are all among these (None: all), with what has accumulated."""
-        wanted = None if params is None else {id(p) for p in params}
+        """Reduce the units of which all trained parameters have been given (None: all that are left)."""
+        if params is not None:
+            given = list(params)
+            self._held += given
+            self._complete.update(map(id, given))
         for state in reversed(self._used()):
             for unit in reversed(units(state)):
-                if wanted is None or all(wanted & ids for ids in map(_ids, unit.fsdp_params)):
-                    unit.post_backward()
+                if id(unit) not in self._reduced and (params is None or all(
+                        self._complete & _ids(kept) for kept in unit.fsdp_params if kept.sharded_param.requires_grad)):
+                    self._reduced.add(id(unit))
+                    _reduce(unit)
 
     def finish(self) -> None:
         """Reduce what is left, and end the step: the gradients are there."""
@@ -67,6 +75,7 @@ class Later:
         for state in self._used():
             if state._is_root:
                 state._root_post_backward_final_callback()
+        self._complete, self._reduced, self._held = set(), set(), []
 
     def _used(self) -> list[Any]:
         """Those that a forward pass has come to."""
@@ -78,6 +87,16 @@ class Later:
                 part.set_is_last_backward(on)
                 part.set_requires_gradient_sync(on, recurse=False)
                 part.set_reshard_after_backward(on, recurse=False)
+
+
+def _reduce(unit: Any) -> None:
+    """Reduce what has accumulated in a unit, also where nothing else is to be reduced yet."""
+    before = unit.reduce_grads, unit.all_reduce_grads, unit.reshard_after_backward
+    unit.reduce_grads = unit.all_reduce_grads = unit.reshard_after_backward = True
+    try:
+        unit.post_backward()
+    finally:
+        unit.reduce_grads, unit.all_reduce_grads, unit.reshard_after_backward = before
 
 
 def _ids(kept: Any) -> set[int]:

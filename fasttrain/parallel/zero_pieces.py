@@ -13,7 +13,7 @@ from fasttrain.kernels.pack import view_of
 from fasttrain.optim import SOAP, Muon, Optimizer
 from fasttrain.optim.kept import BLOCKS
 from fasttrain.optim.local import is_dtensor, local, shares
-from fasttrain.optim.part import Part, declare
+from fasttrain.optim.part import Part, declare, pass_on
 from fasttrain.optim.placing import cuts_blocks, place
 from fasttrain.parallel.buckets import Bucket
 from fasttrain.parallel.placed import wrapped
@@ -192,6 +192,8 @@ def patterns(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         for group in groups:
             params: list[Any] = [nn.Parameter(without_memory(p), requires_grad=p.requires_grad)
                                  for p in group["params"]]
+            for p, made_of in zip(params, group["params"], strict=True):
+                pass_on(made_of, p)
             if "param_names" in group:
                 params = list(zip(group["param_names"], params, strict=True))
             rest = {key: value for key, value in group.items() if key not in ("params", "param_names")}

@@ -36,17 +36,17 @@ class Divided(NamedTuple):
 
 def divide(config: TrainConfig, mesh: Mesh, vocabulary: int = VOCABULARY) -> Divided:
     """Make the model of a run, each process only what it has of it; the optimizer afterwards (`recipe.build`)."""
-    made: Any = making.precision_of(config, mesh.device).cast(making.blank(config, mesh, vocabulary).to(mesh.device))
+    made = making.blank(config, mesh, vocabulary)
     if config.context > 1:
         made.context = ContextParallel(mesh)
     if config.tensor > 1 or config.pipeline > 1:
         made = _cut(config, mesh, made)
-    model = making.finish(config, made)
+    model = making.finish(config, made, mesh.device)
     if config.zero < 3:
-        wrapped = DataParallel(model, mesh=mesh, wire=config.wire, broadcast_buffers=False)
+        wrapped = DataParallel(model, mesh=mesh, wire=config.wire, broadcast_buffers=False, init_sync=False)
         return Divided(wrapped, mesh, wrapped)
     watch = mesh.wire().watch
-    sharded = shard(model, mesh, blocks="blocks", wire=config.wire, timeout_s=mesh.timeout_s,
+    sharded = shard(model, mesh, blocks="blocks", wire=config.wire, init_sync=False, timeout_s=mesh.timeout_s,
                     watch=watch if isinstance(watch, Watcher) else False)
     return Divided(sharded, mesh, sharded.module)
 

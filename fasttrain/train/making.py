@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from fasttrain.dist.mesh import Mesh
+from fasttrain.parallel.building import materialize
 from fasttrain.precision.mixed import Precision
 from fasttrain.train.blocks import compile_blocks, recompute
 from fasttrain.train.config import TrainConfig
@@ -16,21 +17,24 @@ from fasttrain.train.usage import count_flops
 
 def make(config: TrainConfig, device: torch.device, vocabulary: int = VOCABULARY) -> Any:
     """The whole model of a run with its first weights, its blocks recomputed and compiled."""
-    return finish(config, precision_of(config, device).cast(blank(config, None, vocabulary).to(device)))
+    return finish(config, blank(config, None, vocabulary), device)
 
 
-def blank(config: TrainConfig, mesh: Mesh | None, vocabulary: int = VOCABULARY) -> GPT:
-    """The whole model of a run.
+def blank(config: TrainConfig, mesh: Mesh | None, vocabulary: int = VOCABULARY) -> Any:
+    """The whole model of a run, on the meta device, in the dtypes in which it is kept.
 
     Arguments:
         mesh: along whose axis "expert" experts are divided.
     """
-    return GPT(config.layers, config.width, config.heads, config.sequence, config.ngrams, config.rows, vocabulary,
-               config.kv_heads, config.gated, config.tied, config.experts, config.top_k, mesh)
+    with torch.device("meta"):
+        model = GPT(config.layers, config.width, config.heads, config.sequence, config.ngrams, config.rows, vocabulary,
+                    config.kv_heads, config.gated, config.tied, config.experts, config.top_k, mesh)
+    return precision_of(config).cast(model)
 
 
-def finish(config: TrainConfig, model: Any) -> Any:
-    """What is done to the blocks of a model before it is wrapped: they are recomputed, and compiled."""
+def finish(config: TrainConfig, model: Any, device: torch.device) -> Any:
+    """A model, or what this process has of it, with its first weights; its blocks recomputed, and compiled."""
+    materialize(model, seed=config.seed, device=device)
     if config.recompute is not None:
         recompute(model, config.recompute, blocks="blocks")
     if config.compile:
@@ -50,6 +54,5 @@ def flops_of_step(config: TrainConfig, vocabulary: int = VOCABULARY) -> float:
         >>> flops_of_step(TrainConfig(layers=1, width=32, heads=2, ngrams=1, batch=2, processes=2, sequence=16))
         2064384.0
     """
-    with torch.device("meta"):
-        model, sequence = blank(config, None, vocabulary), torch.zeros(1, config.sequence, dtype=torch.long)
+    model, sequence = blank(config, None, vocabulary), torch.zeros(1, config.sequence, dtype=torch.long, device="meta")
     return 3.0 * count_flops(lambda: model(sequence))[1] * config.batch / config.processes

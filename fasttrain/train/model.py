@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fasttrain.parallel.building import Normal, Rule, Zeros, materialize
+
 if TYPE_CHECKING:
     from fasttrain.dist.mesh import Mesh
     from fasttrain.parallel.context import ContextParallel
@@ -169,7 +171,7 @@ class GPT(nn.Module):
         super().__init__()
         if heads % (kv_heads or heads):
             raise ValueError(f"{heads} heads cannot share {kv_heads} heads of keys: give a divisor of {heads}")
-        self.positions, self.experts = positions, experts
+        self.positions, self.experts, self.width, self.features = positions, experts, width, width // heads
         self._context: ContextParallel | None = None
         embedding, head = Embedding(width, ngrams, rows, vocabulary), nn.Linear(width, vocabulary, bias=False)
         if tied:
@@ -184,22 +186,28 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads, kv_heads, gated, mixture) for _ in range(layers))
         self.norm = nn.RMSNorm(width)
         self.head = head
-        cos, sin = rotary(positions, width // heads)
+        self.build_buffers()
+        if not head.weight.is_meta:
+            materialize(self, seed=int(torch.randint(1 << 62, ())), everything=True)
+
+    def build_buffers(self) -> None:
+        """Compute the tables of angles: all that is not in the state dict."""
+        cos, sin = rotary(self.positions, self.features)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
-        self._initialise()
 
-    def _initialise(self) -> None:
-        """Rows of unit scale; what is added to the stream starts at zero, so every block begins as the identity."""
-        for name, p in self.named_parameters():
-            if name.endswith(("out.weight", "down.weight", "head.weight")):
-                nn.init.zeros_(p)
-            elif ".endings." in name:
-                nn.init.normal_(p, std=0.02)  # most endings are rare: let a row speak once it has learnt something
-            elif "embedding" in name:
-                nn.init.normal_(p, std=1 / math.sqrt(p.shape[1]) if self.tied else 1.0)
-            elif p.ndim == 2 and ".mixture." not in name:
-                nn.init.normal_(p, std=1 / math.sqrt(p.shape[1]))
+    def initial(self) -> dict[str, Rule]:
+        """How parameters begin, by patterns of their names: rows of unit scale; what is added to the stream at zero.
+
+        So every block begins as the identity.
+        """
+        rows = Normal(1 / math.sqrt(self.width))
+        return {
+            "*.out.weight": Zeros(), "*down*": Zeros(), "head.weight": rows if self.tied else Zeros(),
+            "*.endings.*": Normal(0.02),  # most endings are rare: let a row speak once it has learnt something
+            "embedding.*": rows if self.tied else Normal(1.0),
+            "*.qkv.weight": rows, "*.up*": rows, "*.gate*": rows, "*.router.weight": rows,
+        }
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of the next byte, shape (B, T, V), from integers of shape (B, T), if all parts are here."""

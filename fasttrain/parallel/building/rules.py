@@ -109,7 +109,7 @@ class Normal(Rule):
 
     Example:
         >>> Normal(0.02).values(key_of(0, "weight"), torch.arange(3))
-        tensor([ 0.0011, -0.0239,  0.0070])
+        tensor([ 0.0092,  0.0020, -0.0266])
     """
 
     std: float = 1.0

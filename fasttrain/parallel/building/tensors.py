@@ -49,10 +49,15 @@ class Held:
 
 
 def tied_of(model: nn.Module) -> dict[str, str]:
-    """Which names are tied to which, by the model itself: its attribute `tied`, or what Hugging Face models have.
+    """Which names are tied to which, by the model itself: its attribute `tied`, what Hugging Face models have, or what
+    `fasttrain.parallel.pipeline.split` has found.
 
     A stage that has lost one of the two knows of it by this alone.
     """
+    if hasattr(model, "pipeline_held"):
+        from fasttrain.parallel.pipeline.held import names_of_whole
+
+        return names_of_whole(model)
     for attribute in ("tied", "all_tied_weights_keys"):
         if isinstance(found := getattr(model, attribute, None), Mapping):
             return dict(found)

@@ -2,9 +2,9 @@
 
 A layer hands its losses over in a slip of paper that its output's graph holds. `auxiliary` takes the slips of the
 forward passes since it was last called, and they are derived with the loss that they are added to. Backward of the
-output looks whether its slip was taken, and raises if it was not. A pass whose graph is dropped takes its slip along;
-one in which activations are recomputed is no pass of its own. Where a loss cannot be added, as in a stage of a pipeline
-that is not the last, `carry` lets backward of the output begin that of the losses, too.
+output looks whether its slip was taken, and raises if it was not. A pass whose graph is dropped takes its slip along,
+and so does one that recomputes activations, whose graph nobody derives. Where a loss cannot be added, as in a stage of
+a pipeline that is not the last, `carry` lets backward of the output begin that of the losses, too.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Box:
         if not (torch.is_grad_enabled() and loss.requires_grad):
             return output
         slip = Slip(loss, torch._C._current_graph_task_id() != -1)
-        if not slip.again and self.scale is None:
+        if self.scale is None:
             self._slips = [kept for kept in self._slips if kept() is not None]
             self._slips.append(weakref.ref(slip))
         return _Attached.apply(output, loss, slip, self)

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fasttrain.parallel.building.rules import Normal, Rule, Zeros
+
 
 class Routing(NamedTuple):
     """What a router says of N tokens and E experts; numbers are float32 (float64 for float64 tokens).
@@ -90,6 +92,10 @@ class Router(nn.Module):
         if self.bias is not None:
             self.bias.zero_()
         self.load = None
+
+    def initial(self) -> dict[str, Rule]:
+        """The same distributions, for `fasttrain.parallel.building.materialize`."""
+        return {"weight": Normal(1 / math.sqrt(self.weight.shape[1])), "bias": Zeros()}
 
     def count(self, counts: Tensor) -> None:
         """Add to the load."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from fasttrain.dist.mesh import Mesh
+from fasttrain.parallel.building.rules import Normal, Rule
 from fasttrain.parallel.experts.grouped import grouped
 
 Activation = Callable[[Tensor], Tensor]
@@ -89,6 +90,10 @@ class Experts(nn.Module):
                 nn.init.normal_(whole, std=1 / math.sqrt(parameter.shape[2]))
                 if parts[0].start <= expert < parts[0].stop:
                     local(parameter)[expert - parts[0].start] = whole[parts[1], parts[2]]
+
+    def initial(self) -> dict[str, Rule]:
+        """The same distributions, for `fasttrain.parallel.building.materialize`."""
+        return {name: Normal(1 / math.sqrt(parameter.shape[2])) for name, parameter in self.named_parameters()}
 
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
         """Rows (M, width) in the order of the experts of this rank, which have ``counts[e]`` of them each.

@@ -38,6 +38,16 @@ def divided(given: Any, micro_batches: int, what: str) -> list[Any]:
     return [tree_unflatten(list(part), shape) for part in zip(*parts, strict=True)]
 
 
+def samples(given: Any) -> int:
+    """How many there are.
+
+    Example:
+        >>> samples({"x": torch.ones(4, 2), "name": "a"})
+        4
+    """
+    return next((leaf.shape[0] for leaf in tree_flatten(given)[0] if isinstance(leaf, Tensor) and leaf.ndim), 0)
+
+
 def shape_of(given: Any, device: torch.device) -> tuple[Any, ...]:
     """What a schedule is made for: shapes and dtypes of a micro-batch, and whether autocast is on.
 

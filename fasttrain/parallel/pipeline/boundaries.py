@@ -57,13 +57,15 @@ class Boundary(NamedTuple):
         return tensors[0] if self.single else tuple(tensors)
 
 
-def found(wire: Wire, held: Held, model: nn.Module, run: Callable[[int, Any], Any]) -> list[Boundary]:
+def found(wire: Wire, held: Held, model: nn.Module, run: Callable[[int, Any], Any], always: bool) -> list[Boundary]:
     """What each stage but the last gives, known on every rank of the pipeline; all of them call it.
 
     Arguments:
         wire: of the pipeline.
         held, model: what this rank has; its buffers are put back.
         run: a stage of this rank on what the stage before gave; the first takes None.
+        always: gradients come back even where all stages before are frozen: where torch splits backward passes, it
+            finds weights by the way from a stage's inputs, and without their gradient gives the weights none.
 
     Raises:
         RuntimeError: a stage failed; on every rank.
@@ -77,7 +79,7 @@ def found(wire: Wire, held: Held, model: nn.Module, run: Callable[[int, Any], An
                 try:
                     before = boundaries[-1] if boundaries else None
                     given = before.given([torch.zeros_like(t) for t in before.empty(wire.device)]) if before else None
-                    needs_grad = any(model.get_parameter(name).requires_grad for name in held.names[stage])
+                    needs_grad = always or any(model.get_parameter(name).requires_grad for name in held.names[stage])
                     needs_grad |= before is not None and any(needs for *_, needs in before.tensors)
                     said = json.dumps(Boundary.of(run(stage, given), needs_grad))
                 except Exception as error:  # told to all ranks below

@@ -64,8 +64,3 @@ class Copies:
         if not grads:
             return torch.zeros((), dtype=torch.float64)
         return norm.total(norm.squares(grads)[0])
-
-    def close(self) -> None:
-        """Leave the groups."""
-        for wire in self.wires.values():
-            wire.close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from types import MethodType
 from typing import Any, Protocol
 
 import torch
@@ -93,19 +92,6 @@ def owner_of(model: Any, mesh: Mesh, held: Held, copies: Copies, wire: Wire) -> 
         raise ValueError(f"the mesh has {several}, over which gradients are to be averaged: wrap what split() returned "
                          "in DataParallel(..., mesh=mesh, tied=ties(stage)), or shard it")
     return Alone(copies, wire)
-
-
-def runner(model: nn.Module, sharded: bool) -> Any:
-    """What runs parts of a model, with the gathering around it that `fully_shard` puts around forward."""
-    from fasttrain.parallel.pipeline.parts import parted
-
-    if not sharded:
-        return parted(model).run
-    from torch.distributed.fsdp import register_fsdp_forward_method
-
-    model.run_of_pipeline = MethodType(lambda self, parts, x: parted(self).run(parts, x), model)  # type: ignore[assignment]
-    register_fsdp_forward_method(model, "run_of_pipeline")
-    return model.run_of_pipeline
 
 
 class Ready:

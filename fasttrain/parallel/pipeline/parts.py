@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol, TypeGuard
 
 from torch import nn
@@ -23,38 +23,29 @@ class Parted(Protocol):
 
 
 class Row:
-    """The three methods for an ``nn.Sequential``; those that stand plainly in it are taken apart too.
+    """The three methods for an ``nn.Sequential``: its children are the parts.
 
     Example:
-        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.ReLU(), nn.Linear(2, 1)))
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1))
         >>> Row(model).parts()
-        ['0', '1.0', '1.1']
+        ['0', '1', '2']
     """
 
     def __init__(self, model: nn.Sequential):
         self.model = model
 
     def parts(self) -> list[str]:
-        return list(_leaves(self.model))
+        return [name for name, _ in self.model.named_children()]
 
     def keep(self, parts: Sequence[str]) -> None:
         for name in self.parts():
             if name not in parts:
-                parent, _, child = name.rpartition(".")
-                delattr(self.model.get_submodule(parent), child)  # `del parent[i]` would give the rest new names
+                delattr(self.model, name)  # `del model[i]` would give those behind it other names
 
     def run(self, parts: Sequence[str], x: Any) -> Any:
         for name in parts:
             x = self.model.get_submodule(name)(x)
         return x
-
-
-def _leaves(row: nn.Sequential, prefix: str = "") -> Iterator[str]:
-    for name, child in row.named_children():
-        if plain(child) and len(child):
-            yield from _leaves(child, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}"
 
 
 def plain(module: Any) -> TypeGuard[nn.Sequential]:

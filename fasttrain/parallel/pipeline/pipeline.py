@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from fasttrain.dist.mesh import Mesh
 from fasttrain.dist.wire import Wire
 from fasttrain.parallel.data import DataParallel
+from fasttrain.parallel.dropout import Draws
 from fasttrain.parallel.pipeline import batches, boundaries, held, schedules
 from fasttrain.parallel.pipeline.clock import Action
 from fasttrain.parallel.pipeline.copies import Copies
 from fasttrain.parallel.pipeline.forward import forward
-from fasttrain.parallel.pipeline.gradients import Ready, owner_of, runner
+from fasttrain.parallel.pipeline.gradients import Ready, owner_of
+from fasttrain.parallel.pipeline.parts import parted
 from fasttrain.parallel.pipeline.vigil import Vigil
 from fasttrain.parallel.reducer import Reducer
 from fasttrain.parallel.sharded import Sharded
@@ -60,6 +62,8 @@ class Pipeline:
         context: makes the context in which stages and loss run (autocast).
         scaler: scales losses.
         metrics: by name, from (output, targets) to a tensor of shape (), to be added up over micro-batches.
+        draws: what `fasttrain.parallel.seed_dropout` returned, called before `split`. Say ``draws.at(step, sample)``
+            before each step; it is told which micro-batch is under way.
 
     Attributes:
         sums: of the last step or evaluation; see `Sums`.
@@ -79,18 +83,18 @@ class Pipeline:
 
     def __init__(self, model: Any, mesh: Mesh, loss: Loss, schedule: str | None = None, micro_batches: int = 1, *,
                  context: Callable[[], AbstractContextManager[Any]] = nullcontext, scaler: LossScaler | None = None,
-                 metrics: Mapping[str, Metric] | None = None):
+                 metrics: Mapping[str, Metric] | None = None, draws: Draws | None = None):
         self.model: nn.Module = model.module if isinstance(model, (DataParallel, Sharded)) else model
         self.held = held.of(self.model)
         self.mesh, self.loss, self.micro_batches = mesh, loss, micro_batches
         self.schedule = (schedule or self.held.schedule).lower()
         self._check()
-        self.context, self.scaler, self.metrics = context, scaler, dict(metrics or {})
+        self.context, self.scaler, self.metrics, self.draws = context, scaler, dict(metrics or {}), draws
         self.wire = Wire(mesh.device, mesh.timeout_s, mesh.ranks("pipeline"), mesh.wire().watch)
         self.copies = Copies(self.model, self.held, mesh)
         self.owner: Any = owner_of(model, mesh, self.held, self.copies, self.wire)
         self.copies.make_equal()
-        self._runs, self._ready = runner(self.model, isinstance(model, Sharded)), Ready(self.model, self.held)
+        self._ready = Ready(self.model, self.held)
         self.actions: list[Action] = []
         self.sums: Sums | None = None
         self._vigil = Vigil(self.wire, self.actions)
@@ -102,10 +106,10 @@ class Pipeline:
 
     def _check(self) -> None:
         kind, placement = schedules.kind(self.schedule), self.held.placement
-        schedules.placed(self.schedule, placement.ranks, placement.each)
-        if kind.shape != placement.shape:
-            raise ValueError(f"the schedule {self.schedule!r} has its stages in a {kind.shape}, and the model was "
-                             f"split for {self.held.schedule!r}, in a {placement.shape}: give schedule to split()")
+        if kind.shape != placement.shape or (kind.exactly and kind.each != placement.each):
+            raise ValueError(f"the schedule {self.schedule!r} has {kind.each} stages on each rank, in a {kind.shape}, "
+                             f"and the model was split for {self.held.schedule!r}, with {placement.each} in a "
+                             f"{placement.shape}: give schedule to split()")
         if placement.ranks != self.mesh.sizes["pipeline"]:
             raise ValueError(f"the model was split over {placement.ranks} ranks, and the mesh has "
                              f"{self.mesh.sizes['pipeline']} along pipeline: take the mesh that split() had")
@@ -196,10 +200,13 @@ class Pipeline:
         return step_divided(one, (squares, found), optimizer, max_norm, self.scaler)
 
     def close(self) -> None:
-        """Leave the groups that it has made; nothing may be under way."""
+        """End its thread, and forget schedules; nothing may be under way.
+
+        Its process groups stay: torch gives a group the name of an earlier one of the same ranks that was destroyed,
+        and its making then waits for ever.
+        """
         self._vigil.close()
-        self.copies.close()
-        self.wire.close()
+        self._built.clear()
 
     # --- One step -----------------------------------------------------------------------------------------------------
 
@@ -214,9 +221,11 @@ class Pipeline:
 
     def _run(self, stage: int, number: int, given: Any) -> Any:
         """Run a stage of this rank on a micro-batch; the last one gives the loss that is to be differentiated."""
+        if self.draws is not None:
+            self.draws.micro_batch(number, batches.samples(self._inputs[number]))
         with self.context():
             x = self._inputs[number] if stage == 0 else given
-            y = self._runs(self.held.stages[stage], x)
+            y = parted(self.model).run(self.held.stages[stage], x)
             return self._loss(number, y) if stage == self.held.placement.stages - 1 else y
 
     def _loss(self, number: int, output: Any) -> Tensor:
@@ -257,7 +266,8 @@ class Pipeline:
         key = batches.shape_of(self._inputs[0], self.wire.device)
         if key not in self._boundaries:
             self._boundaries[key] = boundaries.found(
-                self.wire, self.held, self.model, lambda stage, given: self._run(stage, 0, given))
+                self.wire, self.held, self.model, lambda stage, given: self._run(stage, 0, given),
+                schedules.kind(self.schedule).split)
         return self._boundaries[key]
 
     def _schedule(self) -> Any:

@@ -44,7 +44,7 @@ class Vigil:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
         self._inside = False
         self._entered.clear()
-        if isinstance(error, Exception):
+        if isinstance(error, Exception):  # not Ctrl-C, which ends the program anyway
             self._failed(error)
 
     def _look(self) -> None:
@@ -67,15 +67,27 @@ class Vigil:
 
         Raises:
             PeerFailed: it is the echo of another rank's failure, a lost connection.
+            Exception: what the stage raised, where torch has put another around it.
         """
-        cause = error
-        if isinstance(error, RuntimeError) and is_about_a_connection(error):
-            cause = self.wire.watch.explain() or error
+        cause = own = unwrapped(error)
+        if isinstance(own, RuntimeError) and is_about_a_connection(own):
+            cause = self.wire.watch.explain() or own
         tell(self.wire, Cause(cause))
         if cause is not error:
-            raise cause from error
+            raise cause from (None if cause is own else error)
 
     def close(self) -> None:
         """Let the thread end."""
         self._closed = True
         self._entered.set()
+
+
+def unwrapped(error: BaseException) -> BaseException:
+    """What a stage raised: torch raises an error of its own around it, with the shapes of the stage's inputs."""
+    while isinstance(error, RuntimeError) and error.__cause__ is not None and any(
+            words in str(error) for words in ("failed to run forward", "Failed to run stage backward")):
+        where = str(error).strip().splitlines()[0].rstrip(":")
+        error = error.__cause__
+        if where not in getattr(error, "__notes__", ()):
+            error.add_note(where)
+    return error

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Placement, Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement
 
 from fasttrain.optim.local import chunk, is_dtensor
 
@@ -16,11 +17,14 @@ ABSENT = object()
 
 
 def agreed(tensor: Tensor, mesh: Any) -> Tensor:
-    """The values that the first rank of the tensor axis has; of tensors on meta nothing is sent."""
-    values = tensor.detach()
-    if values.is_meta:
-        return values
-    return distribute_tensor(values, mesh, [Replicate()]).to_local()
+    """The values that the first rank of the tensor axis has; of tensors on meta nothing is sent.
+
+    DTensor's `distribute_tensor` would bring the random generators of all GPUs to one state, too.
+    """
+    values = tensor.detach().contiguous()
+    if not values.is_meta:
+        dist.broadcast(values, group=mesh.get_group(), group_src=0)
+    return values
 
 
 def indices(size: int, placement: Placement, count: int, number: int) -> Tensor:

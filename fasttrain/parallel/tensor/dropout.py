@@ -1,6 +1,8 @@
 """Dropout where ranks hold copies of an activation, or their own positions of it: all drop what one process would.
 
-Both need generators that are alike on the ranks of the tensor axis, so that is looked at when the first module drops.
+With torch's own dropout both need generators that are alike on the ranks of the tensor axis, so that is looked at when
+the first module drops. `fasttrain.parallel.dropout`, which draws by seed and place, needs only to know which positions
+are here.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.modules.dropout import _DropoutNd
 
+from fasttrain.parallel import dropout as by_place
 from fasttrain.parallel.tensor.moves import SEQUENCE
 from fasttrain.parallel.tensor.styles import Site, Style
 
@@ -24,6 +27,14 @@ class Dropped(Style):
 
     def problem(self, module: nn.Module, size: int) -> str | None:
         return None if isinstance(module, nn.Dropout) else f"a {type(module).__name__} is no Dropout"
+
+    def attach(self, module: nn.Module, mesh: Any, name: str) -> nn.Module:
+        """One that draws by place is told its positions, unless `seed_dropout` was."""
+        if not isinstance(module, by_place.Dropout):
+            return super().attach(module, mesh, name)
+        if not any(cut.dim in (SEQUENCE, SEQUENCE - 3) for cut in module.cuts):
+            module.cuts = (*module.cuts, by_place.Cut(SEQUENCE, mesh.get_local_rank(), mesh.size()))
+        return module
 
     def compute(self, at: Site, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x, = (*args, *kwargs.values())
@@ -63,5 +74,5 @@ def watch(model: nn.Module, mesh: Any) -> None:
     """Compare the generators before anything is dropped."""
     alike = Alike(mesh)
     for module in model.modules():
-        if isinstance(module, _DropoutNd):
+        if isinstance(module, _DropoutNd) and not isinstance(module, by_place.Dropout):
             module.register_forward_pre_hook(alike)

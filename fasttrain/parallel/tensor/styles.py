@@ -124,7 +124,7 @@ class Style(ParallelStyle):
             if gradient.is_partial():
                 partial.declare(module.get_parameter(inner))
         forward, bound = module.forward, getattr(module.forward, "__func__", None)
-        first = next(iter(inspect.signature(forward).parameters))
+        first = next(iter(inspect.signature(forward).parameters), "")
 
         def run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             at = Site(module, mesh, name, gradients)
