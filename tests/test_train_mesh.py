@@ -79,8 +79,8 @@ def test_losses_do_not_depend_on_the_mesh(tmp_path, alone, way):
     close(validations, alone[way.get("experts", 0)][1])
     if way.get("context", 1) > 1:
         assert wire["bytes"] is None  # torch adds up the copies of a shard, and our wires do not see that
-    else:  # beside gradients and activations: what compares each step, and what tells the loss
-        assert wire["formula"] < wire["bytes"] < wire["formula"] + 4096
+    else:  # and what compares each step; a pipeline's first of six gathers once more, to find shapes between stages
+        assert wire["formula"] < wire["bytes"] < 1.15 * wire["formula"] + 512
 
 
 def test_a_run_goes_on_under_other_meshes(tmp_path, alone):
