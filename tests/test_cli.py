@@ -55,6 +55,8 @@ def elsewhere(tmp_path, monkeypatch):
     ("train --tensor 2 --heads 1", "--tensor 2 with 1 heads: each process needs whole heads"),
     ("train --tensor 2 --heads 4 --kv-heads 1", "--tensor 2 with 1 heads of keys"),
     ("train --kv-heads 3", "--kv-heads 3 with --heads 4"),
+    ("train --tensor 3 --heads 3 --width 96 --processes 3 --gated", "256 features within a feed-forward part do not"),
+    ("train --tensor 3 --heads 3 --width 96 --processes 3 --experts 2", "or for --width a multiple of 72"),
     ("train --sequence-parallel", "--sequence-parallel without --tensor"),
     ("train --tensor 2 --sequence-parallel --sequence 127", "--sequence 127 on 2 processes of --tensor"),
     ("train --context 2 --sequence 126", "--context 2 with --sequence 126"),

@@ -54,6 +54,9 @@ def test_stock_and_ours_get_the_same_settings():
     (dict(optimizer="torch.SparseAdam", lr=0.1), "sparse gradients only"),
     (dict(optimizer="torch.Adafactor", lr=0.1, zero=3), "--zero 3 with --optimizer torch.Adafactor: .*use Adafactor"),
     (dict(optimizer="torch.Rprop", lr=0.1, zero=3), "cannot step shards"),
+    (dict(optimizer="Muon", ema=0.9), "--ema with --optimizer Muon: it .*; use AdamW"),
+    (dict(optimizer="LAMB", zero=1, tensor=2), "--zero 1 with --tensor and .* LAMB: .*; use --zero 3, or 0"),
+    (dict(optimizer="Muon", zero=2, expert=2), "--zero 2 with --expert and --optimizer Muon"),
 ])
 def test_bad_optimizers_are_refused(options, message):
     with pytest.raises(BadInput, match=message) as caught:

@@ -138,12 +138,24 @@ class Watcher:
     @contextlib.contextmanager
     def guard(self) -> Iterator[None]:
         """An exception that leaves this block, ``sys.exit`` too, is told to the others and ends this process, caught
-        or not."""
+        or not.
+
+        Raises:
+            PeerFailed: in the place of an error of torch's own collectives that only says that a connection was lost.
+        """
         try:
             yield
         except BaseException as error:
-            self.fail(error)
+            cause = self._cause(error)
+            self.fail(cause)
+            if cause is not error:
+                raise cause from error
             raise
+
+    def _cause(self, error: BaseException) -> BaseException:
+        """The failure of another rank, of which an error of torch's collectives is the echo; else the error itself."""
+        echo = isinstance(error, RuntimeError) and not isinstance(error, WireError) and is_about_a_connection(error)
+        return (echo and self.explain()) or error
 
     def catch_sigterm(self, on_stop: Callable[[], None] | None = None) -> None:
         """Take SIGTERM for a request to stop, unless it came because a rank failed. Call it in the main thread.

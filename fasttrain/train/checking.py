@@ -110,8 +110,11 @@ def _check_mesh(config: TrainConfig) -> None:
                        "has copies of its shards; leave it out")
     heads = config.kv_heads or config.heads
     if heads % config.tensor:
-        raise BadInput(f"--tensor {config.tensor} with {heads} heads{' of keys' if config.kv_heads else ''}: each "
-                       f"process needs whole heads; use a divisor of {heads}")
+        which, option = (" of keys", "kv-heads") if config.kv_heads else ("", "heads")
+        raise BadInput(f"--tensor {config.tensor} with {heads} heads{which}: each process needs whole heads; use a "
+                       f"divisor of {heads}, or a multiple of {config.tensor} for --{option}")
+    if config.tensor > 1:
+        _check_feed(config)
     if config.sequence_parallel and config.tensor == 1:
         raise BadInput("--sequence-parallel without --tensor: it is the processes of --tensor that divide positions")
     if config.sequence_parallel and config.sequence // config.context % config.tensor:
@@ -127,6 +130,17 @@ def _check_mesh(config: TrainConfig) -> None:
     if config.model_parallel and config.optimizer.startswith("torch."):
         raise BadInput(f"--optimizer {config.optimizer} with {told}: torch's cannot step parameters of which a process "
                        f"has a part beside whole ones; use {config.optimizer.removeprefix('torch.')}")
+
+
+def _check_feed(config: TrainConfig) -> None:
+    from fasttrain.train.model import feed_width
+
+    hidden = feed_width(config.width, config.gated or config.experts > 0)
+    if hidden % config.tensor:
+        whose = "--experts" if config.experts else "--gated"
+        raise BadInput(f"--tensor {config.tensor} with --width {config.width} and {whose}: the {hidden} features "
+                       "within a feed-forward part do not divide; use another --tensor, or for --width a "
+                       f"multiple of {24 * config.tensor}")
 
 
 def _check_pipeline(config: TrainConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import torch
@@ -40,7 +41,7 @@ def divide(config: TrainConfig, mesh: Mesh, vocabulary: int = VOCABULARY) -> Div
     if config.context > 1:
         made.context = ContextParallel(mesh)
     if config.tensor > 1 or config.pipeline > 1:
-        made = _cut(config, mesh, made)
+        made = _cut(config, mesh, made, vocabulary)
     model = making.finish(config, made, mesh.device)
     if config.zero < 3:
         wrapped = DataParallel(model, mesh=mesh, wire=config.wire, broadcast_buffers=False, init_sync=False)
@@ -51,7 +52,7 @@ def divide(config: TrainConfig, mesh: Mesh, vocabulary: int = VOCABULARY) -> Div
     return Divided(sharded, mesh, sharded.module)
 
 
-def _cut(config: TrainConfig, mesh: Mesh, model: nn.Module) -> nn.Module:
+def _cut(config: TrainConfig, mesh: Mesh, model: nn.Module, vocabulary: int) -> nn.Module:
     from fasttrain.parallel.pipeline import split
     from fasttrain.parallel.pipeline.costs import counted
     from fasttrain.parallel.tensor import tensor_parallel
@@ -59,7 +60,9 @@ def _cut(config: TrainConfig, mesh: Mesh, model: nn.Module) -> nn.Module:
     sample = None  # with experts, whose rows depend on numbers: parameters are counted in the place of operations
     if not config.experts:
         sample = torch.zeros(1, config.sequence, dtype=torch.long, device="meta")
-    costs = counted(model, sample) if config.pipeline > 1 else None
+    costs = None
+    if config.pipeline > 1:  # counted in fp32: on the meta device autocast does not make dtypes fit
+        costs = counted(making.blank(dataclasses.replace(config, precision="fp32"), mesh, vocabulary), sample)
     model = tensor_parallel(model, mesh, sequence=config.sequence_parallel)
     if costs is None:
         return model
@@ -75,7 +78,6 @@ class Pipelines(NamedTuple):
     @classmethod
     def of(cls, config: TrainConfig, divided: Divided) -> Pipelines:
         """Made on every process, after the optimizer."""
-        from fasttrain.parallel.experts import carry
         from fasttrain.parallel.pipeline import Pipeline
 
         module = divided.called.module if isinstance(divided.called, DataParallel) else divided.called
@@ -87,12 +89,12 @@ class Pipelines(NamedTuple):
             own = own_positions(module, targets)
             return nats_of_logits(logits, own), int((own != IGNORED).sum())
 
-        if config.experts:
-            carry(module, 1 / config.accumulate)  # only the last stage has a loss to which theirs could be added
         context = making.precision_of(config, divided.mesh.device).autocast
-        training, validating = (Pipeline(divided.model, divided.mesh, how, config.pipeline_schedule, config.accumulate,
-                                         context=context) for how in (loss, nats))
-        return cls(training, validating)
+        mixtures = 1 / config.accumulate if config.experts else None
+        given = divided.model, divided.mesh
+        rest = config.pipeline_schedule, config.accumulate
+        return cls(Pipeline(*given, loss, *rest, context=context, mixtures=mixtures),
+                   Pipeline(*given, nats, *rest, context=context))
 
     def sums(self, inputs: Tensor, targets: Tensor) -> Sums:
         """As `fasttrain.train.validation.summed`."""
@@ -113,9 +115,10 @@ def bytes_by_formula(config: TrainConfig, divided: Divided) -> float:
     """
     model = divided.model
     if isinstance(model, Sharded):
-        gradient, piped = FLOAT // 2 if config.wire == "bf16" else FLOAT, config.pipeline > 1
+        kept, piped = FLOAT // 2 if config.precision.endswith("pure") else FLOAT, config.pipeline > 1
+        gradient = FLOAT // 2 if config.wire == "bf16" else kept
         # The formula gathers parameters twice for each micro-batch; a pipeline keeps them gathered for a step.
-        sent = model.bytes_per_step(gradient, FLOAT / 2 if piped else FLOAT, 1 if piped else config.accumulate)
+        sent = model.bytes_per_step(gradient, kept / 2 if piped else kept, 1 if piped else config.accumulate)
     else:
         sent = model.reducer.bytes_per_step()
     return sent + (of_pipeline(config, divided) if config.pipeline > 1 else 0)
@@ -135,7 +138,7 @@ def of_pipeline(config: TrainConfig, divided: Divided) -> int:
 
 
 def all_counted(model: DataParallel | Sharded) -> bool:
-    """Whether our wires count all that is sent: of a sharded model torch sends what is on NCCL, and sums over copies."""
+    """Whether our wires count all that is sent: of a sharded model torch sends what is on NCCL and sums over copies."""
     if not isinstance(model, Sharded) or model.terms == 1:
         return True
     return model.wire.backend == "gloo" and model.wire.size == model.terms

@@ -104,3 +104,21 @@ def check(config: TrainConfig) -> None:
     accepted = inspect.signature(optimizer_class(config.optimizer)).parameters
     if extra := [k for k in settings(config) if k not in accepted]:
         raise BadInput(f"--optimizer {config.optimizer} does not take --{extra[0].replace('_', '-')}")
+    cut = "--tensor" if config.tensor > 1 else "--expert" if config.expert > 1 else ""
+    if not config.optimizer.startswith("torch.") and (config.ema is not None or cut):
+        _check_elements(config, cut)
+
+
+def _check_elements(config: TrainConfig, cut: str) -> None:
+    """Refuse what only optimizers that step every element by itself can do."""
+    import torch
+
+    optimizer = optimizer_class(config.optimizer)([torch.nn.Parameter(torch.ones(2, 2))], **settings(config))
+    if all(map(optimizer.takes_storage, optimizer.param_groups)):
+        return
+    if config.ema is not None:
+        raise BadInput(f"--ema with --optimizer {config.optimizer}: it does not step every element by itself, and "
+                       "keeps no average; use AdamW")
+    if config.zero in (1, 2):
+        raise BadInput(f"--zero {config.zero} with {cut} and --optimizer {config.optimizer}: it needs whole "
+                       "parameters, of which no process has any; use --zero 3, or 0")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ Loss = Callable[[Any, Any], Any]
 
 
 class Numbers(NamedTuple):
-    """What a step has come to: the same on every rank, but for the names.
+    """What a step has come to: the same on every rank.
 
     Attributes:
         step: counted from 1.
@@ -33,7 +34,7 @@ class Numbers(NamedTuple):
         skipped: the gradient, or the loss, was not finite, and no parameter was changed.
         stop: how many ranks wish to stop.
         scale: the loss scale of the step; 1.0 without a scaler.
-        names: of the parameters whose gradients are not finite here, where a step was skipped on the CPU.
+        names: of the parameters whose gradients are not finite, where a step was skipped on the CPU.
     """
 
     step: int
@@ -125,6 +126,8 @@ class Stepper:
             found += [self.sharded.wire, self.sharded.everyone]
         if self.pipeline is not None:
             found.append(self.pipeline.wire)
+        if isinstance(self.optimizer, Zero):
+            found += [one.wire for one in self.optimizer.method.divided.values()]
         return list({id(wire): wire for wire in found}.values())
 
     def run(self, micro_batches: Sequence[Any]) -> None:
@@ -193,11 +196,19 @@ class Stepper:
         if self.scaler is not None and self.device.type == "cpu":
             self._rescale(self.scaler.get_scale())
         looks = self.device.type == "cpu" and not isinstance(self.optimizer, Zero)  # whose gradients are in shards
-        names = nonfinite(self.bare.named_parameters()) if looks and bad else ()
+        names = self._nonfinite() if looks and bad else ()
         self.optimizer.zero_grad()
         arrived = self._later.put(self.steps, tuple(names)[:MOST_NAMES], loss=loss, norm=norm, bad=bad, stop=stop,
                                   scale=scale)
         self._arrived += [arrived] if arrived else []
+
+    def _nonfinite(self) -> list[str]:
+        """The names of parameters whose gradients are not finite on any rank: each may have a part of the model."""
+        here = nonfinite(self.bare.named_parameters())
+        if self.wire is None:
+            return here
+        told = self.wire.gather_objects_json(json.dumps(here))
+        return list(dict.fromkeys(name for names in told for name in json.loads(names)))
 
     def _step(self, loss: Tensor, items: int | None) -> tuple[Tensor, Tensor]:
         """With an optimizer of this package: its norm, and whether it was skipped."""

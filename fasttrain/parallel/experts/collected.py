@@ -28,10 +28,11 @@ class Slip:
         loss: their weighted sum, of shape ().
         taken: whether it was added to a loss.
         again: whether the pass repeats one inside of a backward pass.
+        counted: whether a backward pass that carried it has come by.
     """
 
     def __init__(self, loss: Tensor | None, again: bool):
-        self.loss, self.taken, self.again = loss, False, again
+        self.loss, self.taken, self.again, self.counted = loss, False, again, False
 
 
 class Box:
@@ -39,10 +40,12 @@ class Box:
 
     Attributes:
         scale: what the derivatives of the losses are multiplied with if they are carried; None if they are not.
+        carried: the sum of those that were, float64 of shape (); `carried` takes it.
     """
 
     def __init__(self) -> None:
         self.scale: float | Tensor | None = None
+        self.carried: Tensor | None = None
         self._slips: list[weakref.ref[Slip]] = []
 
     def __deepcopy__(self, memo: Any) -> Box:
@@ -83,6 +86,10 @@ class _Attached(torch.autograd.Function):
             return grad, None, None, None
         if scale is None:
             raise RuntimeError(REENTRANT if slip.again else FORGOTTEN)
+        box = ctx.box
+        if not slip.counted:
+            slip.counted, value = True, slip.loss.detach().double().reshape(())
+            box.carried = value if box.carried is None else box.carried + value
         by_loss = scale.to(slip.loss) if isinstance(scale, Tensor) else slip.loss.new_full((), scale)
         return grad, by_loss.reshape(()), None, None
 
@@ -164,3 +171,13 @@ def carry(model: nn.Module, scale: float | Tensor | None = 1.0) -> None:
     """
     for part in boxed(model):
         part.box.scale = scale
+
+
+def carried(model: nn.Module) -> Tensor:
+    """The sum of the losses that backward passes have carried since the last call, float64 of shape ()."""
+    total = torch.zeros((), dtype=torch.float64)
+    for part in boxed(model):
+        if part.box.carried is not None:
+            total = total.to(part.box.carried.device) + part.box.carried
+        part.box.carried = None
+    return total

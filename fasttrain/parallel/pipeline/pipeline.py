@@ -18,6 +18,7 @@ from fasttrain.parallel.pipeline.clock import Action
 from fasttrain.parallel.pipeline.copies import Copies
 from fasttrain.parallel.pipeline.forward import forward
 from fasttrain.parallel.pipeline.gradients import Ready, owner_of
+from fasttrain.parallel.pipeline.mixtures import Mixtures
 from fasttrain.parallel.pipeline.parts import parted
 from fasttrain.parallel.pipeline.vigil import Vigil
 from fasttrain.parallel.reducer import Reducer
@@ -64,6 +65,8 @@ class Pipeline:
         metrics: by name, from (output, targets) to a tensor of shape (), to be added up over micro-batches.
         draws: what `fasttrain.parallel.seed_dropout` returned, called before `split`. Say ``draws.at(step, sample)``
             before each step; it is told which micro-batch is under way.
+        mixtures: weight of the losses of mixtures of experts (`fasttrain.parallel.MoE`), ``1 / micro_batches`` where
+            losses are means; they are in the step's loss. None: they are left to `carry`.
 
     Attributes:
         sums: of the last step or evaluation; see `Sums`.
@@ -83,7 +86,8 @@ class Pipeline:
 
     def __init__(self, model: Any, mesh: Mesh, loss: Loss, schedule: str | None = None, micro_batches: int = 1, *,
                  context: Callable[[], AbstractContextManager[Any]] = nullcontext, scaler: LossScaler | None = None,
-                 metrics: Mapping[str, Metric] | None = None, draws: Draws | None = None):
+                 metrics: Mapping[str, Metric] | None = None, draws: Draws | None = None,
+                 mixtures: float | None = None):
         self.model: nn.Module = model.module if isinstance(model, (DataParallel, Sharded)) else model
         self.held = held.of(self.model)
         self.mesh, self.loss, self.micro_batches = mesh, loss, micro_batches
@@ -97,12 +101,11 @@ class Pipeline:
         self._ready = Ready(self.model, self.held)
         self.actions: list[Action] = []
         self.sums: Sums | None = None
-        self._vigil = Vigil(self.wire, self.actions)
+        self._vigil, self._mixtures = Vigil(self.wire, self.actions), Mixtures(self.model, mixtures)
         self._built: dict[Any, Any] = {}
         self._boundaries: dict[Any, list[boundaries.Boundary]] = {}
         self._counts: bool | None = None  # losses come with items: known after the first step
-        self._inputs: list[Any] = []
-        self._targets: list[Any] = []
+        self._inputs, self._targets = list[Any](), list[Any]()
 
     def _check(self) -> None:
         kind, placement = schedules.kind(self.schedule), self.held.placement
@@ -135,6 +138,7 @@ class Pipeline:
         """
         self._take(inputs, targets)
         numbers = torch.arange(self.micro_batches)
+        self._mixtures.begin(self.scaler, self.wire.device)
         try:
             schedule = self._schedule()
             self._begin()
@@ -142,6 +146,7 @@ class Pipeline:
             with self._vigil, self.owner.paused():
                 schedule.step(*([numbers] if 0 in self.held.mine else []),
                               **({"target": numbers} if self.held.is_last else {}))
+            self._totals[0] += self._mixtures.losses()
             self._share()
             self._finish()
         finally:
@@ -265,8 +270,7 @@ class Pipeline:
 
     def _schedule(self) -> Any:
         """torch's schedule for batches like this."""
-        key = batches.shape_of(self._inputs[0], self.wire.device)
-        if key in self._built:
+        if (key := batches.shape_of(self._inputs[0], self.wire.device)) in self._built:
             return self._built[key]
         from fasttrain.parallel.pipeline.stage import stages_of
 
