@@ -11,7 +11,8 @@ from importlib import import_module
 from types import ModuleType
 
 SUITES = ("step", "pass", "optimizers", "loop", "loader", "pack", "exchange", "failures", "parallel", "zero",
-          "checkpoint", "saving", "cross_entropy", "vocabulary", "guards", "host", "stubbed", "threads", "import")
+          "pipeline", "checkpoint", "saving", "cross_entropy", "vocabulary", "guards", "host", "stubbed", "threads",
+          "import")
 QUALITY = ("codes", "wire", "convergence")
 PLOTS = {"step": "steps", "convergence": "convergence"}
 

@@ -11,6 +11,7 @@ from pipelines import SCHEDULES
 from ranks import run
 from torch import Tensor, nn
 
+from benchmarks import bench_pipeline
 from fasttrain.dist.mesh import Mesh
 from fasttrain.parallel.pipeline import Pipeline, clock, figures, schedules, split
 from fasttrain.parallel.pipeline.clock import Action
@@ -198,9 +199,9 @@ def table(schedule: str, ranks: int, micro_batches: int, each: int) -> list[list
 
 def product() -> Any:
     for schedule, kind in schedules.KINDS.items():
-        for ranks in (1, 2, 3, 4, 6):
-            for each in (kind.each,) if kind.exactly else (1, 2, 3):
-                for count in range(1, 3 * ranks + 2):
+        for ranks in (1, 2, 3, 4):
+            for each in (kind.each,) if kind.exactly else (1, 2):
+                for count in range(1, 2 * ranks + 2):
                     yield schedule, ranks, count, each
 
 
@@ -238,3 +239,11 @@ def test_an_illegal_order_is_refused(ranks: list[list[Action]]) -> None:
 
 def test_gpipe_and_1f1b_have_the_same_bubble() -> None:
     assert figures.bubble("gpipe", 4, 8) == figures.bubble("1f1b", 4, 8) == pytest.approx(3 / 11)
+
+
+def test_the_benchmark_of_schedules() -> None:
+    found = run(bench_pipeline.measure, 2, "1f1b", 4, 1e-4, 1)
+    row = bench_pipeline.row("1f1b", 4, 1e-4, found)
+    assert row["on_the_clock"] == pytest.approx(row["formula"]) == pytest.approx(1 / 4)
+    assert row["live"] == [2, 1]
+    assert "1f1b" in bench_pipeline.report([row])

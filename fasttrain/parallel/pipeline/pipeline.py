@@ -115,10 +115,7 @@ class Pipeline:
                              f"{self.mesh.sizes['pipeline']} along pipeline: take the mesh that split() had")
         schedules.check_micro_batches(self.schedule, placement, self.micro_batches)
         if kind.split:
-            schedules.check_split()
-            if any(type(module).__name__ == "OptimizedModule" for module in self.model.modules()):
-                raise ValueError(f"the schedule {self.schedule!r} splits backward passes, which a compiled module does "
-                                 "in one: take 1f1b or interleaved, or do not compile")
+            schedules.check_split(self.model)
 
     # --- What users call ----------------------------------------------------------------------------------------------
 
@@ -200,11 +197,7 @@ class Pipeline:
         return step_divided(one, (squares, found), optimizer, max_norm, self.scaler)
 
     def close(self) -> None:
-        """End its thread, and forget schedules; nothing may be under way.
-
-        Its process groups stay: torch gives a group the name of an earlier one of the same ranks that was destroyed,
-        and its making then waits for ever.
-        """
+        """End its thread and forget schedules; nothing may be under way. Process groups stay."""
         self._vigil.close()
         self._built.clear()
 
@@ -275,24 +268,10 @@ class Pipeline:
         key = batches.shape_of(self._inputs[0], self.wire.device)
         if key in self._built:
             return self._built[key]
-        from fasttrain.parallel.pipeline.stage import Stage, View
+        from fasttrain.parallel.pipeline.stage import stages_of
 
-        between, count = self._between(), self.held.placement.stages
-        ends = (torch.empty(1, dtype=torch.int64),), (torch.empty(1, requires_grad=True),)
-        stages = []
-        for index in self.held.mine:
-            def run(number: int, *given: Tensor, index: int = index) -> Any:
-                return self._run(index, number, between[index - 1].given(given) if index else None)
-
-            view = View(self.model, self.held.names[index], run)
-            stages.append(Stage(view, index, count, self.wire.device, between[index - 1].empty("meta") if index else
-                                ends[0], between[index].empty("meta") if index < count - 1 else ends[1], self.wire,
-                                self.actions))
-        schedule = schedules.make(self.schedule, stages, self.micro_batches, lambda output, number: output)
-        if not schedules.kind(self.schedule).one:
-            from torch.distributed.pipelining.schedules import _ComputationType
-
-            schedule.register_custom_function(_ComputationType.REDUCE_GRAD, self._reduce)
+        stages = stages_of(self.model, self.held, self._between(), self._run, self.wire, self.actions)
+        schedule = schedules.make(self.schedule, stages, self.micro_batches, lambda loss, number: loss, self._reduce)
         while len(self._built) >= KEPT:
             del self._built[next(iter(self._built))]
         self._built[key] = schedule
@@ -300,10 +279,10 @@ class Pipeline:
 
     # --- Gradients ----------------------------------------------------------------------------------------------------
 
-    def _reduce(self, action: Any, _: Any) -> None:
+    def _reduce(self, stage: int) -> None:
         """All gradients of a stage are there, while other stages of the pipeline still work."""
-        self.actions.append(Action("R", action.stage_index, -1))
-        if params := self._ready.over(action.stage_index):
+        self.actions.append(Action("R", stage, -1))
+        if params := self._ready.over(stage):
             self.owner.reduce(params)
 
     def _finish(self) -> None:

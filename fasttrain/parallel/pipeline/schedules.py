@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
+from torch import nn
+
 from fasttrain.parallel.pipeline.placement import Placement
 
 
@@ -89,26 +92,39 @@ def check_micro_batches(name: str, placement: Placement, micro_batches: int) -> 
                          f"micro-batches do not divide: take {micro_batches // ranks * ranks} or {more}")
 
 
-def make(name: str, stages: list[Any], micro_batches: int, loss: Callable[..., Any]) -> Any:
-    """A schedule of torch over these stages of this rank."""
-    from torch.distributed import pipelining
+def make(name: str, stages: list[Any], micro_batches: int, loss: Callable[..., Any],
+         reduce: Callable[[int], None] | None = None) -> Any:
+    """A schedule of torch over these stages of this rank.
+
+    Arguments:
+        reduce: called with a stage when all its gradients are there, if the schedule tells; it takes the place of
+            torch's own reduction.
+    """
+    from torch.distributed.pipelining import schedules
 
     asked = kind(name)
-    made = getattr(pipelining.schedules, asked.torchs)
-    return made(stages[0] if asked.one else stages, micro_batches, loss_fn=loss, scale_grads=False)
+    made = getattr(schedules, asked.torchs)(stages[0] if asked.one else stages, micro_batches, loss_fn=loss,
+                                            scale_grads=False)
+    if reduce is not None and not asked.one:
+        made.register_custom_function(schedules._ComputationType.REDUCE_GRAD,
+                                      lambda action, _: reduce(action.stage_index))
+    return made
 
 
-def check_split() -> None:
+def check_split(model: nn.Module) -> None:
     """See that torch computes a backward pass in two parts rightly; older ones do not where a weight is used twice, or
     an operation has several outputs.
 
     Raises:
         RuntimeError: it does not.
+        ValueError: a part of the model is compiled, and does its backward pass in one.
     """
-    import torch
     from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
-    w = torch.nn.Parameter(torch.tensor([[0.5, -0.25], [0.75, 0.125]]))
+    if any(type(module).__name__ == "OptimizedModule" for module in model.modules()):
+        raise ValueError("the schedule splits backward passes, which a compiled module does in one: take 1f1b or "
+                         "interleaved, or do not compile")
+    w = nn.Parameter(torch.tensor([[0.5, -0.25], [0.75, 0.125]]))
     x = torch.tensor([[1.0, -0.5]], requires_grad=True)
 
     def output() -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 
 from fasttrain.dist.wire import Wire
+from fasttrain.parallel.pipeline.boundaries import Boundary
 from fasttrain.parallel.pipeline.clock import Action
 from fasttrain.parallel.pipeline.forward import counted
+from fasttrain.parallel.pipeline.held import Held
 
 
 class View(nn.Module):
@@ -123,6 +125,29 @@ class Stage(PipelineStage):
         for op in ops:
             counted(self.wire, kind, op.tensor.nbytes)
         return ops
+
+
+def stages_of(model: nn.Module, held: Held, between: Sequence[Boundary], run: Callable[[int, int, Any], Any],
+              wire: Wire, log: list[Action]) -> list[Any]:
+    """The stages of this rank.
+
+    Arguments:
+        model, held: what it has.
+        between: what goes from each stage to the next.
+        run: a stage on the number of a micro-batch and what the stage before gave.
+        wire, log: see `Stage`.
+    """
+    count = held.placement.stages
+    first, last = (torch.empty(1, dtype=torch.int64),), (torch.empty(1, requires_grad=True),)  # a number; the loss
+    stages = []
+    for index in held.mine:
+        def forward(number: int, *given: Tensor, index: int = index) -> Any:
+            return run(index, number, between[index - 1].given(given) if index else None)
+
+        stages.append(Stage(View(model, held.names[index], forward), index, count, wire.device,
+                            between[index - 1].empty("meta") if index else first,
+                            between[index].empty("meta") if index < count - 1 else last, wire, log))
+    return stages
 
 
 def _empty(infos: Any) -> None:
