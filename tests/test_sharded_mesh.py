@@ -15,7 +15,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.testing import assert_close
 
 from fasttrain.optim import AdamW
-from fasttrain.optim.local import local
+from fasttrain.optim.local import local, positions
 from fasttrain.parallel import Mesh, shard
 from fasttrain.parallel.tensor import partial
 
@@ -182,3 +182,21 @@ def foreign(wire: Any) -> Any:
 
 def test_what_cannot_be_sharded_is_told() -> None:
     ranks.run(refused, 2)
+
+
+def uneven(wire: Any) -> None:
+    """Rows that divide over neither axis lie where torch has put them, also where a rank along "tensor" has none."""
+    mesh = Mesh(data=1, shard=4, tensor=2, watch=False)
+    for rows in (1, 2, 9, 11):
+        value = torch.arange(float(rows * 3)).view(rows, 3)
+        layer = torch.nn.Linear(3, rows, bias=False)
+        layer.weight = torch.nn.Parameter(distribute_tensor(value, mesh["tensor"], [Shard(0)]))
+        shard(layer, mesh)
+        p: Any = layer.weight
+        assert torch.equal(value[positions(p)[0]], local(p.detach())), rows
+        assert torch.equal(whole(p.detach()), value), rows
+
+
+@pytest.mark.slow
+def test_uneven_rows_lie_where_they_are_held() -> None:
+    ranks.run(uneven, 8)

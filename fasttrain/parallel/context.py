@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.bias import causal_lower_right
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fasttrain.dist.mesh import Mesh
 from fasttrain.dist.wire import Wire
@@ -253,8 +254,9 @@ def _prefixed(q: Tensor, k: Tensor, v: Tensor, scale: float | None, shared: bool
     lacks = k.shape[2] - q.shape[2]
     if lacks == 0:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=shared)
-    mask: Tensor = causal_lower_right(q.shape[2], k.shape[2])  # kernels of GPUs know it without a mask in memory
-    if not q.is_cuda:
+    if q.is_cuda and not is_in_torch_dispatch_mode():  # within one this kind of tensor cannot be made
+        mask: Tensor = causal_lower_right(q.shape[2], k.shape[2])  # kernels know it without a mask in memory
+    else:
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(lacks)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=shared)
 

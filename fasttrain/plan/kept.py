@@ -110,7 +110,7 @@ def _mixture(job: Job) -> Iterator[Item]:
     """A mixture of experts, estimated: each token is `top_k` rows, and experts get all equally many."""
     rows = job.act * job.shape.top_k
     yield Item("rows of tokens, to the experts", rows * job.shape.width, "stream")
-    yield Item("gate, its activation, what goes up, and their product, of the rows", 4 * rows * job.shape.hidden, "tensor")
+    yield Item("gate, its activation, what goes up, their product, of rows", 4 * rows * job.shape.hidden, "tensor")
     yield Item("rows of tokens, from the experts", rows * job.shape.width, "stream")
 
 

@@ -48,9 +48,10 @@ def stage(job: Job, way: Way, rank: int) -> Stage:
 
 
 def telling(job: Job, way: Way) -> Sequence[int]:
-    """The ranks of a pipeline among which the fullest and the slowest are: the first two, the last, the one with most blocks.
+    """The ranks of a pipeline among which the fullest and the slowest are.
 
-    Of the others each has no more than one of these, and no more micro-batches at a time.
+    The first two, the last, and one with most blocks: each other has no more than one of these, and no more
+    micro-batches at a time.
     """
     ranks = range(way.pipeline)
     most = max(ranks, key=lambda rank: stage(job, way, rank).blocks)

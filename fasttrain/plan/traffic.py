@@ -77,8 +77,7 @@ def of_ends(parts: Sequence[str], job: Job, way: Way) -> float:
     once = (t - 1) / t * job.shape.width
     found = 0.0
     if "embedding" in parts:
-        tokens = job.micro_batch * job.sequence if job.shape.family == "ours" else way.tokens(job)
-        found += once * tokens * job.param * 2
+        found += once * way.tokens(job) * job.param * 2
     if "head" in parts:
         found += once * way.tokens(job) * enters(job) * 2 + of_loss(job, way)
     return found

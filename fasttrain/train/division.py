@@ -106,13 +106,36 @@ class Pipelines(NamedTuple):
         self.validating.close()
 
 
-def bytes_by_formula(config: TrainConfig, model: DataParallel | Sharded) -> float:
-    """What a process sends in a step, by the formula of its stage (docs/buckets.md)."""
+def bytes_by_formula(config: TrainConfig, divided: Divided) -> float:
+    """What a process sends in a step, by the formulas of its stage of ZeRO (docs/buckets.md) and of its pipeline.
+
+    What ranks along tensor, expert and context send each other within the model is not in it, nor is it counted.
+    """
+    model = divided.model
     if isinstance(model, Sharded):
-        return model.bytes_per_step(FLOAT // 2 if config.wire == "bf16" else FLOAT, FLOAT, config.accumulate)
-    return model.reducer.bytes_per_step()
+        gradient, piped = FLOAT // 2 if config.wire == "bf16" else FLOAT, config.pipeline > 1
+        # The formula gathers parameters twice for each micro-batch; a pipeline keeps them gathered for a step.
+        sent = model.bytes_per_step(gradient, FLOAT / 2 if piped else FLOAT, 1 if piped else config.accumulate)
+    else:
+        sent = model.reducer.bytes_per_step()
+    return sent + (of_pipeline(config, divided) if config.pipeline > 1 else 0)
+
+
+def of_pipeline(config: TrainConfig, divided: Divided) -> int:
+    """Bytes of activations, and of their gradients, that the stages of this process send to those of others."""
+    from fasttrain.parallel.pipeline import held
+
+    here = held.of(divided.called.module if isinstance(divided.called, DataParallel) else divided.called)
+    rank, last = here.placement.rank, here.placement.stages - 1
+    ends = sum((stage < last and rank(stage + 1) != here.rank) + (stage > 0 and rank(stage - 1) != here.rank)
+               for stage in here.mine)
+    positions = config.sequence // config.context // (config.tensor if config.sequence_parallel else 1)
+    width = FLOAT // (2 if config.precision.endswith("pure") else 1)
+    return ends * (config.batch // config.replicas) * positions * config.width * width
 
 
 def all_counted(model: DataParallel | Sharded) -> bool:
-    """Whether the wire counts all that is sent: a sharded model on NCCL sends by torch."""
-    return not isinstance(model, Sharded) or model.wire.backend == "gloo" or model.wire.size == 1
+    """Whether our wires count all that is sent: of a sharded model torch sends what is on NCCL, and sums over copies."""
+    if not isinstance(model, Sharded) or model.terms == 1:
+        return True
+    return model.wire.backend == "gloo" and model.wire.size == model.terms

@@ -115,7 +115,7 @@ def train(config: TrainConfig, divided: Divided, optimizer: torch.optim.Optimize
             emit({"event": "end", "step": ended.step, "text": ended.reason})
             emit({"event": "validation", "step": ended.step, "whole": True, **look(whole=True)})
     if ended.traffic is not None and ended.traffic.steps:
-        emit({"event": "wire", "step": ended.step, "formula": bytes_by_formula(config, divided.model),
+        emit({"event": "wire", "step": ended.step, "formula": bytes_by_formula(config, divided),
               **ended.traffic.per_step(all_counted(divided.model))})
     if ended.reason == ASKED:
         emit({"event": "end", "step": ended.step, "text": ASKED})

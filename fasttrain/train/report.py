@@ -64,7 +64,10 @@ def header(config: TrainConfig, read: Source) -> Record:
 
 ENDING_S = 5.0  # that processes of a command that was killed may take to end
 FRESH = ".config.json"
-FREE = ("processes", "text", "tokens", "out", "resume", "max_restarts", "threads", "log_every", "save_every", "keep")
+FREE = ("processes", "text", "tokens", "out", "resume", "max_restarts", "threads", "log_every", "save_every", "keep",
+        # how the work is divided, which changes numbers by the rounding of sums only
+        "tensor", "sequence_parallel", "pipeline", "stages", "pipeline_schedule", "expert", "context", "copies", "zero",
+        "accumulate", "recompute")
 
 
 def begin(config: TrainConfig, header: Record) -> Path:
@@ -114,7 +117,7 @@ def _number(run: Path) -> int:
 
 
 def check_same(directory: Path, header: Record) -> None:
-    """Refuse to go on in a directory if the run in it is another one. The number of processes may have changed.
+    """Refuse to go on in a directory if the run in it is another one. How the work is divided may have changed.
 
     Raises:
         BadInput: it has other options or another text, is still going on, or cannot be read.
