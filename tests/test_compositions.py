@@ -17,7 +17,8 @@ ALONE = [
     Composition({"data": 2}, micro=2), Composition({"shard": 2}, zero=3, micro=2), Composition({"tensor": 2}, micro=2),
     Composition({"tensor": 2}, sequence=True, tied=True), Composition({"pipeline": 2}, micro=4),
     Composition({"expert": 2}, experts=4, micro=2), Composition({"context": 2}, kv_heads=2),
-    Composition({"tensor": 2}, sequence=True, dtype=torch.float32), Composition({"data": 2}, zero=1), Composition({"data": 2}, zero=2, tied=True, micro=2)]
+    Composition({"tensor": 2}, sequence=True, dtype=torch.float32), Composition({"data": 2}, zero=1),
+    Composition({"data": 2}, zero=2, tied=True, micro=2)]
 TOGETHER = [
     Composition({"pipeline": 2, "tensor": 2}, micro=4, tied=True),
     Composition({"data": 2, "tensor": 2}, sequence=True, gated=True, kv_heads=2, micro=2),
