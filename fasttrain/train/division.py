@@ -135,7 +135,7 @@ def of_pipeline(config: TrainConfig, divided: Divided) -> int:
 
 
 def all_counted(model: DataParallel | Sharded) -> bool:
-    """Whether our wires count all that is sent: of a sharded model torch sends what is on NCCL, and sums over copies."""
+    """Whether our wires count all that is sent: of a sharded model torch sends all on NCCL, and sums of copies."""
     if not isinstance(model, Sharded) or model.terms == 1:
         return True
     return model.wire.backend == "gloo" and model.wire.size == model.terms
