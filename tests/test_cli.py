@@ -29,7 +29,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ("", "Expected one of {train, tokenize, compare, report, schedule, verify, inspect, demo, doctor}"),
+    ("", "Expected one of {train, tokenize, compare, report, schedule, plan, verify, inspect, demo, doctor}"),
     ("trian", "trian"),
     ("train --stpes 4", "--stpes, 4"),
     ("train --step 4", "perhaps you meant --steps"),

@@ -106,15 +106,11 @@ def cast(wire: Any) -> None:
     def context() -> Any:
         return torch.autocast("cpu", torch.bfloat16)
 
-    whole = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
-    model = split(nn.Sequential(*(nn.Linear(4, 4) for _ in range(4))), mesh)
-    model.load_state_dict({name: value for name, value in whole.state_dict().items() if name in model.state_dict()})
-    for p, q in [(p, dict(whole.named_parameters())[name]) for name, p in model.named_parameters()]:
-        p.data.copy_(q)
-    with torch.no_grad():
-        for p in whole.parameters():
-            wire.broadcast_(p)
-        model.load_state_dict({name: whole.state_dict()[name] for name in model.state_dict()})
+    def make() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
+
+    whole, model = make(), split(make(), mesh)
     generator = torch.Generator().manual_seed(0)
     x, t = torch.randn(4, 4, generator=generator), torch.randn(4, 4, generator=generator)
     pipeline = Pipeline(model, mesh, lambda y, t: (y.float() - t).square().mean(), micro_batches=2, context=context)

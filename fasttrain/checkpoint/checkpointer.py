@@ -58,8 +58,7 @@ class Checkpointer:
         when_busy: what `save` does while one is being written: "wait" for it, or "skip" this one, which is counted.
             To skip, several ranks ask one another in `save` (a message of 8 bytes).
         deadline_s: how long the first rank waits for the others' parts.
-        nice: added to the writing thread's niceness, so that training goes first where it uses all cores: writing then
-            takes longer. 0: writing is as fast as it can be.
+        nice: added to the writing thread's niceness, so that training goes first; 0: writing is as fast as it can be.
         record: called in the thread of `save`, `check` and `close` with what was done: ``{"event": "checkpoint",
             "step", "bytes", "stall_s", "staging_bytes"}`` when a save began (`staging_bytes`: memory that is kept from
             now on), ``{"event": "checkpoint written", "step", "seconds", "path", "removed"}`` when it was durable.

@@ -117,13 +117,12 @@ def unfit(job: Job, sizes: Mapping[str, int], asked: Asked) -> str | None:
 def settings(sizes: Mapping[str, int], asked: Asked) -> Iterator[Way]:
     """All else that there is to choose for a mesh; what makes no difference there is chosen one way."""
     terms = sizes["data"] * sizes["shard"] * sizes["expert"] * sizes["context"]
-    stages = (3,) if sizes["shard"] > 1 else (0, 1, 2) if terms > 1 else (0,)
-    stages = tuple(stage for stage in stages if asked.zero in (None, stage))
-    sequences = (False, True) if sizes["tensor"] > 1 else (False,)
-    sequences = tuple(one for one in sequences if asked.sequence in (None, one) or sizes["tensor"] == 1)
+    several = (3,) if sizes["shard"] > 1 else (0, 1, 2) if terms > 1 else (0,)
+    stages = [stage for stage in several if asked.zero in (None, stage)]
+    sequences = [one for one in (False, True) if asked.sequence in (None, one)] if sizes["tensor"] > 1 else [False]
     recomputes = tuple(one for one in RECOMPUTES if asked.recompute in (None, one))
-    schedules = [(name, chunks) for name, several in bubbles.SCHEDULES.items()
-                 for chunks in (several if asked.chunks is None or len(several) == 1 else (asked.chunks,))
+    schedules = [(name, chunks) for name, tried in bubbles.SCHEDULES.items()
+                 for chunks in (tried if asked.chunks is None or len(tried) == 1 else (asked.chunks,))
                  if asked.schedule in (None, name)]
     if sizes["pipeline"] == 1:
         schedules = [("1f1b", 1)]
