@@ -144,3 +144,18 @@ def test_stages_are_cut_whatever_computes_in_them(way):
 
 def trained_records(wire, config):
     return trained(wire, config)[1]
+
+
+def dry(wire, config):
+    return trained(wire, config)[1]
+
+
+def test_a_dry_run_tells_what_the_largest_process_has_and_what_all_save():
+    config = dataclasses.replace(SHORT, dry_run=True, tied=False)
+    (alone,) = ranks.run(dry, 1, config)[0]
+    for way in (dict(tensor=2, pipeline=2, accumulate=2), dict(tensor=2, zero=3),
+                dict(pipeline=2, accumulate=2, zero=1)):
+        answers = [answer[0] for answer in ranks.run(dry, 4, dataclasses.replace(config, **way))]
+        assert all(answer["bytes"] == answers[0]["bytes"] for answer in answers)
+        assert answers[0]["checkpoint_bytes"] == pytest.approx(alone["checkpoint_bytes"], rel=1e-2)
+        assert 0.2 < answers[0]["bytes"]["states"] / alone["bytes"]["states"] < 0.6

@@ -90,7 +90,7 @@ def train(config: TrainConfig, divided: Divided, optimizer: torch.optim.Optimize
                                warmup_cosine(config.steps, config.rise)),
             bad_steps=NonFinite(most=config.max_skips), tokens=config.batch * config.sequence)
         if config.dry_run:
-            emit(dry_run(config, called, optimizer, look=look, steps=lambda record: make_loop(
+            emit(dry_run(config, called, optimizer, look=look, mesh=mesh, steps=lambda record: make_loop(
                 steps=STEPS, log_every=1, callbacks=[record]).run()))
             return "done"
         checkpoints = None
