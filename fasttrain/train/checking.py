@@ -108,6 +108,10 @@ def _check_mesh(config: TrainConfig) -> None:
     if config.copies is not None and (config.copies < 1 or config.zero != 3):
         raise BadInput(f"--copies {config.copies} with --zero {config.zero}: only a model that is sharded by --zero 3 "
                        "has copies of its shards; leave it out")
+    alike = (config.copies or 1) * config.expert * config.context
+    if config.zero == 3 and config.axes["shard"] == 1 < alike:
+        raise BadInput(f"--zero 3 with {told} and --processes {config.processes}: none are left to divide the "
+                       f"parameters; use a larger multiple of {product} processes, or --zero 2")
     heads = config.kv_heads or config.heads
     if heads % config.tensor:
         which, option = (" of keys", "kv-heads") if config.kv_heads else ("", "heads")
@@ -158,6 +162,9 @@ def _check_pipeline(config: TrainConfig) -> None:
         wanted = "--stages 2" if several else "--stages 1"
         raise BadInput(f"--pipeline-schedule {config.pipeline_schedule} with --stages {config.stages}: use {wanted}, "
                        "or another schedule")
+    if config.recompute == "selective" and config.pipeline_schedule in ("zero-bubble", "zbv"):
+        raise BadInput(f"--recompute selective with --pipeline-schedule {config.pipeline_schedule}: its backward "
+                       "passes come in two, and torch computes again for one; use --recompute full, or interleaved")
     if config.accumulate < config.pipeline:
         raise BadInput(f"--accumulate {config.accumulate} with --pipeline {config.pipeline}: it is the number of "
                        f"micro-batches, of which every stage needs one; use {config.pipeline} or more")

@@ -35,6 +35,8 @@ def blank(config: TrainConfig, mesh: Mesh | None, vocabulary: int = VOCABULARY) 
 def finish(config: TrainConfig, model: Any, device: torch.device) -> Any:
     """A model, or what this process has of it, with its first weights; its blocks recomputed, and compiled."""
     materialize(model, seed=config.seed, device=device)
+    if len(model.blocks) == 0:  # in a V the first process may have embedding and head alone
+        return model
     if config.recompute is not None:
         recompute(model, config.recompute, blocks="blocks")
     if config.compile:
