@@ -1,11 +1,14 @@
 """What is used of the machine, against what can be counted by hand."""
 
 import ctypes
+import dataclasses
 
 import pytest
 import torch
 from torch import nn
 
+from fasttrain.train.config import TrainConfig
+from fasttrain.train.making import flops_of_step
 from fasttrain.train.model import GPT
 from fasttrain.train.usage import Memory, Tidy, count_flops, peak_flops, weights_table
 
@@ -58,3 +61,9 @@ def test_memory_that_is_kept_free_is_given_back():
     assert memory.now()["memory_gb"] < grown - 0.5
     assert not tidy.look()
     assert last.all()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "bf16-pure", "fp16-pure"])
+def test_operations_do_not_depend_on_the_precision(precision):
+    config = TrainConfig(layers=1, width=32, heads=2, ngrams=1, batch=2, processes=2, sequence=16)
+    assert flops_of_step(dataclasses.replace(config, precision=precision)) == flops_of_step(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -56,5 +57,6 @@ def flops_of_step(config: TrainConfig, vocabulary: int = VOCABULARY) -> float:
         >>> flops_of_step(TrainConfig(layers=1, width=32, heads=2, ngrams=1, batch=2, processes=2, sequence=16))
         2064384.0
     """
+    config = dataclasses.replace(config, precision="fp32")  # on the meta device autocast does not make dtypes fit
     model, sequence = blank(config, None, vocabulary), torch.zeros(1, config.sequence, dtype=torch.long, device="meta")
     return 3.0 * count_flops(lambda: model(sequence))[1] * config.batch / config.processes
