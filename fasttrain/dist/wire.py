@@ -1,7 +1,9 @@
-"""The only file that makes process groups and issues collectives.
+"""The file that makes process groups and issues collectives.
 
 A `Wire` is passed to whoever needs one; nothing here is global, and there is one place to replace in a test. Each has a
-process group of its own, so that its collectives never meet those of the program around it.
+process group of its own, so that its collectives never meet those of the program around it. Elsewhere there are those of
+a mesh's own group, in the middle of a model that is divided (`along`, `fasttrain.parallel.tensor.cut`), and what stages of
+a pipeline send each other over a wire's group, as torch's schedules do.
 """
 
 from __future__ import annotations
