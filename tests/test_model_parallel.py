@@ -10,8 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers import ROOT
 from ranks import run
+from torch import nn
+
+from fasttrain.parallel import Mesh, tensor_parallel
+from fasttrain.train.stepper import Stepper
 
 EXAMPLE = ROOT / "examples" / "model_parallel.py"
 
@@ -38,6 +43,26 @@ def test_the_example_trains_alike_on_every_mesh(tmp_path: Path) -> None:
     assert last == pytest.approx(tenth, rel=bound)
     assert trained(2, "--zero 2 --pipeline 2 --steps 5") == [pytest.approx(fifth, rel=bound)]
     assert trained(4, "--zero 1 --tensor 2 --steps 5") == [pytest.approx(fifth, rel=bound)]
+
+
+def of_torch(wire: Any) -> None:
+    model = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4), nn.Linear(4, 4))
+    tensor_parallel(model, Mesh(tensor=2), {"1": "column", "2": "row"})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    with pytest.raises(TypeError, match=r"some are whole.*take an optimizer of fasttrain\.optim.*or clip=0"):
+        Stepper(model, optimizer, lambda model, x: model(x).square().mean(), clip=1.0)
+
+
+def test_torchs_optimizers_are_told_that_they_cannot_clip() -> None:
+    run(of_torch, 2)
+
+
+def table(wire: Any) -> str:
+    return str(Mesh(pipeline=2, tensor=2))
+
+
+def test_the_page_shows_a_mesh_as_it_is_printed() -> None:
+    assert run(table, 8)[5] in (ROOT / "docs" / "model-parallel.md").read_text()
 
 
 @pytest.mark.slow
