@@ -35,6 +35,15 @@ TOGETHER = [
     Composition({"pipeline": 2, "shard": 2, "tensor": 2}, zero=3, sequence=True, kv_heads=2, gated=True, micro=2),
     Composition({"pipeline": 2, "expert": 2, "tensor": 2}, experts=4, sequence=True, micro=2, tied=True)]
 
+REST = [  # so that every pair of axes, and every stage of ZeRO on each, has run
+    Composition({"expert": 2, "context": 2}, experts=4), Composition({"data": 2, "context": 2}, zero=1),
+    Composition({"data": 2, "expert": 2}, zero=2, experts=4, micro=2),
+    Composition({"shard": 2, "expert": 2}, zero=3, experts=4),
+    Composition({"shard": 2, "context": 2}, zero=3, tied=True),
+    Composition({"pipeline": 2, "tensor": 2}, sequence=True, micro=2, recompute=True, schedule="zero-bubble"),
+    Composition({"pipeline": 2, "data": 2}, zero=2, micro=2, tied=True, schedule="zbv"),
+    Composition({"pipeline": 2, "expert": 2}, zero=1, experts=4, micro=2)]
+
 
 def steps(wire: Any, how: Composition) -> list[Any]:
     """What this rank saw in each step; then `ones`, where parameters show their gradients."""
@@ -62,7 +71,8 @@ def close(got: Any, wanted: Any, what: str, how: Composition) -> None:
     torch.testing.assert_close(got, wanted, rtol=bound, atol=bound, msg=lambda text: f"{what}: {text}")
 
 
-@pytest.mark.parametrize("how", [*ALONE, *TOGETHER], ids=str)
+@pytest.mark.parametrize("how", [
+    *ALONE, *TOGETHER, *(pytest.param(how, marks=pytest.mark.slow) for how in REST)], ids=str)
 def test_a_divided_model_is_that_of_one_process(how: Composition) -> None:
     alone = Alone(how)
     answers = run(steps, how.world, how)

@@ -145,8 +145,7 @@ class Named(Grid):
         if self.mesh.sizes["pipeline"] > 1 and callable(getattr(model, "run", None)):
             register_fsdp_forward_method(model, "run")  # what stages call instead of the model
         self._ties.found(model)
-        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        widen(self.mesh, self.everyone, trained, self._ties.stages)
+        widen(self.mesh, self.everyone, list(model.named_parameters()), self._ties.stages)
 
     def tie(self) -> None:
         self._ties.add()
