@@ -92,6 +92,7 @@ class Reducer(Vouching, Items, Told):
                  tied: Mapping[str, Sequence[int]] | None = None):
         axes = mesh if isinstance(mesh, Mesh) else None
         named = reduced.trained(params, axes)
+        reduced.check_memory(named)
         other = [p for _, p in named if grad_dtype not in (None, p.dtype)]
         if other and not hasattr(other[0], "grad_dtype"):
             raise ValueError(f"grad_dtype={grad_dtype} needs a torch whose tensors have grad_dtype, newer than "

@@ -15,7 +15,7 @@ from fasttrain.guards.later import Arrived, Later
 from fasttrain.optim.local import is_dtensor
 from fasttrain.parallel import DataParallel, Zero
 from fasttrain.parallel.accumulate import Accumulation
-from fasttrain.parallel.pipeline import Pipeline
+from fasttrain.parallel.pipeline import Pipeline, held
 from fasttrain.parallel.sharded import Sharded
 from fasttrain.precision.loss_scale import LossScaler, step_divided
 from fasttrain.train.clock import PhaseClock
@@ -74,7 +74,8 @@ class Stepper:
 
     Raises:
         TypeError: a scaler, or a loss with items, with an optimizer of torch; `clip` with one of parameters of which
-            some are cut over ranks; a pipeline of a model that is neither a `DataParallel` nor sharded.
+            some are cut over ranks; a pipeline of a model that is neither a `DataParallel` nor sharded, none of one
+            that was split, or a `loss` that does not return (inputs, targets) for it.
 
     Example:
         >>> from fasttrain.optim import AdamW
@@ -104,10 +105,13 @@ class Stepper:
         if scaler is not None and not self.ours:
             raise TypeError(f"a loss scale needs an optimizer of fasttrain.optim: {type(optimizer).__name__} is not")
         if clip and not self.ours and len({is_dtensor(p) for p in self.bare.parameters() if p.requires_grad}) > 1:
-            raise TypeError(f"some parameters are cut over ranks (DTensors) and some are whole, which torch's clipping "
-                            f"refuses to mix: take an optimizer of fasttrain.optim in the place of "
-                            f"{type(optimizer).__name__}, or clip=0")
+            raise TypeError("some parameters are cut over ranks and some are whole, which torch's clipping refuses to "
+                            f"mix: take an optimizer of fasttrain.optim for {type(optimizer).__name__}, or clip=0")
         self.pipeline = pipeline
+        stages = getattr(self.bare, held.MARK, None)
+        if pipeline is None and stages is not None and stages.placement.ranks > 1:
+            raise TypeError(f"the model was split into {len(stages.stages)} stages, of which this rank has "
+                            f"{stages.mine}: give pipeline=Pipeline(model, mesh, ...), which runs them")
         if pipeline is not None:
             if self.wire is None:
                 raise TypeError(f"a pipeline of a {type(model).__name__}: wrap the model first, in DataParallel(model, "
@@ -170,7 +174,16 @@ class Stepper:
         assert self.pipeline is not None
         if self.reducer is not None:
             self.reducer.stop = self.stop
-        self.pipeline.step(*self.loss(self.model, batch))
+        try:
+            given = self.loss(self.model, batch)
+        except Exception as error:
+            error.add_note("with a pipeline, which calls model and loss itself, this function only takes a batch "
+                           "apart: it returns (inputs, targets) and does not call the model")
+            raise
+        if not isinstance(given, (tuple, list)) or len(given) != 2:
+            raise TypeError(f"loss returned a {type(given).__name__}: with a pipeline, which has a loss of its own, it "
+                            "takes a batch apart and returns (inputs, targets)")
+        self.pipeline.step(*given)
         assert self.pipeline.sums is not None
         return self.pipeline.sums.loss.clone(), self.pipeline.sums.items
 
