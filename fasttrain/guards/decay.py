@@ -10,6 +10,13 @@ from torch import Tensor, nn
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 
+def kind_of(module: type) -> str:
+    """As what the parameters of a class of modules count."""
+    if issubclass(module, EMBEDDINGS):
+        return "embedding"
+    return "norm" if "norm" in module.__name__.lower() else "other"
+
+
 def decay_groups(model: nn.Module, weight_decay: float | None = None, *, biases: bool = False, norms: bool = False,
                  embeddings: bool = True, decays: Callable[[str, Tensor], bool | None] | None = None,
                  **options: Any) -> list[dict[str, Any]]:
@@ -17,7 +24,8 @@ def decay_groups(model: nn.Module, weight_decay: float | None = None, *, biases:
 
     Decay pulls weights towards zero. It suits the matrices of a model; a gain belongs near 1, and a bias has a place of
     its own, which decay would only shift (Loshchilov and Hutter, arXiv:1711.05101, decay all; the exceptions are usage
-    since BERT). A parameter that several modules share has the kind of any of them that does not decay.
+    since BERT). A parameter that several modules share has the kind of any of them that does not decay, also where
+    they are on several stages of a pipeline, each of which asks for its own groups.
 
     Arguments:
         model: named parameters that need no gradient are left out.
@@ -25,7 +33,8 @@ def decay_groups(model: nn.Module, weight_decay: float | None = None, *, biases:
         biases: decay what has fewer than two dimensions, or is called bias, and belongs to no norm.
         norms: decay the parameters of normalisations: modules with "norm" in the name of their class.
         embeddings: decay those of `nn.Embedding` and `nn.EmbeddingBag`.
-        decays: from a name and parameter to True or False, which goes before all of these; None: they decide.
+        decays: from a name and parameter to True or False, which goes before all of these; None: they decide. What
+            several stages of a pipeline have comes with its name in the whole model on each.
         options: further options of both groups.
 
     Returns:
@@ -40,13 +49,17 @@ def decay_groups(model: nn.Module, weight_decay: float | None = None, *, biases:
         [['2.weight'], ['0.weight', '1.weight', '1.bias', '2.bias']]
     """
     kinds: dict[int, set[str]] = {}
+    names: dict[int, str] = {}
     for module in model.modules():
-        kind = "embedding" if isinstance(module, EMBEDDINGS) else "norm" if "norm" in type(module).__name__.lower() \
-            else "other"
         for p in module.parameters(recurse=False):
-            kinds.setdefault(id(p), set()).add(kind)
+            kinds.setdefault(id(p), set()).add(kind_of(type(module)))
+        for here, (whole, types) in vars(module).get("tied_in_whole", {}).items():  # of a pipeline: on other stages too
+            p = module.get_parameter(here)
+            names[id(p)] = whole
+            kinds.setdefault(id(p), set()).update(map(kind_of, types))
 
     def decaying(name: str, p: Tensor) -> bool:
+        name = names.get(id(p), name)
         chosen = None if decays is None else decays(name, p)
         if chosen is not None:
             return chosen

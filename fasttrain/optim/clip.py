@@ -65,6 +65,11 @@ def parameters(optimizers: Iterable[Any]) -> list[Tensor]:
     return params
 
 
+def everything(optimizers: Iterable[Any]) -> list[Tensor]:
+    """All parameters, frozen ones too: what a stage of a pipeline without any other is known by."""
+    return [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+
+
 def in_shards(optimizer: Any) -> bool:
     """Whether ranks have shards of the gradients, which no parameter shows (`fasttrain.parallel.Zero`)."""
     return getattr(optimizer, "in_shards", False)
@@ -88,7 +93,7 @@ def statistics(optimizers: Iterable[Any], each: list[tuple[list[Tensor], Tensor]
     """
     optimizers = list(optimizers)
     params = parameters(optimizer for optimizer in optimizers if not in_shards(optimizer))
-    if (widened := wider.declared(params)) is not None:
+    if (widened := wider.declared(params or everything(optimizers))) is not None:
         given = [p for p in params if p.grad is not None]
         squares, bad = norm.squares([local(p.grad) for p in given])
         if each is not None:
@@ -140,7 +145,7 @@ def grad_norm(optimizers: Iterable[Any], norm_type: float = 2.0) -> Tensor:
     if norm_type == 2.0:
         return statistics(optimizers)[0].sqrt().float()
     params = parameters(optimizers)
-    if wider.declared(params) is not None:
+    if wider.declared(params or everything(optimizers)) is not None:
         raise ValueError(f"norm_type={norm_type}: over a mesh the norm 2 of a model is known, and no other")
     params = [p for p in params if p.grad is not None]
     norms = [norm_of_parts(p, norm_type) for p in params if shares(p)]

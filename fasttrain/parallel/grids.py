@@ -151,8 +151,7 @@ class Named(Grid):
 
     def follow(self, model: nn.Module) -> None:
         self._ties.found(model)
-        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        widen(self.mesh, self.everyone, trained, self._ties.stages)
+        widen(self.mesh, self.everyone, list(model.named_parameters()), self._ties.stages)
 
     def tie(self) -> None:
         self._ties.add()

@@ -91,7 +91,8 @@ class Reducer(Vouching, Items, Told):
                  static_graph: bool = False, timeout_s: float = 120, watch: Watcher | bool = True,
                  tied: Mapping[str, Sequence[int]] | None = None):
         axes = mesh if isinstance(mesh, Mesh) else None
-        named = reduced.trained(params, axes)
+        given: list[Any] = list(params)
+        named = reduced.trained(given, axes)
         reduced.check_memory(named)
         other = [p for _, p in named if grad_dtype not in (None, p.dtype)]
         if other and not hasattr(other[0], "grad_dtype"):
@@ -116,7 +117,8 @@ class Reducer(Vouching, Items, Told):
             p.grad_dtype = None  # any: the first comes in the parameter's own, and is cast as it is packed
         reduced.own(self.params, self)
         if axes is not None and not reach.single:
-            widen(axes, axes.wire(use="norms"), named, tied or {})
+            frozen = [one for one in given if isinstance(one, tuple) and not one[1].requires_grad]
+            widen(axes, axes.wire(use="norms"), [*named, *frozen], tied or {})
         self._hooks: list[Any] = []
         if not self.idle:
             self._attach()

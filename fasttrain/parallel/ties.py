@@ -12,7 +12,9 @@ from fasttrain.dist.wire import Wire
 from fasttrain.optim.local import local
 from fasttrain.parallel import tied_names
 
-TOLD = "tied_stages"  # attribute of a model that was split into stages: what it has for `tied`
+# Attributes of a model that was split into stages: what it has for `tied`; and by name here, what that is called in the
+# whole model, and the classes of the modules there that have it (`fasttrain.guards.decay` reads it).
+TOLD, WHOLE = "tied_stages", "tied_in_whole"
 
 
 def told(model: nn.Module, tied: Mapping[str, Sequence[int]] | None) -> Mapping[str, Sequence[int]]:

@@ -42,6 +42,7 @@ def widen(mesh: Mesh, everyone: Wire, named: Sequence[tuple[str, Tensor]],
     """Let the norm of these parameters be that of the whole model, each counted once.
 
     Arguments:
+        named: frozen ones too: a stage may have no other.
         tied: of those that lie on several stages, the stages: the first one counts them.
     """
     stage = mesh.coordinates["pipeline"]

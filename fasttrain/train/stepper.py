@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fasttrain.dist.wire import Wire
 from fasttrain.guards.bad_steps import MOST_NAMES, nonfinite
 from fasttrain.guards.later import Arrived, Later
-from fasttrain.optim.local import is_dtensor
+from fasttrain.optim.local import is_dtensor, local
 from fasttrain.parallel import DataParallel, Zero
 from fasttrain.parallel.accumulate import Accumulation
 from fasttrain.parallel.pipeline import Pipeline, held
@@ -242,6 +242,8 @@ class Stepper:
             norm = self.optimizer.grad_statistics()[0].sqrt().float()
         elif self.reducer is not None:
             norm = self.reducer.grad_norm()
+        elif self.sharded is not None:  # torch's would be that of a stage, and fails where meshes differ
+            norm = self.sharded.statistics(self.optimizer)[0].sqrt().float()
         else:
             norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
             norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
@@ -250,7 +252,7 @@ class Stepper:
             if self.clip and isinstance(self.optimizer, Zero):
                 self.optimizer.clip_grad_norm_(self.clip)
             elif self.clip:
-                nn.utils.clip_grads_with_norm_(params, self.clip, norm)
+                _clip(params, self.clip, norm)
             self.optimizer.step()
         return norm, bad
 
@@ -291,6 +293,16 @@ class Stepper:
                 self._rescale(one.values["scale"])
         return [Numbers(one.step, one.values["loss"], one.values["norm"], bool(one.values["bad"]),
                         int(one.values["stop"]), one.values["scale"] or 1.0, one.note) for one in taken]
+
+
+def _clip(params: Sequence[Tensor], most: float, norm: Tensor) -> None:
+    """torch's `clip_grads_with_norm_`, which refuses plain gradients beside those of DTensors."""
+    if not any(is_dtensor(p.grad) for p in params):
+        nn.utils.clip_grads_with_norm_(params, most, norm)
+        return
+    coefficient = (most / (norm + 1e-6)).clamp(max=1.0)
+    for grad in (local(p.grad) for p in params if p.grad is not None):
+        grad.mul_(coefficient.to(grad.device))
 
 
 class _Alone:

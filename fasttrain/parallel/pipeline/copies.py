@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from fasttrain.dist.mesh import AXES, Mesh
 from fasttrain.dist.wire import Wire
-from fasttrain.kernels import norm
 from fasttrain.optim.local import local
 from fasttrain.parallel.pipeline.held import Held
 
@@ -56,11 +55,3 @@ class Copies:
                         p.grad = torch.zeros_like(p)
                     part = local(p.grad)
                     part.copy_(wire.sum_(part.clone(memory_format=torch.contiguous_format)))
-
-    def counted_elsewhere(self) -> Tensor:
-        """The sum of squares of gradients that an earlier stage counts; float64 of shape ()."""
-        grads = [local(p.grad) for ranks in self.wires if ranks[0] != self.held.rank for p in self._params(ranks)
-                 if p.grad is not None]
-        if not grads:
-            return torch.zeros((), dtype=torch.float64)
-        return norm.total(norm.squares(grads)[0])

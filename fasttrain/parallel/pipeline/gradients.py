@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from fasttrain.dist.mesh import MEAN, Mesh
-from fasttrain.dist.wire import Wire
+from fasttrain.optim import clip
+from fasttrain.parallel import tied_names
 from fasttrain.parallel.data import DataParallel
 from fasttrain.parallel.pipeline.copies import Copies
 from fasttrain.parallel.pipeline.held import Held
 from fasttrain.parallel.sharded import Sharded
+from fasttrain.parallel.widened import widen
 from fasttrain.precision.loss_scale import LossScaler, step_divided
 
 
@@ -43,12 +45,17 @@ class Alone:
 
     Arguments:
         copies: of the parameters that several stages have.
-        wire: of the pipeline.
+        mesh: whose norms are those of all stages, what is tied counted once.
     """
 
-    def __init__(self, copies: Copies, wire: Wire):
-        self.copies, self.wire = copies, wire
+    def __init__(self, copies: Copies, mesh: Mesh):
+        self.copies, self.device = copies, mesh.device
         self.items = 0
+        for ranks, wire in copies.wires.items():
+            tied_names.settle(wire, copies.held.rank, [(name, copies.model.get_parameter(name))
+                                                       for name in copies.names[ranks]])
+        stages = {tie.here: tie.ranks for tie in copies.held.ties if tie.here is not None}
+        widen(mesh, mesh.wire(use="norms"), list(copies.model.named_parameters()), stages)
 
     def paused(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -63,21 +70,18 @@ class Alone:
         self.copies.add()
 
     def statistics(self, optimizer: Any) -> tuple[Tensor, Tensor]:
-        """Over all stages, what is tied counted once."""
-        squares, bad = optimizer.grad_statistics()
-        squares = squares.double() - self.copies.counted_elsewhere()
-        total = self.wire.sum_(torch.stack([squares, bad.double()]).to(self.wire.device))
-        return total[0], total[1] != 0
+        """Over all stages."""
+        return clip.statistics([optimizer])
 
     def step(self, optimizer: Any, max_norm: float | None, scaler: LossScaler | None,
              unusable: Tensor | None) -> Tensor:
         squares, found = self.statistics(optimizer)
         found = found if unusable is None else found | unusable
-        divisor = torch.tensor(float(self.items), dtype=torch.float64, device=self.wire.device)
+        divisor = torch.tensor(float(self.items), dtype=torch.float64, device=self.device)
         return step_divided(divisor, (squares, found), optimizer, max_norm, scaler)
 
 
-def owner_of(model: Any, mesh: Mesh, held: Held, copies: Copies, wire: Wire) -> Any:
+def owner_of(model: Any, mesh: Mesh, copies: Copies) -> Any:
     """Who reduces the gradients of a model that was split.
 
     Raises:
@@ -91,7 +95,7 @@ def owner_of(model: Any, mesh: Mesh, held: Held, copies: Copies, wire: Wire) -> 
         several = " and ".join(f"{axis} {mesh.sizes[axis]}" for axis in MEAN if mesh.sizes[axis] > 1)
         raise ValueError(f"the mesh has {several}, over which gradients are to be averaged: wrap what split() returned "
                          "in DataParallel(..., mesh=mesh, tied=ties(stage)), or shard it")
-    return Alone(copies, wire)
+    return Alone(copies, mesh)
 
 
 class Ready:

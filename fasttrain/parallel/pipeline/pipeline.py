@@ -92,7 +92,7 @@ class Pipeline:
         self.context, self.scaler, self.metrics, self.draws = context, scaler, dict(metrics or {}), draws
         self.wire = Wire(mesh.device, mesh.timeout_s, mesh.ranks("pipeline"), mesh.wire().watch)
         self.copies = Copies(self.model, self.held, mesh)
-        self.owner: Any = owner_of(model, mesh, self.held, self.copies, self.wire)
+        self.owner: Any = owner_of(model, mesh, self.copies)
         self.copies.make_equal()
         self._ready = Ready(self.model, self.held)
         self.actions: list[Action] = []

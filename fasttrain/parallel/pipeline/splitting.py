@@ -14,7 +14,7 @@ from fasttrain.dist.wire import Wire
 from fasttrain.parallel.pipeline import costs as costing
 from fasttrain.parallel.pipeline import cuts, held, schedules, tied
 from fasttrain.parallel.pipeline.parts import names_in, parted, whole
-from fasttrain.parallel.ties import TOLD
+from fasttrain.parallel.ties import TOLD, WHOLE
 
 
 def split(model: Any, mesh: Mesh, stages_per_rank: int | None = None, costs: str | Sequence[float] | None = None,
@@ -66,11 +66,13 @@ def split(model: Any, mesh: Mesh, stages_per_rank: int | None = None, costs: str
     uses = {stage: names_in(model, parts) for stage, parts in enumerate(stages)}
     everywhere = [[name for stage in placement.of(place) for name in uses[stage]] for place in range(placement.ranks)]
     ties = tied.found(first, everywhere, rank)
+    modules = tied.modules(model)
     mine = placement.of(rank)
     parted(model).keep([part for stage in mine for part in stages[stage]])
     setattr(model, held.MARK, held.Held(schedule.lower(), placement, rank, stages, sums,
                                         {stage: uses[stage] for stage in mine}, ties))
     setattr(model, TOLD, held.ties(model))
+    setattr(model, WHOLE, {tie.here: (tie.name, modules[tie.name]) for tie in ties if tie.here is not None})
     return model
 
 

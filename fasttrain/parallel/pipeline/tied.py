@@ -39,6 +39,15 @@ def aliases(model: nn.Module) -> dict[str, str]:
     return {name: first.setdefault(id(p), name) for name, p in model.named_parameters(remove_duplicate=False)}
 
 
+def modules(model: nn.Module) -> dict[str, tuple[type[nn.Module], ...]]:
+    """By the first name of each parameter of a whole model the classes of all modules that have it."""
+    first, found = aliases(model), dict[str, tuple[type[nn.Module], ...]]()
+    for place, module in model.named_modules():
+        for name, _ in module.named_parameters(place, recurse=False):
+            found[first[name]] = (*found.get(first[name], ()), type(module))
+    return found
+
+
 def found(first: Mapping[str, str], held: Sequence[Sequence[str]], here: int) -> list[Tie]:
     """All ties of a model, in one order on every rank.
 
