@@ -15,9 +15,10 @@ from fasttrain.guards.later import Arrived, Later
 from fasttrain.optim.local import is_dtensor, local
 from fasttrain.parallel import DataParallel, Zero
 from fasttrain.parallel.accumulate import Accumulation
-from fasttrain.parallel.pipeline import Pipeline, held
+from fasttrain.parallel.pipeline import Pipeline
 from fasttrain.parallel.sharded import Sharded
 from fasttrain.precision.loss_scale import LossScaler, step_divided
+from fasttrain.train import fitting
 from fasttrain.train.clock import PhaseClock
 from fasttrain.train.traffic import Traffic
 
@@ -102,20 +103,10 @@ class Stepper:
             self.wire = self.reducer.wire if mesh is None else mesh.wire()
         self.device = next(self.model.parameters()).device
         self.ours = hasattr(optimizer, "step_scaled") and getattr(optimizer, "_pattern", True) is not None
-        if scaler is not None and not self.ours:
-            raise TypeError(f"a loss scale needs an optimizer of fasttrain.optim: {type(optimizer).__name__} is not")
-        if clip and not self.ours and len({is_dtensor(p) for p in self.bare.parameters() if p.requires_grad}) > 1:
-            raise TypeError("some parameters are cut over ranks and some are whole, which torch's clipping refuses to "
-                            f"mix: take an optimizer of fasttrain.optim for {type(optimizer).__name__}, or clip=0")
+        fitting.check_optimizer(optimizer, self.ours, self.bare, clip, scaler is not None)
+        fitting.check_pipeline(pipeline, model, self.bare, self.wire)
         self.pipeline = pipeline
-        stages = getattr(self.bare, held.MARK, None)
-        if pipeline is None and stages is not None and stages.placement.ranks > 1:
-            raise TypeError(f"the model was split into {len(stages.stages)} stages, of which this rank has "
-                            f"{stages.mine}: give pipeline=Pipeline(model, mesh, ...), which runs them")
         if pipeline is not None:
-            if self.wire is None:
-                raise TypeError(f"a pipeline of a {type(model).__name__}: wrap the model first, in DataParallel(model, "
-                                "mesh=mesh) or shard(model, mesh), also where nobody has a copy of it")
             pipeline.context, pipeline.scaler = context, scaler
         self.steps = 0
         self.stop = False
@@ -174,16 +165,7 @@ class Stepper:
         assert self.pipeline is not None
         if self.reducer is not None:
             self.reducer.stop = self.stop
-        try:
-            given = self.loss(self.model, batch)
-        except Exception as error:
-            error.add_note("with a pipeline, which calls model and loss itself, this function only takes a batch "
-                           "apart: it returns (inputs, targets) and does not call the model")
-            raise
-        if not isinstance(given, (tuple, list)) or len(given) != 2:
-            raise TypeError(f"loss returned a {type(given).__name__}: with a pipeline, which has a loss of its own, it "
-                            "takes a batch apart and returns (inputs, targets)")
-        self.pipeline.step(*given)
+        self.pipeline.step(*fitting.taken_apart(self.loss, self.model, batch))
         assert self.pipeline.sums is not None
         return self.pipeline.sums.loss.clone(), self.pipeline.sums.items
 
