@@ -38,6 +38,7 @@ class Composition:
     kv_heads: int | None = None
     experts: int = 0
     recompute: bool = False
+    late: bool = False  # there are values only when the model is sharded
     dtype: torch.dtype = torch.float64
 
     @property
@@ -104,12 +105,14 @@ class Divided:
         model = tensor_parallel(model, mesh, sequence=how.sequence)
         if mesh.sizes["pipeline"] > 1:
             model = split(model, mesh, costs=[1.0] * len(model.parts()), schedule=how.schedule)
-        self.bare = model = filled(model)
+        self.bare = model = model if how.late else filled(model)
         if how.recompute:
             from fasttrain.train.blocks import recompute
             recompute(model, blocks="blocks")
         self.wrapped: Any = shard(model, mesh, blocks="blocks") if how.zero == 3 else DataParallel(
             model, mesh=mesh, bucket_cap_mb=0.005)
+        if how.late:
+            filled(model)
         self.called = model if how.zero == 3 else self.wrapped
         make = (lambda given, **options: Zero(given, AdamW, stage=how.zero, **options)) if how.zero in (1, 2) else AdamW
         self.optimizer: Any = make(groups(model), lr=0.01)

@@ -30,6 +30,7 @@ TOGETHER = [
     Composition({"context": 2, "tensor": 2}, sequence=True, kv_heads=2, micro=2, recompute=True),
     Composition({"pipeline": 2, "context": 2}, micro=2, schedule="zero-bubble"),
     Composition({"data": 2, "shard": 2}, zero=3, recompute=True),
+    Composition({"pipeline": 2, "shard": 2}, zero=3, micro=2, tied=True, late=True),
     Composition({"pipeline": 2, "tensor": 2}, micro=2, schedule="zbv", tied=True, dtype=torch.float32),
     Composition({"pipeline": 2, "data": 2, "tensor": 2}, sequence=True, tied=True, micro=2),
     Composition({"pipeline": 2, "shard": 2, "tensor": 2}, zero=3, sequence=True, kv_heads=2, gated=True, micro=2),

@@ -15,7 +15,9 @@ from helpers import ROOT
 from ranks import run
 from torch import nn
 
-from fasttrain.parallel import Mesh, tensor_parallel
+from fasttrain.optim import AdamW
+from fasttrain.parallel import DataParallel, Mesh, shard, tensor_parallel
+from fasttrain.parallel.pipeline import Pipeline, split
 from fasttrain.train.stepper import Stepper
 
 EXAMPLE = ROOT / "examples" / "model_parallel.py"
@@ -45,16 +47,40 @@ def test_the_example_trains_alike_on_every_mesh(tmp_path: Path) -> None:
     assert trained(4, "--zero 1 --tensor 2 --steps 5") == [pytest.approx(fifth, rel=bound)]
 
 
-def of_torch(wire: Any) -> None:
+def refused(wire: Any) -> None:
+    def says(error: type[Exception], words: str, call: Any, *arguments: Any, **options: Any) -> None:
+        with pytest.raises(error, match=words):
+            call(*arguments, **options)
+
+    def loss(model: Any, batch: Any) -> Any:
+        return model(batch).square().mean()
+
     model = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4), nn.Linear(4, 4))
     tensor_parallel(model, Mesh(tensor=2), {"1": "column", "2": "row"})
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    with pytest.raises(TypeError, match=r"some are whole.*take an optimizer of fasttrain\.optim.*or clip=0"):
-        Stepper(model, optimizer, lambda model, x: model(x).square().mean(), clip=1.0)
+    says(ValueError, r"1\.weight is a DTensor.*give the Mesh", shard, model)
+    optimizer: Any = torch.optim.AdamW(model.parameters(), lr=0.1)
+    says(TypeError, r"some are whole.*take an optimizer of fasttrain\.optim.*or clip=0", Stepper, model, optimizer,
+         loss, clip=1.0)
+    mesh = Mesh(pipeline=2)
+    stage = split([nn.Linear(4, 4), nn.Linear(4, 4)], mesh)
+    with torch.device("meta"):
+        empty = nn.Linear(4, 4)
+    says(ValueError, "weight is on meta.*materialize", DataParallel, empty)
+    divided = DataParallel(stage, mesh=mesh)
+    optimizer = AdamW(stage.parameters())
+    says(TypeError, r"split into 2 stages, of which this rank has \[\d\]: give pipeline=", Stepper, divided, optimizer,
+         loss)
+    pipeline = Pipeline(divided, mesh, nn.functional.mse_loss, micro_batches=2)
+    scalar = Stepper(divided, optimizer, lambda model, batch: batch.sum(), pipeline=pipeline)
+    says(TypeError, r"loss returned a Tensor.*returns \(inputs, targets\)", scalar.run, [torch.ones(4, 4)])
+    called = Stepper(divided, optimizer, lambda model, batch: model(batch, batch), pipeline=pipeline)
+    with pytest.raises(TypeError) as caught:
+        called.run([torch.ones(4, 4)])
+    assert "does not call the model" in caught.value.__notes__[0]
 
 
-def test_torchs_optimizers_are_told_that_they_cannot_clip() -> None:
-    run(of_torch, 2)
+def test_what_a_first_script_may_get_wrong_is_told() -> None:
+    run(refused, 2)
 
 
 def table(wire: Any) -> str:

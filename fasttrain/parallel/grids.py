@@ -63,6 +63,9 @@ class Grid:
     def widen(self, model: nn.Module) -> None:
         """Let the norm of the gradients be that of the whole model, where that needs more than its parameters."""
 
+    def follow(self, model: nn.Module) -> None:
+        """Take the parameters that the model has now in the place of those that it had."""
+
     def tie(self) -> None:
         """Add up the gradients of parameters that several stages have."""
 
@@ -144,6 +147,9 @@ class Named(Grid):
     def widen(self, model: nn.Module) -> None:
         if self.mesh.sizes["pipeline"] > 1 and callable(getattr(model, "run", None)):
             register_fsdp_forward_method(model, "run")  # what stages call instead of the model
+        self.follow(model)
+
+    def follow(self, model: nn.Module) -> None:
         self._ties.found(model)
         widen(self.mesh, self.everyone, list(model.named_parameters()), self._ties.stages)
 

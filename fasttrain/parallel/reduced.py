@@ -44,6 +44,13 @@ def trained(params: Iterable[Tensor] | Iterable[tuple[str, Tensor]], mesh: Mesh 
     return [(name, p) for p, name in named.items()]
 
 
+def check_memory(named: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise ValueError for parameters without values."""
+    if empty := [name for name, p in named if p.is_meta]:
+        raise ValueError(f"{empty[0]} is on meta, and has no gradient to be reduced: give the model its values first, "
+                         "by fasttrain.parallel.building.materialize or load_pretrained, and wrap it then")
+
+
 def _check(name: str, p: Tensor, first: Tensor, first_name: str, divided: bool) -> None:
     if isinstance(p, DTensor) and not divided:
         raise ValueError(f"{name} is a DTensor, divided over some ranks: give the Mesh on which they are "

@@ -93,6 +93,7 @@ class Reducer(Vouching, Items, Told):
         axes = mesh if isinstance(mesh, Mesh) else None
         given: list[Any] = list(params)
         named = reduced.trained(given, axes)
+        reduced.check_memory(named)
         other = [p for _, p in named if grad_dtype not in (None, p.dtype)]
         if other and not hasattr(other[0], "grad_dtype"):
             raise ValueError(f"grad_dtype={grad_dtype} needs a torch whose tensors have grad_dtype, newer than "

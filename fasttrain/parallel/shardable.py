@@ -39,6 +39,13 @@ def check_model(model: nn.Module) -> None:
         raise ValueError(f"{inside[0]} is sharded already: call shard() once, on the whole model, and name its blocks")
 
 
+def check_whole(model: nn.Module) -> None:
+    """Raise ValueError for parameters that are cut over some ranks, by which all ranks would be cut again."""
+    if cut := [name for name, p in model.named_parameters() if is_dtensor(p)]:
+        raise ValueError(f"{cut[0]} is a DTensor, divided over some ranks: give the Mesh on which they are "
+                         "(fasttrain.parallel.Mesh, with an axis \"shard\"), so that it is cut over others")
+
+
 def blocks_of(model: nn.Module, blocks: str | Sequence[nn.Module] | None) -> list[nn.Module]:
     """The blocks that were named, or found, those within others first.
 

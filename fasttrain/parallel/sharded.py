@@ -79,6 +79,8 @@ def shard(model: nn.Module, mesh: Mesh | DeviceMesh | None = None, *, blocks: st
         >>> accumulate = sharded.accumulate(4)                                          # doctest: +SKIP
     """
     shardable.check_model(model)
+    if mesh is None:
+        shardable.check_whole(model)
     parts = shardable.blocks_of(model, blocks)
     reduce_dtype = shardable.reduce_dtype_of(wire, reduce_dtype)
     grid: Grid = Named(mesh, model, ties.told(model, tied)) if isinstance(mesh, Mesh) else \
@@ -122,6 +124,7 @@ class Sharded:
         self._cut = grid.cut(module)
         self.elements = sum(self._cut.values())
         self._items = 0
+        self._params = list(module.parameters())
         grid.widen(module)
 
     @contextmanager
@@ -145,8 +148,16 @@ class Sharded:
         Parameters stay gathered within. Then `finish` (or `reduce`, for those that are complete) reduces.
         """
         self._check_arriving()
+        self._follow()
         with self._later.paused():
             yield
+
+    def _follow(self) -> None:
+        """`materialize` has put others in the place of parameters on meta, perhaps; all ranks call it alike."""
+        now = list(self.module.parameters())
+        if len(now) != len(self._params) or any(p is not known for p, known in zip(now, self._params, strict=True)):
+            self._params = now
+            self._grid.follow(self.module)
 
     def reduce(self, params: Iterable[Tensor] | None = None) -> None:
         """Take gradients that accumulate while `paused` as complete; every rank that holds parts of them calls it.

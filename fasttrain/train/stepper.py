@@ -19,6 +19,7 @@ from fasttrain.parallel.accumulate import Accumulation
 from fasttrain.parallel.pipeline import Pipeline
 from fasttrain.parallel.sharded import Sharded
 from fasttrain.precision.loss_scale import LossScaler, step_divided
+from fasttrain.train import fitting
 from fasttrain.train.clock import PhaseClock
 from fasttrain.train.traffic import Traffic
 
@@ -75,7 +76,8 @@ class Stepper:
 
     Raises:
         TypeError: a scaler, or a loss with items, with an optimizer of torch; `clip` with one of parameters of which
-            some are cut over ranks; a pipeline of a model that is neither a `DataParallel` nor sharded.
+            some are cut over ranks; a pipeline of a model that is neither a `DataParallel` nor sharded, none of one
+            that was split, or a `loss` that does not return (inputs, targets) for it.
 
     Example:
         >>> from fasttrain.optim import AdamW
@@ -102,17 +104,10 @@ class Stepper:
             self.wire = self.reducer.wire if mesh is None else mesh.wire()
         self.device = next(self.model.parameters()).device
         self.ours = hasattr(optimizer, "step_scaled") and getattr(optimizer, "_pattern", True) is not None
-        if scaler is not None and not self.ours:
-            raise TypeError(f"a loss scale needs an optimizer of fasttrain.optim: {type(optimizer).__name__} is not")
-        if clip and not self.ours and len({is_dtensor(p) for p in self.bare.parameters() if p.requires_grad}) > 1:
-            raise TypeError(f"some parameters are cut over ranks (DTensors) and some are whole, which torch's clipping "
-                            f"refuses to mix: take an optimizer of fasttrain.optim in the place of "
-                            f"{type(optimizer).__name__}, or clip=0")
+        fitting.check_optimizer(optimizer, self.ours, self.bare, clip, scaler is not None)
+        fitting.check_pipeline(pipeline, model, self.bare, self.wire)
         self.pipeline = pipeline
         if pipeline is not None:
-            if self.wire is None:
-                raise TypeError(f"a pipeline of a {type(model).__name__}: wrap the model first, in DataParallel(model, "
-                                "mesh=mesh) or shard(model, mesh), also where nobody has a copy of it")
             pipeline.context, pipeline.scaler = context, scaler
         self.steps = 0
         self.stop = False
@@ -173,7 +168,7 @@ class Stepper:
         assert self.pipeline is not None
         if self.reducer is not None:
             self.reducer.stop = self.stop
-        self.pipeline.step(*self.loss(self.model, batch))
+        self.pipeline.step(*fitting.taken_apart(self.loss, self.model, batch))
         assert self.pipeline.sums is not None
         return self.pipeline.sums.loss.clone(), self.pipeline.sums.items
 
