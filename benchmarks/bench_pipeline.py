@@ -14,7 +14,7 @@ from fasttrain.dist.mesh import Mesh
 from fasttrain.dist.wire import Wire
 from fasttrain.parallel.pipeline import Pipeline, clock, figures, schedules, split
 
-RANKS, MICRO_BATCHES, SECONDS, STEPS = 4, 8, 0.02, 4  # seconds of forward, inputs and weights, all stages of a rank
+RANKS, MICRO_BATCHES, SECONDS, STEPS = 4, 8, 0.1, 2  # seconds of forward, inputs and weights, all stages of a rank
 
 
 class Sleep(torch.autograd.Function):

@@ -23,7 +23,7 @@ TOGETHER = [
     Composition({"pipeline": 2, "tensor": 2}, micro=4, tied=True),
     Composition({"data": 2, "tensor": 2}, sequence=True, gated=True, kv_heads=2, micro=2),
     Composition({"shard": 2, "tensor": 2}, zero=3, sequence=True, tied=True, micro=2),
-    Composition({"pipeline": 2, "shard": 2}, zero=3, micro=2, gated=True),
+    Composition({"pipeline": 2, "shard": 2}, zero=3, micro=4, gated=True, tied=True, schedule="zbv"),
     Composition({"data": 2, "tensor": 2}, zero=2, tied=True, micro=2),
     Composition({"pipeline": 2, "data": 2}, zero=1, micro=2, tied=True, schedule="interleaved"),
     Composition({"expert": 2, "tensor": 2}, experts=4, sequence=True),
@@ -34,6 +34,15 @@ TOGETHER = [
     Composition({"pipeline": 2, "data": 2, "tensor": 2}, sequence=True, tied=True, micro=2),
     Composition({"pipeline": 2, "shard": 2, "tensor": 2}, zero=3, sequence=True, kv_heads=2, gated=True, micro=2),
     Composition({"pipeline": 2, "expert": 2, "tensor": 2}, experts=4, sequence=True, micro=2, tied=True)]
+
+REST = [  # so that every pair of axes, and every stage of ZeRO on each, has run
+    Composition({"expert": 2, "context": 2}, experts=4), Composition({"data": 2, "context": 2}, zero=1),
+    Composition({"data": 2, "expert": 2}, zero=2, experts=4, micro=2),
+    Composition({"shard": 2, "expert": 2}, zero=3, experts=4),
+    Composition({"shard": 2, "context": 2}, zero=3, tied=True),
+    Composition({"pipeline": 2, "tensor": 2}, sequence=True, micro=2, recompute=True, schedule="zero-bubble"),
+    Composition({"pipeline": 2, "data": 2}, zero=2, micro=2, tied=True, schedule="zbv"),
+    Composition({"pipeline": 2, "expert": 2}, zero=1, experts=4, micro=2)]
 
 
 def steps(wire: Any, how: Composition) -> list[Any]:
@@ -62,7 +71,8 @@ def close(got: Any, wanted: Any, what: str, how: Composition) -> None:
     torch.testing.assert_close(got, wanted, rtol=bound, atol=bound, msg=lambda text: f"{what}: {text}")
 
 
-@pytest.mark.parametrize("how", [*ALONE, *TOGETHER], ids=str)
+@pytest.mark.parametrize("how", [
+    *ALONE, *TOGETHER, *(pytest.param(how, marks=pytest.mark.slow) for how in REST)], ids=str)
 def test_a_divided_model_is_that_of_one_process(how: Composition) -> None:
     alone = Alone(how)
     answers = run(steps, how.world, how)

@@ -19,6 +19,7 @@ from fasttrain.parallel.pipeline import costs as costing
 from fasttrain.parallel.pipeline import held as holding
 from fasttrain.parallel.pipeline.cuts import cut
 from fasttrain.parallel.pipeline.placement import Placement
+from fasttrain.parallel.tensor import tensor_parallel
 from fasttrain.train.model import GPT
 
 
@@ -107,6 +108,18 @@ def holds(wire: Any) -> Any:
     return ([name for name, _ in stage.named_parameters(remove_duplicate=False)], holding.of(stage).stages,
             sorted(rows.state_dict()), ties(stage), holding.names_of_whole(stage), holding.of(stage).table(),
             holding.of(measured).stages, [name for name, _ in on_meta.named_parameters()], holding.of(on_meta).stages)
+
+
+def cut_within(wire: Any) -> Any:
+    mesh = Mesh(tensor=2, watch=False)
+    model = tensor_parallel(gpt(True), mesh)
+    return holding.of(split(model, mesh, costs="measured", sample=tokens(2, 0)[0])).costs
+
+
+def test_parts_that_several_ranks_compute_are_measured_by_all_of_them() -> None:
+    first, second = run(cut_within, 2)
+    assert first == second
+    assert first[0] > 0
 
 
 def test_what_is_held() -> None:

@@ -9,6 +9,7 @@ import torch
 from helpers import assert_same_bits
 from torch import Tensor
 
+from benchmarks.proof.rows import ALL_CASES, CASES
 from fasttrain.kernels import rows as kernel
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
@@ -100,13 +101,8 @@ def test_nothing(backend: str) -> None:
 
 # --- Compiled ahead ---------------------------------------------------------------------------------------------------
 
-CASES = [(name, storage, arch) for name in ("take_row", "combine_row", "differentiate_row") for storage in (0, 2, 3)
-         for arch in (80, 90, 100)]
-FEW = [case for i, case in enumerate(CASES) if i % 9 in (0, 4, 8)]  # each storage and each architecture with each
-
-
 @pytest.mark.parametrize("name, storage, arch", [
-    pytest.param(*case, marks=() if case in FEW else pytest.mark.slow) for case in CASES])
+    pytest.param(*case, marks=() if case in CASES else pytest.mark.slow) for case in ALL_CASES])
 def test_compiled(name: str, storage: int, arch: int) -> None:
     """Nothing spills; a thread's share of a whole block is read and written in accesses of 16 bytes."""
     pytest.importorskip("triton", reason="triton is not installed")

@@ -18,6 +18,7 @@ from fasttrain.dist.fingerprint import DisagreementError
 from fasttrain.optim import SGD, AdamW, consolidate
 from fasttrain.optim.local import local
 from fasttrain.parallel import DataParallel, shard
+from fasttrain.parallel.shardable import blocks_of
 
 WIDTH = 16
 
@@ -158,6 +159,13 @@ def sent(wire: Any) -> None:
 
 def test_the_exchange_is_used() -> None:
     ranks.run(sent, 2)
+
+
+def test_blocks_that_a_stage_has_dropped_are_passed_over() -> None:
+    model = nn.Module()
+    model.layers = nn.ModuleList([nn.Linear(1, 1), nn.Linear(1, 1)])
+    model.layers[0] = None  # type: ignore[assignment]
+    assert blocks_of(model, None) == blocks_of(model, "layers") == [model.layers[1]]
 
 
 def refused(wire: Any) -> None:

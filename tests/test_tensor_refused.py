@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from fasttrain.dist.mesh import Mesh
 from fasttrain.optim.local import is_dtensor
 from fasttrain.parallel.tensor import tensor_parallel
+from fasttrain.parallel.tensor.styles import Style
 from fasttrain.train.model import GPT
 
 UP, DOWN = {"up": "column"}, {"down": "row"}
@@ -83,6 +84,12 @@ def refused(wire: Any) -> dict[str, str]:
         assert after.keys() == before.keys()
         assert all(after[name] is before[name] and not is_dtensor(p) for name, p in before.items())
         assert all("forward" not in module.__dict__ for module in model.modules())
+    silent = {name: style for name, style in PLAN.items() if name not in ("first", "positions")}
+    with pytest.raises(ValueError, match=r"nothing of positions\.weight, first\.weight, first\.bias: name") as caught:
+        tensor_parallel(Own(8), mesh, silent, sequence=True)
+    said["positions untold"] = str(caught.value)
+    tensor_parallel(Own(8), mesh, silent)  # where all ranks have all positions a norm's gradient is whole
+    tensor_parallel(Own(8), mesh, {**silent, "first": "sequence", "positions": Style()}, sequence=True)
     model = tensor_parallel(Own(8), mesh, PLAN, sequence=True)
     with pytest.raises(ValueError, match="DTensor already"):
         tensor_parallel(model, mesh, PLAN)

@@ -1,7 +1,7 @@
 """What Triton made of the kernels, compiled ahead for GPUs that are not here: the rows of `benchmarks.proof.table`.
 
 Steps are those of the covering list (`benchmarks.proof.cases`). Each kernel with sums occurs in three storages or more
-and on every architecture, each kind of bucket once; of the rest see `benchmarks.proof.products` and `losses`.
+and on every architecture, each kind of bucket once; of the rest see `benchmarks.proof.products`, `losses` and `rows`.
 """
 
 from __future__ import annotations
@@ -141,10 +141,11 @@ def compiler() -> str:
 @cache
 def listed() -> dict[str, Ahead]:
     """Every kernel of the table, by name."""
-    from benchmarks.proof import losses, products
+    from benchmarks.proof import losses, products, rows
 
     found = [*map(step, cases.listed()), *(sums(*case) for case in SUMS_CASES), *(move(*case) for case in MOVES),
-             *(bucket_sum(*case) for case in BUCKET_SUMS), *products.listed(), *losses.listed()]
+             *(bucket_sum(*case) for case in BUCKET_SUMS), *products.listed(), *losses.listed(),
+             *rows.listed()]
     return {one.name: one for one in found}
 
 

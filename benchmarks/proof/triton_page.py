@@ -62,12 +62,20 @@ Cross-entropy (`fasttrain.kernels.triton_cross_entropy`): a program goes over a 
 | pass | logits | sm | bytes | registers | shared | occupancy | accesses of 16 bytes | instructions | code |
 |---|---|---|---|---|---|---|---|---|---|
 {losses}
+
+Rows by index (`fasttrain.kernels.triton_rows`), of mixtures of experts: a program goes over a row that it writes in
+rounds of 1,024 columns; `combine_row` adds up two slots. *Accesses* as the compiler unrolled the rounds.
+
+| kernel | rows | sm | registers | shared | occupancy | accesses of 16 bytes | code |
+|---|---|---|---|---|---|---|---|
+{rows}
 """
 
 
 def page(compiler: str, rows: Mapping[str, Any]) -> str:
     """The document."""
-    parts: dict[str, list[str]] = {name: [] for name in ("plain", "kept", "sums", "buckets", "products", "losses")}
+    names = ("plain", "kept", "sums", "buckets", "products", "losses", "rows")
+    parts: dict[str, list[str]] = {name: [] for name in names}
     for name, row in rows.items():
         kind, _, text = name.partition(" ")
         *said, arch = text.split(": ")
@@ -82,8 +90,8 @@ def page(compiler: str, rows: Mapping[str, Any]) -> str:
             both = zip(wanted["loads"].values(), wanted["stores"].values(), strict=True)
             cells += [*common, ", ".join(f"{loads} + {stores}" for loads, stores in both if loads), *each]
             parts["plain" if case.plain else "kept"].append(line(cells))
-        elif kind == "sums":
-            parts["sums"].append(line([*said, arch, common[0], str(row["shared"]), common[1], accesses(row, "16"),
+        elif kind in ("sums", "rows"):
+            parts[kind].append(line([*said, arch, common[0], str(row["shared"]), common[1], accesses(row, "16"),
                                        str(row["instructions"])]))
         elif kind == "product":
             parts["products"].append(line([*said, arch, common[0], str(row["shared"]), common[1],

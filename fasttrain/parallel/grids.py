@@ -41,9 +41,9 @@ class Grid:
         """Give ranks that hold the same the first one's."""
         raise NotImplementedError
 
-    def units(self, model: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Module]:
-        """The modules that are gathered one after the other, those within others first."""
-        return [*blocks, model]
+    def units(self, model: nn.Module, blocks: Sequence[nn.Module]) -> list[list[nn.Module]]:
+        """The modules that are gathered one after the other, those within others first; some together."""
+        return [[part] for part in (*blocks, model)]
 
     def mesh_of(self, part: nn.Module) -> DeviceMesh:
         """Over which a unit is sharded."""
@@ -113,11 +113,11 @@ class Named(Grid):
         # A buffer may tell which part of the vocabulary, or which experts, are here.
         held.make_equal(self.mesh, list(model.named_buffers()), ("data", "shard", "context"))
 
-    def units(self, model: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Module]:
+    def units(self, model: nn.Module, blocks: Sequence[nn.Module]) -> list[list[nn.Module]]:
         found = [*(part for part in model.modules() if part in self._experts and part not in blocks), *blocks]
-        if self.mesh.sizes["pipeline"] > 1:
-            found += hybrid.alone(model, found)
-        return [*found, model] if model not in self._experts else found
+        alone = hybrid.alone(model, found) if self.mesh.sizes["pipeline"] > 1 else []
+        whole = [model] if model not in self._experts else []
+        return [*([part] for part in found), *hybrid.together(alone), *([part] for part in whole)]
 
     def mesh_of(self, part: nn.Module) -> DeviceMesh:
         return self._apart if part in self._experts else self._dense

@@ -60,6 +60,19 @@ def experts(model: nn.Module) -> list[nn.Module]:
     return found
 
 
+def together(parts: Sequence[nn.Module]) -> list[list[nn.Module]]:
+    """Parts in groups of those that share a parameter (an embedding and the head that is tied to it, on one rank)."""
+    groups: list[tuple[set[int], list[nn.Module]]] = []
+    for part in parts:
+        own = {id(p) for p in part.parameters()}
+        members = [part]
+        for group in [group for group in groups if group[0] & own]:
+            groups.remove(group)
+            own, members = own | group[0], group[1] + members
+        groups.append((own, members))
+    return [members for _, members in groups]
+
+
 def alone(model: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Module]:
     """The parts that a stage of a pipeline calls one after the other, instead of the model itself."""
     found: list[nn.Module] = []

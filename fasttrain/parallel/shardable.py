@@ -50,12 +50,12 @@ def blocks_of(model: nn.Module, blocks: str | Sequence[nn.Module] | None) -> lis
     if blocks is None:
         own: list[Any] = [part for part in lists.values() if isinstance(part, nn.ModuleList) and len(part)]
         own.sort(key=lambda part: sum(p.numel() for p in part.parameters()))
-        chosen = list(own[-1]) if own else []
+        chosen = [part for part in own[-1] if part is not None] if own else []
     elif isinstance(blocks, str):
         if blocks not in lists:
             raise ValueError(f"blocks={blocks!r} names no ModuleList or Sequential within the model: it has "
                              f"{', '.join(lists) or 'none'}; or give the modules themselves")
-        chosen = list(lists[blocks])
+        chosen = [part for part in lists[blocks] if part is not None]  # a stage of a pipeline may have dropped some
     else:
         chosen = list(dict.fromkeys(blocks))
     for part in chosen:

@@ -89,14 +89,14 @@ def shard(model: nn.Module, mesh: Mesh | DeviceMesh | None = None, *, blocks: st
     if init_sync:
         grid.make_equal(model)
     policy = MixedPrecisionPolicy(param_dtype, reduce_dtype)
-    divided: list[Any] = grid.units(model, parts)
-    for part in divided:
-        fully_shard(part, mesh=grid.mesh_of(part), reshard_after_forward=reshard_after_forward, mp_policy=policy,
-                    **options)
-        grid.divide(part)
+    units: list[Any] = grid.units(model, parts)
+    for unit in units:
+        fully_shard(unit if len(unit) > 1 else unit[0], mesh=grid.mesh_of(unit[0]),
+                    reshard_after_forward=reshard_after_forward, mp_policy=policy, **options)
+        grid.divide(unit[0])
     shards = grid.shards()
     if shards.backend == "gloo":
-        for part in divided:
+        for part, *_ in units:
             part.set_custom_reduce_scatter(Scattered(shards))
             part.set_custom_all_gather(Gathered(shards))
     replaced.watch(model, [p for _, p in named])

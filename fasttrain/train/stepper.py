@@ -73,8 +73,8 @@ class Stepper:
         stop: this rank wishes to stop: the others learn of it with the next step.
 
     Raises:
-        TypeError: a scaler, or a loss with items, with an optimizer of torch; a pipeline of a model that is neither a
-            `DataParallel` nor sharded.
+        TypeError: a scaler, or a loss with items, with an optimizer of torch; `clip` with one of parameters of which
+            some are cut over ranks; a pipeline of a model that is neither a `DataParallel` nor sharded.
 
     Example:
         >>> from fasttrain.optim import AdamW
@@ -103,6 +103,10 @@ class Stepper:
         self.ours = hasattr(optimizer, "step_scaled") and getattr(optimizer, "_pattern", True) is not None
         if scaler is not None and not self.ours:
             raise TypeError(f"a loss scale needs an optimizer of fasttrain.optim: {type(optimizer).__name__} is not")
+        if clip and not self.ours and len({is_dtensor(p) for p in self.bare.parameters() if p.requires_grad}) > 1:
+            raise TypeError(f"some parameters are cut over ranks (DTensors) and some are whole, which torch's clipping "
+                            f"refuses to mix: take an optimizer of fasttrain.optim in the place of "
+                            f"{type(optimizer).__name__}, or clip=0")
         self.pipeline = pipeline
         if pipeline is not None:
             if self.wire is None:

@@ -17,7 +17,7 @@ from fasttrain.dist.wire import Wire
 from fasttrain.train.config import TrainConfig
 from fasttrain.train.making import precision_of
 from fasttrain.train.model import VOCABULARY
-from fasttrain.train.objective import IGNORED, nats_of_logits, own_positions
+from fasttrain.train.objective import IGNORED, nats_of_logits, own_positions, wire_of
 from fasttrain.train.tokens import cut
 
 Record = dict[str, Any]
@@ -50,7 +50,7 @@ class Readers(NamedTuple):
 def summed(model: nn.Module, inputs: Tensor, targets: Tensor) -> Sums:
     """The sum of nats of the positions of this process whose targets are not `IGNORED`, and how many those are."""
     targets = own_positions(model, targets)
-    return nats_of_logits(model(inputs), targets), (targets != IGNORED).sum(dtype=torch.float64)
+    return nats_of_logits(model(inputs), targets, wire_of(model)), (targets != IGNORED).sum(dtype=torch.float64)
 
 
 def validation(model: Forward, stream: np.ndarray | TokenDataset, config: TrainConfig, ranks: Mesh | Wire,

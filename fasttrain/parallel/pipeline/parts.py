@@ -8,6 +8,8 @@ from typing import Any, Protocol, TypeGuard
 
 from torch import nn
 
+from fasttrain.parallel.pipeline.held import MARK
+
 
 class Parted(Protocol):
     """A model that can be cut: what `fasttrain.train.model.GPT` has, and any model of yours may have."""
@@ -77,7 +79,7 @@ def parted(model: nn.Module) -> Parted:
     """
     if all(callable(getattr(model, name, None)) for name in ("parts", "keep", "run")):
         return model  # type: ignore[return-value]
-    if isinstance(model, nn.Sequential) and plain(model):
+    if isinstance(model, nn.Sequential) and (plain(model) or hasattr(model, MARK)):  # wrappers' hooks came after split
         return Row(model)
     raise TypeError(f"{type(model).__name__} does not say how it is cut into stages: give it the methods parts(), "
                     "keep(parts) and run(parts, x), or make it an nn.Sequential, or give a list of its blocks")

@@ -23,9 +23,9 @@ def split(model: Any, mesh: Mesh, stages_per_rank: int | None = None, costs: str
 
     The parts of the model, in their order, are cut so that the dearest stage costs as little as it can. The model is
     changed in place: the parts of other ranks are dropped, and what stays keeps its names, also where a rank has
-    several stages. Split before tensors are cut (`tensor_parallel`), before the model is wrapped (`DataParallel`),
-    sharded or given to an optimizer; it may be on the meta device. A parameter that several stages use (an embedding
-    tied to the head) is held by each of their ranks: see `ties`.
+    several stages. Split after tensors are cut (`tensor_parallel`, whose plan names modules of the whole model), and
+    before the model is wrapped (`DataParallel`), sharded or given to an optimizer; it may be on the meta device. A
+    parameter that several stages use (an embedding tied to the head) is held by each of their ranks: see `ties`.
 
     Arguments:
         model: the same on every rank: one that has `parts`, `keep` and `run`
@@ -55,7 +55,7 @@ def split(model: Any, mesh: Mesh, stages_per_rank: int | None = None, costs: str
     placement = schedules.placed(schedule, mesh.sizes["pipeline"], stages_per_rank)
     cuts.check([0.0] * len(names), placement.stages)
     everyone = mesh.wire()
-    known = _costs(model, everyone, names, costs, sample)
+    known = _costs(model, mesh, names, costs, sample)
     counts = cuts.cut(known, placement.stages)
     _agree(everyone, {"parts": names, "costs": known, "stages": counts, "schedule": schedule.lower()})
     ends = [0, *accumulate(counts)]
@@ -76,7 +76,7 @@ def split(model: Any, mesh: Mesh, stages_per_rank: int | None = None, costs: str
     return model
 
 
-def _costs(model: nn.Module, everyone: Wire, names: list[str], costs: str | Sequence[float] | None, sample: Any
+def _costs(model: nn.Module, mesh: Mesh, names: list[str], costs: str | Sequence[float] | None, sample: Any
            ) -> list[float]:
     """A number for each part, the same on every rank."""
     if costs is None:
@@ -88,21 +88,22 @@ def _costs(model: nn.Module, everyone: Wire, names: list[str], costs: str | Sequ
             raise ValueError("costs=\"measured\" needs a sample: a micro-batch of the model's inputs")
         if any(p.is_meta for p in model.parameters()):
             return costing.counted(model, sample)
-        return _measured_by_the_first(model, everyone, sample)
+        return _measured_by_the_first(model, mesh, sample)
     if len(costs) != len(names):
         raise ValueError(f"there are {len(costs)} costs for {len(names)} parts ({', '.join(names[:4])} ...): give one "
                          "for each")
     return [float(cost) for cost in costs]
 
 
-def _measured_by_the_first(model: nn.Module, everyone: Wire, sample: Any) -> list[float]:
+def _measured_by_the_first(model: nn.Module, mesh: Mesh, sample: Any) -> list[float]:
+    """By the first rank, and by those with which it computes one sample, as parts that are cut over "tensor" do."""
     said: dict[str, Any] = {}
-    if everyone.rank == 0:
+    if mesh.index("pipeline", "data", "shard") == 0:
         try:
             said["costs"] = costing.measured(model, sample)
         except Exception as error:  # told to all ranks below
             said["error"] = f"{type(error).__name__}: {error}"
-    told = json.loads(everyone.gather_objects_json(json.dumps(said))[0])
+    told = next(filter(None, map(json.loads, mesh.wire().gather_objects_json(json.dumps(said)))))
     if "error" in told:
         raise ValueError(f"the parts could not be measured on the first rank: {told['error']}")
     return told["costs"]

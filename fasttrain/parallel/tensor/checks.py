@@ -10,7 +10,7 @@ from torch.distributed.tensor import Placement
 
 from fasttrain.optim.local import is_dtensor
 from fasttrain.parallel.tensor.names import shown
-from fasttrain.parallel.tensor.styles import Column, Row, Style
+from fasttrain.parallel.tensor.styles import Column, Row, Style, Whole
 
 WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "OptimizedModule")
 
@@ -56,6 +56,32 @@ def check_pairs(styles: Mapping[str, tuple[str, Any]]) -> None:
             if not any(found.startswith(block) for found in kinds[other]):
                 raise ValueError(f"the plan contradicts itself: {name} is \"{kind}\" and nothing in "
                                  f"{block.rstrip('.') or 'the model'} is \"{other}\", so {so} \"{other}\"")
+
+
+def check_told(model: nn.Module, styles: Mapping[str, tuple[str, Any]]) -> None:
+    """Raise if positions are divided and the plan does not say what becomes of some parameters.
+
+    A module that is not named may get a part of the positions; each rank would take its addend for the whole gradient.
+    """
+    untold = [name for name, p in model.named_parameters() if p.requires_grad and not any(
+        name.startswith(f"{owner}." if owner else "") and says(style, name, owner)
+        for owner, (_, style) in styles.items())]
+    if untold:
+        raise ValueError(f"sequence=True divides positions, and the plan says nothing of {', '.join(untold[:3])}"
+                         + (f" and {len(untold) - 3} more parameters" if len(untold) > 3 else "") + ": name their "
+                         "modules, \"sequence\" where each position is treated by itself (norms), \"replicate\" "
+                         "where all are needed; fasttrain.parallel.tensor.styles.Style() for what comes before they "
+                         "are divided")
+
+
+def says(style: Any, name: str, owner: str) -> bool:
+    """Whether the style of the module `owner` is meant for a parameter in it.
+
+    What only places the inputs of a module says nothing of its parameters.
+    """
+    if not isinstance(style, Style) or isinstance(style, Whole) or style.addends:
+        return True
+    return name.rpartition(".")[0] == owner and (type(style) is not Style or style.input is None)
 
 
 def block_of(name: str) -> str:

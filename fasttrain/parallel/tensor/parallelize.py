@@ -44,7 +44,8 @@ def tensor_parallel(model: nn.Module, mesh: Mesh | DeviceMesh,
             transformers' models like Llama or GPT-2, found by the names of its modules.
         sequence: between rows and columns each rank has its part of the positions, dimension 1 of activations, which
             saves their memory and sends the same bytes. In a plan of your own the activations that reach a named module
-            are divided then: "vocabulary" and "replicate" embeddings divide them.
+            are divided then: "vocabulary" and "replicate" embeddings divide them; and it has to say what becomes of
+            every parameter: norms that it does not name would have wrong gradients.
         loss: "vocabulary": the logits leave as a DTensor placed Shard(-1), for `fasttrain.losses.cross_entropy`, so
             that no rank ever has all; "whole": as a plain tensor, for code that computes its own loss.
 
@@ -81,6 +82,8 @@ def tensor_parallel(model: nn.Module, mesh: Mesh | DeviceMesh,
               for name, (pattern, wanted) in given.items()}
     checks.check_styles(model, styles, axis.size())
     checks.check_pairs(styles)
+    if sequence and plan is not None:
+        checks.check_told(model, styles)
     placements = checks.check_tied(model, styles)
     place(model, axis, placements)
     share(model, {name: style for name, (_, style) in styles.items() if isinstance(given[name][1], str)})
