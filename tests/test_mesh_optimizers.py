@@ -85,7 +85,7 @@ def stepped(wire: Any, how: Composition, kind: str, victim: int) -> tuple[list[A
 
 
 @pytest.mark.parametrize(("how", "kind", "victim"), [
-    (TIED, "torch", 1), (EXPERTS, "LAMB", 2), (EXPERTS, "torch", 1),
+    (TIED, "torch", 1), (EXPERTS, "LAMB", 2),
     (Composition({"pipeline": 2, "shard": 2}, zero=3, micro=2, tied=True), "torch", 3),
     (Composition({"shard": 2, "expert": 2}, zero=3, experts=4), "torch", 0),
     (Composition({"pipeline": 2, "tensor": 2}, micro=2, tied=True), "Muon", 3),
