@@ -85,7 +85,7 @@ def stepped(wire: Any, how: Composition, kind: str, victim: int) -> tuple[list[A
 
 
 @pytest.mark.parametrize(("how", "kind", "victim"), [
-    (TIED, "torch", 1), (EXPERTS, "LAMB", 2), (EXPERTS, "torch", 1),
+    (TIED, "torch", 1), (EXPERTS, "LAMB", 2),
     (Composition({"pipeline": 2, "shard": 2}, zero=3, micro=2, tied=True), "torch", 3),
     (Composition({"shard": 2, "expert": 2}, zero=3, experts=4), "torch", 0),
     (Composition({"pipeline": 2, "tensor": 2}, micro=2, tied=True), "Muon", 3),
@@ -194,6 +194,35 @@ def test_tied_copies_are_in_groups_with_the_same_options(how: str) -> None:
     assert len({text for _, text in answers}) == 1
     assert "embedding.bytes.weight" in answers[0][1]
     assert "lr=0.1, that of stage 1 lr=0.2" in answers[0][1].replace(" for it", "")
+
+
+def half_frozen(wire: Any, how: str, all_stages: bool) -> str:
+    axes = {} if how == "bare" else {"shard": 2} if how == "shard" else {"data": 2}
+    mesh, model = stage(Composition({"pipeline": 2, **axes}, tied=True))
+    for name, p in model.named_parameters():
+        p.requires_grad_(not (name.endswith("bytes.weight") or (all_stages and name == "head.weight")))
+    try:
+        wrapped: Any = model if how == "bare" else shard(model, mesh, blocks="blocks") if how == "shard" else \
+            DataParallel(model, mesh=mesh)
+        pipeline = Pipeline(wrapped, mesh, entropy, micro_batches=2)
+    except ValueError as error:
+        return str(error)
+    tokens = batch(0).chunk(mesh.replicas)[mesh.replica]
+    pipeline.step(tokens[:, :-1], tokens[:, 1:])
+    return str(pipeline.update(optim.AdamW(model.parameters(), lr=0.01)).item())
+
+
+@pytest.mark.parametrize("how", ["bare", "data", "shard"])
+def test_a_tied_parameter_is_frozen_on_all_its_stages_or_on_none(how: str) -> None:
+    size = 2 if how == "bare" else 4
+    assert set(run(half_frozen, size, how, False)) == {
+        "embedding.bytes.weight has copies on several stages, of which [1] train it and [0] do not: freeze it on all "
+        "of them, or on none"}
+    alone = Alone(TIED)
+    alone.model.head.weight.requires_grad_(False)
+    alone.backward(0)
+    norm = sum(p.grad.square().sum() for p in alone.model.parameters() if p.grad is not None).sqrt().item()
+    assert [float(told) for told in run(half_frozen, size, how, True)] == [pytest.approx(norm, rel=1e-6)] * size
 
 
 def drifting(wire: Any) -> list[str]:

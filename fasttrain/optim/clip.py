@@ -92,8 +92,9 @@ def statistics(optimizers: Iterable[Any], each: list[tuple[list[Tensor], Tensor]
             optimizers that have gradients in shards.
     """
     optimizers = list(optimizers)
-    params = parameters(optimizer for optimizer in optimizers if not in_shards(optimizer))
-    if (widened := wider.declared(params or everything(optimizers))) is not None:
+    shown = [optimizer for optimizer in optimizers if not in_shards(optimizer)]
+    params = parameters(shown)
+    if (widened := wider.declared(params or everything(shown))) is not None:
         given = [p for p in params if p.grad is not None]
         squares, bad = norm.squares([local(p.grad) for p in given])
         if each is not None:

@@ -67,13 +67,14 @@ class DataParallel(nn.Module, Joinable):
         self.gradient_as_bucket_view, self.static_graph, self.dim = True, static_graph, dim
         self.device_ids, self.output_device = device_ids, output_device
         self._options = {"wire": wire, "order": order, "grad_dtype": grad_dtype, "static_graph": static_graph,
-                         "timeout_s": timeout_s, "watch": watch, "tied": ties.told(module, tied)}
+                         "timeout_s": timeout_s, "watch": watch,
+                         "tied": ties.trained(module, tied, given[0] if given else None)}
         if bucket_cap_mb is not None:
             self._options |= {"bucket_bytes": int(bucket_cap_mb * MIB),
                               "first_bucket_bytes": int(min(bucket_cap_mb, 1) * MIB)}
         self._reduce(given[0] if given else None)
         if init_sync:
-            sharing.share(self.reducer.reach, module, ties.told(module, tied))
+            sharing.share(self.reducer.reach, module, self._options["tied"])
 
     def _reduce(self, mesh: Any) -> None:
         self._one_graph: bool | None = None  # not looked yet

@@ -83,7 +83,7 @@ def shard(model: nn.Module, mesh: Mesh | DeviceMesh | None = None, *, blocks: st
         shardable.check_whole(model)
     parts = shardable.blocks_of(model, blocks)
     reduce_dtype = shardable.reduce_dtype_of(wire, reduce_dtype)
-    grid: Grid = Named(mesh, model, ties.told(model, tied)) if isinstance(mesh, Mesh) else \
+    grid: Grid = Named(mesh, model, ties.trained(model, tied, mesh)) if isinstance(mesh, Mesh) else \
         Torch(mesh, model, timeout_s, watch)
     named = shardable.agreed(grid.alike, model, parts, {
         "stage": 3, "reduce_dtype": reduce_dtype, "param_dtype": param_dtype, "mesh": grid.shape,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,29 @@ TOLD, WHOLE = "tied_stages", "tied_in_whole"
 def told(model: nn.Module, tied: Mapping[str, Sequence[int]] | None) -> Mapping[str, Sequence[int]]:
     """The ties that a caller gave, or those that a model knows of itself (`fasttrain.parallel.pipeline.split`)."""
     return getattr(model, TOLD, None) or {} if tied is None else tied
+
+
+def trained(model: nn.Module, tied: Mapping[str, Sequence[int]] | None, mesh: Any) -> Mapping[str, Sequence[int]]:
+    """Of these, what is trained, where the model itself knows its ties; a collective of the pipeline.
+
+    Raises:
+        ValueError: only some of the stages that have a parameter train it; the same text on every rank.
+    """
+    known = told(model, tied)
+    if tied is not None or not known or not isinstance(mesh, Mesh) or mesh.sizes["pipeline"] == 1:
+        return known
+    named = dict(model.named_parameters(remove_duplicate=False))
+    mine = [named[name].requires_grad if name in named else None for name in known]
+    texts = mesh.wire("pipeline").gather_objects_json(json.dumps(mine))
+    by_stage = [json.loads(text) for text in texts]
+    whole = [vars(model).get(WHOLE, {}).get(name, (name,))[0] for name in known]
+    for name, flags in zip(whole, zip(*by_stage, strict=True), strict=True):
+        if True in flags and False in flags:
+            do, do_not = ([stage for stage, flag in enumerate(flags) if flag is wanted] for wanted in (True, False))
+            raise ValueError(f"{name} has copies on several stages, of which {do} train it and {do_not} do not: freeze "
+                             "it on all of them, or on none")
+    return {name: stages for (name, stages), flags in zip(known.items(), zip(*by_stage, strict=True), strict=True)
+            if True in flags}
 
 
 class Ties:

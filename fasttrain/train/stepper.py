@@ -289,7 +289,7 @@ class Stepper:
 
 
 def _clip(params: Sequence[Tensor], most: float, norm: Tensor) -> None:
-    """torch's `clip_grads_with_norm_`, which refuses plain gradients beside those of DTensors."""
+    """torch's `clip_grads_with_norm_`, which refuses DTensors of several meshes."""
     if not any(is_dtensor(p.grad) for p in params):
         nn.utils.clip_grads_with_norm_(params, most, norm)
         return

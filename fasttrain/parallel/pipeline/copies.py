@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from fasttrain.dist.mesh import AXES, Mesh
 from fasttrain.dist.wire import Wire
 from fasttrain.optim.local import local
+from fasttrain.parallel import ties
 from fasttrain.parallel.pipeline.held import Held
 
 
@@ -18,9 +19,13 @@ class Copies:
         model: what the rank holds.
         held: how.
         mesh: by which it was split.
+
+    Raises:
+        ValueError: only some of the stages that have a parameter train it.
     """
 
     def __init__(self, model: nn.Module, held: Held, mesh: Mesh):
+        ties.trained(model, None, mesh)
         self.model, self.held = model, held
         self.names: dict[tuple[int, ...], list[str]] = {}
         for tie in held.ties:
