@@ -78,6 +78,11 @@ def test_a_run_goes_on_with_its_own_options(tmp_path):
     report.check_same(directory, header)
     header["config"]["processes"] = 7
     report.check_same(directory, header)
+    divided = {"tensor": 2, "pipeline": 2, "expert": 2, "context": 2, "zero": 3, "copies": 2, "accumulate": 4,
+               "stages": 2, "sequence_parallel": True, "pipeline_schedule": "zbv", "recompute": "full"}
+    report.check_same(directory, {**header, "config": {**header["config"], **divided}})
+    with pytest.raises(BadInput, match=r"holds a run with --experts 0, not 4"):
+        report.check_same(directory, {**header, "config": {**header["config"], "experts": 4}})
     with pytest.raises(BadInput, match=r"holds a run with --lr None, not 0\.1"):
         report.check_same(directory, {**header, "config": {**header["config"], "lr": 0.1}})
     with pytest.raises(BadInput, match="another text"):

@@ -51,15 +51,15 @@ class Grouped(Method):
         self.methods, self.reach, self.name = dict(methods), reach, name
 
     @property
-    def final(self) -> bool:  # type: ignore[override]
+    def final(self) -> bool:  # type: ignore[override]  # an attribute elsewhere, only read here
         return any(method.final for method in self.methods.values())
 
     @property
-    def holding(self) -> bool:  # type: ignore[override]
+    def holding(self) -> bool:  # type: ignore[override]  # an attribute elsewhere, only read here
         return any(method.holding for method in self.methods.values())
 
     @property
-    def checksum(self) -> int:  # type: ignore[override]
+    def checksum(self) -> int:  # type: ignore[override]  # an attribute elsewhere, only read here
         """Of all groups together; of their names alone where the ranks that compare have buckets of other sizes."""
         text = " ".join(f"{group} {method.name} {method.checksum if self.reach.alike else ''}"
                         for group, method in sorted(self.methods.items()))

@@ -39,7 +39,8 @@ class Stored:
         wanted, files = found_at(self.path)
         for file in files:
             with opened(file) as content:
-                for name in content.keys():  # noqa: SIM118  it is no dict
+                names = content.keys()
+                for name in names:
                     if wanted is not None and wanted.get(name) != file.name:
                         continue
                     if name in self.files:

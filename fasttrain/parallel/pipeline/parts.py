@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any, Protocol, TypeGuard
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 from torch import nn
 
 from fasttrain.parallel.pipeline.held import MARK
 
 
+@runtime_checkable
 class Parted(Protocol):
     """A model that can be cut: what `fasttrain.train.model.GPT` has, and any model of yours may have."""
 
@@ -77,8 +78,8 @@ def parted(model: nn.Module) -> Parted:
     Raises:
         TypeError: it has none, and does not only run its children one after the other.
     """
-    if all(callable(getattr(model, name, None)) for name in ("parts", "keep", "run")):
-        return model  # type: ignore[return-value]
+    if isinstance(model, Parted):
+        return model
     if isinstance(model, nn.Sequential) and (plain(model) or hasattr(model, MARK)):  # wrappers' hooks came after split
         return Row(model)
     raise TypeError(f"{type(model).__name__} does not say how it is cut into stages: give it the methods parts(), "

@@ -40,12 +40,12 @@ def indices(size: int, placement: Placement, count: int, number: int) -> Tensor:
     return torch.cat([chunk(chunk(every, pieces, piece), count, number) for piece in range(pieces)])
 
 
-def distributed(p: nn.Parameter, mesh: Any, placement: Placement) -> nn.Parameter:
+def distributed(p: nn.Parameter, mesh: Any, placement: Any) -> nn.Parameter:
     """The parameter with the first rank's values, placed; the shape is that of the whole, evenly divided or not."""
     whole = agreed(p, mesh)
     part = whole
     if not placement.is_replicate():
-        dim = placement.dim  # type: ignore[attr-defined]
+        dim = placement.dim
         mine = indices(whole.shape[dim], placement, mesh.size(), mesh.get_local_rank())
         part = whole.index_select(dim, mine.to(whole.device))
     placed = DTensor.from_local(part, mesh, [placement], run_check=False, shape=whole.shape,
